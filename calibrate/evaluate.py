@@ -1,0 +1,133 @@
+"""Text + plan -> quality: the KL divergence of a real run on the real quantized cache from the run on an f16 cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import CalibrationError
+from ..plan import Pair, Quality
+from ..runtime import Context, Session
+
+N_UBATCH = 512  # of all runs that are compared
+N_UBATCH_FLOOR = 128  # same f16 cache, other batches: the difference is rounding alone
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A text as equal pieces, each run from an empty cache.
+
+    tokens  (n_chunk, n_ctx) int32
+    The second half of each chunk is scored, as llama-perplexity does.
+    """
+
+    tokens: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or self.tokens.shape[1] < 16:
+            raise CalibrationError(f"chunks {self.tokens.shape}: need (n_chunk, n_ctx) with n_ctx of at least 16. Use a longer text.")
+
+    @property
+    def n_ctx(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def first(self) -> int:
+        """Index in a chunk of the first position that is scored."""
+        return self.n_ctx // 2
+
+    @property
+    def n_positions(self) -> int:
+        """Positions that are scored, all chunks together."""
+        return len(self.tokens) * (self.n_ctx - self.first)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(n, n_vocab) float32 -> log-probabilities, same shape."""
+    x = logits - logits.max(axis=1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return x
+
+
+def kl_divergence(base: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """KL(base || run) of each position, in nats.
+
+    base    (n, n_vocab) log-probabilities of the f16 cache, float16 or float32
+    logits  (n, n_vocab) float32 of the run
+    -> (n,) float64, >= 0
+    """
+    base = log_softmax(base.astype(np.float32))  # float16 log-probabilities do not sum to one
+    kld = (np.exp(base) * (base - log_softmax(logits))).sum(axis=1, dtype=np.float64)
+    return np.maximum(kld, 0.0)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Log-probabilities of the f16 cache on the scored positions: (n_positions, n_vocab) float16, on disk."""
+
+    chunks: Chunks
+    path: Path
+    n_vocab: int
+
+    def open(self) -> np.ndarray:
+        return np.memmap(self.path, np.float16, "r", shape=(self.chunks.n_positions, self.n_vocab))
+
+
+def make_reference(session: Session, chunks: Chunks, path: Path, progress: Callable[[int], None] = lambda n: None) -> Reference:
+    """Run the text on an f16 cache and keep its log-probabilities in a file. progress gets positions done."""
+    reference = Reference(chunks, path, session.n_vocab)
+    session.set_plan(None)
+    out = np.memmap(path, np.float16, "w+", shape=(chunks.n_positions, session.n_vocab))
+    at = 0
+    with session.context(chunks.n_ctx, n_ubatch=N_UBATCH) as ctx:
+        for logits in _runs(ctx, chunks):
+            for block in _blocks(logits):
+                out[at : at + len(block)] = log_softmax(block)
+                at += len(block)
+            progress(len(logits))
+    out.flush()
+    return reference
+
+
+def measure(
+    session: Session,
+    pairs: Sequence[Pair] | None,
+    reference: Reference,
+    *,
+    n_ubatch: int = N_UBATCH,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Quality:
+    """Quality of a plan on the reference's text: a real run on the real cache.
+
+    pairs  one per layer; None = f16 (with n_ubatch=N_UBATCH_FLOOR: the noise floor)
+    Raises CalibrationError if the run time did not allocate what was asked for.
+    """
+    base, chunks = reference.open(), reference.chunks
+    kld, same_top = np.empty(chunks.n_positions), np.empty(chunks.n_positions, bool)
+    at = 0
+    session.set_plan(pairs)
+    with session.context(chunks.n_ctx, n_ubatch=n_ubatch) as ctx:
+        if pairs is not None and ctx.notes():
+            raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")
+        for logits in _runs(ctx, chunks):
+            for block in _blocks(logits):
+                rows = slice(at, at + len(block))
+                kld[rows] = kl_divergence(base[rows], block)
+                same_top[rows] = base[rows].argmax(axis=1) == block.argmax(axis=1)
+                at += len(block)
+            progress(len(logits))
+    return Quality(float(kld.mean()), float(np.quantile(kld, 0.999)), float(same_top.mean()), chunks.n_positions)
+
+
+def _runs(ctx: Context, chunks: Chunks):
+    for tokens in chunks.tokens:
+        yield from ctx.logits(tokens.tolist(), chunks.first)
+
+
+def _blocks(logits: np.ndarray, size: int = 32):
+    """Rows that stay in the processor's cache while they are worked on."""
+    for start in range(0, len(logits), size):
+        yield logits[start : start + size]

@@ -1,0 +1,81 @@
+"""Which assignments of pairs to groups of layers are worth their bytes, by trying them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from ..errors import CalibrationError
+from ..plan import Geometry, Pair
+from .results import Groups, Menus, Trial, Trials
+
+Evaluate = Callable[[tuple[Pair, ...]], float]
+
+
+def nsga2(
+    groups: Groups,
+    menus: Menus,
+    evaluate: Evaluate,
+    geometry: Geometry,
+    *,
+    n_trials: int,
+    seed: int,
+    max_bits: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trials:
+    """The distinct assignments that NSGA-II tried, in order, beginning with the cheapest and the dearest.
+
+    evaluate  one pair per layer -> KLD against the f16 cache, nats: all that the search knows of a model. Never called
+              twice with the same pairs.
+    n_trials  proposals, repeated ones included; fewer are made if no assignment is left to try
+    max_bits  soft constraint on the real bits per cached value: plans above it are tried, but never preferred
+    progress  called with (proposals done, n_trials)
+    The same seed and evaluate give the same trials. Raises CalibrationError if the layers of a group differ in menu, or
+    a KLD is not finite. Source: KVTuner (arXiv 2502.04420), section 5.1, and its released search, which takes NSGA-II.
+    """
+    import optuna
+
+    group_menus = menus_of_groups(groups, menus)
+    n_assignments = math.prod(len(menu) for menu in group_menus)
+    tried: dict[tuple[Pair, ...], Trial] = {}
+
+    def objective(trial: optuna.Trial) -> tuple[float, float]:
+        chosen = [menu[trial.suggest_int(f"group_{i}", 0, len(menu) - 1)] for i, menu in enumerate(group_menus)]
+        pairs = assign(groups, chosen, geometry.n_layer)
+        if pairs not in tried:
+            tried[pairs] = Trial(pairs, float(evaluate(pairs)), geometry.bits_per_value(pairs), geometry.bytes(pairs))
+        if max_bits is not None:
+            trial.set_constraint("bits_per_value", tried[pairs].bits_per_value - max_bits)
+        if progress:
+            progress(trial.number + 1, n_trials)
+        if len(tried) == n_assignments:
+            trial.study.stop()
+        return tried[pairs].kld, tried[pairs].n_bytes
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = optuna.samplers.NSGAIISampler(seed=seed)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
+    for end in (0, -1):
+        study.enqueue_trial({f"group_{i}": range(len(menu))[end] for i, menu in enumerate(group_menus)})
+    study.optimize(objective, n_trials=n_trials)
+    return Trials(tuple(tried.values()))
+
+
+def menus_of_groups(groups: Groups, menus: Menus) -> list[tuple[Pair, ...]]:
+    """The menu that the layers of each group share. Raises CalibrationError if they do not."""
+    shared = []
+    for layers in groups.layers:
+        distinct = {menus.menu(il) for il in layers}
+        if len(distinct) != 1:
+            raise CalibrationError(f"group {layers}: {len(distinct)} menus, need one and the same. Cluster again.")
+        shared.append(distinct.pop())
+    return shared
+
+
+def assign(groups: Groups, chosen: Sequence[Pair], n_layer: int) -> tuple[Pair, ...]:
+    """One pair per layer from one per group; Pair("", "") for a layer that is in none."""
+    pairs = [Pair("", "")] * n_layer
+    for layers, pair in zip(groups.layers, chosen, strict=True):
+        for il in layers:
+            pairs[il] = pair
+    return tuple(pairs)

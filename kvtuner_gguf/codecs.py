@@ -1,0 +1,59 @@
+"""The cache types: one row each. What a row costs is derived from here, everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import CodecError
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A ggml type that a K or V cache can hold.
+
+    block_size  values in a block
+    type_size   bytes of a block, scales included
+    """
+
+    name: str
+    block_size: int
+    type_size: int
+
+    @property
+    def bits_per_value(self) -> float:
+        """Real bits per cached value, scales included."""
+        return 8 * self.type_size / self.block_size
+
+    def row_bytes(self, n_values: int) -> int:
+        """Bytes of n_values in a row. Raises CodecError if they do not fill whole blocks."""
+        if n_values % self.block_size:
+            raise CodecError(
+                f"{self.name}: a row of {n_values} values is not a multiple of its block of {self.block_size}. "
+                "Leave this layer at f16."
+            )
+        return n_values // self.block_size * self.type_size
+
+
+# from the most to the least precise; ggml's names, block sizes and type sizes
+CODECS: dict[str, Codec] = {
+    c.name: c
+    for c in (
+        Codec("f32", 1, 4),
+        Codec("f16", 1, 2),
+        Codec("bf16", 1, 2),
+        Codec("q8_0", 32, 34),
+        Codec("q5_1", 32, 24),
+        Codec("q5_0", 32, 22),
+        Codec("q4_1", 32, 20),
+        Codec("q4_0", 32, 18),
+        Codec("iq4_nl", 32, 18),
+    )
+}
+
+
+def codec(name: str) -> Codec:
+    """The row of a type name. Raises CodecError, which lists the known names."""
+    try:
+        return CODECS[name]
+    except KeyError:
+        raise CodecError(f"cache type '{name}' is not known. Use one of: {', '.join(CODECS)}.") from None

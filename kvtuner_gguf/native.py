@@ -1,0 +1,262 @@
+"""The one file that talks to C: finds the patched libllama, puts it in llama_cpp's path, and mirrors kvt.h."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from .errors import CodecError, NativeError
+
+_KVT_E_TYPE, _KVT_E_NONE = -2, -3
+
+
+def _package_lib_dir() -> Path | None:
+    """Where the package's own libraries are; in an editable install they lie beside the built package."""
+    for folder in sys.modules[__package__].__path__:
+        if any((Path(folder) / "lib").glob("*llama.*")):
+            return Path(folder) / "lib"
+    return None
+
+
+def lib_dir() -> Path:
+    """The folder of the patched libllama. Raises NativeError if the package holds none.
+
+    LLAMA_CPP_LIB_PATH, llama-cpp-python's own variable, names another build of it.
+    """
+    folder = os.environ.get("LLAMA_CPP_LIB_PATH")
+    found = Path(folder) if folder else _package_lib_dir()
+    if found is None:
+        raise NativeError(
+            "kvtuner_gguf: this package holds no built library. Install it with 'pip install .' in its source folder."
+        )
+    return found
+
+
+def use_our_library() -> None:
+    """Make `import llama_cpp` load the patched library. Raises NativeError if another one is loaded already."""
+    folder = lib_dir()
+    if "llama_cpp" in sys.modules:
+        loaded = Path(sys.modules["llama_cpp.llama_cpp"]._lib._name).resolve().parent
+        if loaded != folder.resolve():
+            raise NativeError(
+                f"llama_cpp was imported first and loaded the library in {loaded}, the plan needs the one in {folder}. "
+                "Import kvtuner_gguf before llama_cpp."
+            )
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+
+
+class TapNode(ctypes.Structure):
+    """struct kvt_tap_node: one attention node, valid during the callback only."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("il", "n_q", "n_kv", "n_head", "n_head_kv", "head_dim_k", "head_dim_v")),
+        *((name, ctypes.c_float) for name in ("scale", "max_bias", "logit_softcap")),
+        ("q", ctypes.POINTER(ctypes.c_float)),
+        ("k", ctypes.POINTER(ctypes.c_uint16)),
+        ("v", ctypes.POINTER(ctypes.c_uint16)),
+        ("mask", ctypes.POINTER(ctypes.c_float)),
+        ("sinks", ctypes.POINTER(ctypes.c_float)),
+        ("out", ctypes.POINTER(ctypes.c_float)),
+    ]
+
+
+TapCallback = ctypes.CFUNCTYPE(None, ctypes.POINTER(TapNode), ctypes.c_void_p)
+
+_ptr, _str, _i32, _i64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
+_strs = ctypes.POINTER(ctypes.c_char_p)
+_SIGNATURES = {
+    "kvt_build_id": (_str, []),
+    "kvt_last_error": (_str, []),
+    "kvt_type_name": (_str, [_i32]),
+    "kvt_row_bytes": (_i64, [_str, _i64]),
+    "kvt_encode": (_i32, [_str, _ptr, _i64, _i64, _ptr]),
+    "kvt_decode": (_i32, [_str, _ptr, _i64, _i64, _ptr]),
+    "kvt_model_n_layer": (_i32, [_ptr]),
+    "kvt_model_set_plan": (_i32, [_ptr, _strs, _strs, _i32]),
+    "kvt_model_clear_plan": (_i32, [_ptr]),
+    "kvt_model_plan_source": (_str, [_ptr]),
+    "kvt_model_plan_layer": (_i32, [_ptr, _i32, _strs, _strs]),
+    "kvt_model_plan_notes": (_i32, [_ptr, _ptr, _i32]),
+    "kvt_ctx_layer": (_i32, [_ptr, _i32, _strs, _strs, *[_ptr] * 5]),
+    "kvt_ctx_buffer_bytes": (ctypes.c_uint64, [_ptr]),
+    "kvt_ctx_notes": (_i32, [_ptr, _ptr, _i32]),
+    "kvt_tap_new": (_ptr, [TapCallback, _ptr, _i32]),
+    "kvt_tap_free": (None, [_ptr]),
+    "kvt_tap_enable": (None, [_ptr, ctypes.c_bool]),
+    "kvt_tap_error": (_str, [_ptr]),
+}
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """libllama with kvt.h's functions typed.
+
+    Raises NativeError if the library that llama_cpp loaded is not the patched one, or is of another series.
+    """
+    use_our_library()
+    from llama_cpp import llama_cpp
+
+    lib = llama_cpp._lib
+    if not hasattr(lib, "kvt_build_id"):
+        raise NativeError(f"{lib._name}: this libllama is not the patched one. Unset LLAMA_CPP_LIB_PATH, or point it at ours.")
+    for name, (restype, argtypes) in _SIGNATURES.items():
+        function = getattr(lib, name)
+        function.restype, function.argtypes = restype, argtypes
+    _check_build_id(Path(lib._name).parent, lib.kvt_build_id().decode())
+    return lib
+
+
+def _check_build_id(folder: Path, have: str) -> None:
+    stamp = folder / "build_id.txt"
+    want = stamp.read_text().strip() if stamp.exists() else have
+    if have != want:
+        raise NativeError(f"{folder}: the library is of series {have}, the package of {want}. Install kvtuner-gguf again.")
+
+
+def last_error() -> str:
+    return library().kvt_last_error().decode()
+
+
+def check(code: int) -> int:
+    """The code, if it is none of an error. Raises NativeError (CodecError for a type) with the library's text."""
+    if code >= 0:
+        return code
+    raise (CodecError if code == _KVT_E_TYPE else NativeError)(last_error())
+
+
+def _text(call: Callable, handle: int) -> list[str]:
+    """The lines that a kvt_*_notes function writes."""
+    size = call(handle, None, 0) + 1
+    buf = ctypes.create_string_buffer(size)
+    call(handle, buf, size)
+    return buf.value.decode().splitlines()
+
+
+def type_names() -> tuple[str, ...]:
+    """The cache types that the library knows, from the most to the least precise."""
+    names, i = [], 0
+    while (name := library().kvt_type_name(i)) is not None:
+        names.append(name.decode())
+        i += 1
+    return tuple(names)
+
+
+def encode(type_name: str, x: np.ndarray) -> np.ndarray:
+    """The run time's own bytes of rows. (n_rows, n_per_row) float32 -> (n_rows, row_bytes) uint8. Raises CodecError."""
+    lib, x = library(), np.ascontiguousarray(x, dtype=np.float32)
+    n_rows, n_per_row = x.shape
+    out = np.empty((n_rows, _row_bytes(type_name, n_per_row)), dtype=np.uint8)
+    check(lib.kvt_encode(type_name.encode(), x.ctypes.data, n_rows, n_per_row, out.ctypes.data))
+    return out
+
+
+def decode(type_name: str, data: np.ndarray, n_per_row: int) -> np.ndarray:
+    """(n_rows, row_bytes) uint8 -> (n_rows, n_per_row) float32. Raises CodecError."""
+    lib, data = library(), np.ascontiguousarray(data, dtype=np.uint8)
+    if data.shape[1] != _row_bytes(type_name, n_per_row):
+        raise CodecError(f"{type_name}: {data.shape[1]} bytes per row, {n_per_row} values need {_row_bytes(type_name, n_per_row)}.")
+    out = np.empty((len(data), n_per_row), dtype=np.float32)
+    check(lib.kvt_decode(type_name.encode(), data.ctypes.data, len(data), n_per_row, out.ctypes.data))
+    return out
+
+
+def _row_bytes(type_name: str, n_per_row: int) -> int:
+    n_bytes = library().kvt_row_bytes(type_name.encode(), n_per_row)
+    if n_bytes < 0:
+        raise CodecError(last_error())
+    return n_bytes
+
+
+def round_trip(type_name: str, x: np.ndarray) -> np.ndarray:
+    """What the cache holds after a write and a read. (n_rows, n_per_row) float32 -> same shape."""
+    return decode(type_name, encode(type_name, x), x.shape[1])
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """What a context has allocated for one layer.
+
+    bytes_k bytes_v  of the tensors     n_cells  cells, all streams
+    rot_k rot_v      block of the Hadamard rotation, 0 = not rotated
+    """
+
+    il: int
+    type_k: str
+    type_v: str
+    bytes_k: int
+    bytes_v: int
+    n_cells: int
+    rot_k: int
+    rot_v: int
+
+
+def n_layer(model: int) -> int:
+    """Layers that a plan of this model has."""
+    return check(library().kvt_model_n_layer(model))
+
+
+def set_plan(model: int, type_k: Sequence[str], type_v: Sequence[str]) -> None:
+    """Plan for contexts created from now on. Raises NativeError or CodecError."""
+    array = ctypes.c_char_p * len(type_k)
+    names_k, names_v = array(*(t.encode() for t in type_k)), array(*(t.encode() for t in type_v))
+    check(library().kvt_model_set_plan(model, names_k, names_v, len(type_k)))
+
+
+def clear_plan(model: int) -> None:
+    check(library().kvt_model_clear_plan(model))
+
+
+def plan_source(model: int) -> str:
+    """'file', 'override', 'api', or 'none'."""
+    return library().kvt_model_plan_source(model).decode()
+
+
+def plan_layers(model: int) -> list[tuple[str, str]] | None:
+    """The planned (type_k, type_v) of each layer; None if no plan is in force."""
+    k, v = ctypes.c_char_p(), ctypes.c_char_p()
+    layers = []
+    for il in range(n_layer(model)):
+        if library().kvt_model_plan_layer(model, il, ctypes.byref(k), ctypes.byref(v)) == _KVT_E_NONE:
+            return None
+        layers.append((k.value.decode(), v.value.decode()))
+    return layers
+
+
+def plan_notes(model: int) -> list[str]:
+    """What was wrong with the plan in the file or the overrides, one line each."""
+    return _text(library().kvt_model_plan_notes, model)
+
+
+def ctx_layers(model: int, ctx: int) -> list[LayerCache]:
+    """The layers that have KV of their own in this context, as allocated."""
+    k, v = ctypes.c_char_p(), ctypes.c_char_p()
+    bytes_k, bytes_v = ctypes.c_uint64(), ctypes.c_uint64()
+    n_cells, rot_k, rot_v = ctypes.c_uint32(), ctypes.c_int32(), ctypes.c_int32()
+    outs = [ctypes.byref(x) for x in (k, v, bytes_k, bytes_v, n_cells, rot_k, rot_v)]
+    layers = []
+    for il in range(n_layer(model)):
+        code = library().kvt_ctx_layer(ctx, il, *outs)
+        if code == _KVT_E_NONE:
+            continue
+        check(code)
+        layers.append(
+            LayerCache(il, k.value.decode(), v.value.decode(), bytes_k.value, bytes_v.value, n_cells.value, rot_k.value, rot_v.value)
+        )
+    return layers
+
+
+def ctx_buffer_bytes(ctx: int) -> int:
+    """Bytes of the buffers behind the context's attention caches."""
+    return library().kvt_ctx_buffer_bytes(ctx)
+
+
+def ctx_notes(ctx: int) -> list[str]:
+    """Every fallback from the plan in this context, one line each."""
+    return _text(library().kvt_ctx_notes, ctx)

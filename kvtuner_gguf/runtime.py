@@ -1,0 +1,317 @@
+"""A loaded model, and contexts of it under any plan: decode, logits, tap. What the calibration runs on."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from . import native
+from .errors import NativeError
+from .plan import Geometry, Pair
+
+
+def default_threads() -> int:
+    """Threads to use if the user names none: the processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Log:
+    """Takes llama.cpp's log. Keeps the last warnings and errors, so that a failure can be explained."""
+
+    def __init__(self) -> None:
+        from llama_cpp import llama_cpp
+
+        self.lines: list[str] = []
+        self._callback = llama_cpp.llama_log_callback(self._add)
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+
+    def _add(self, level: int, text: bytes, _user: object) -> None:
+        if level >= 3:  # warning, error
+            self.lines = [*self.lines[-19:], text.decode(errors="replace").strip()]
+
+    def reason(self) -> str:
+        """What llama.cpp said last, for the end of an error message."""
+        return " | ".join(self.lines[-3:]) or "llama.cpp gave no reason"
+
+
+class Session:
+    """A model, loaded once.
+
+    Raises NativeError if the file is missing or cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        n_threads: int | None = None,
+        n_gpu_layers: int = 0,
+        no_alloc: bool = False,
+        overrides: dict[str, str | bool] | None = None,
+    ) -> None:
+        """no_alloc: read the metadata only; contexts then tell what they would allocate, and cannot decode."""
+        native.library()
+        from llama_cpp import llama_cpp
+
+        self._llama = llama_cpp
+        self.path = Path(path)
+        self.n_threads = n_threads or default_threads()
+        if not self.path.exists():
+            raise NativeError(f"model '{path}' does not exist. Check the path.")
+        self._log = _Log()
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        params.no_alloc = no_alloc
+        if no_alloc:
+            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        if overrides:
+            self._overrides = _override_array(llama_cpp, overrides)
+            params.kv_overrides = self._overrides
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self.model:
+            raise NativeError(f"model '{path}' cannot be loaded: {self._log.reason()}")
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
+        self.n_layer = native.n_layer(self.model)
+        self.n_ctx_train = llama_cpp.llama_model_n_ctx_train(self.model)
+
+    def close(self) -> None:
+        """Free the model. Contexts must be closed before."""
+        if self.model:
+            self._llama.llama_model_free(self.model)
+            self.model = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def set_plan(self, pairs: Sequence[Pair] | None) -> None:
+        """The plan of contexts opened from now on; None = all f16."""
+        if pairs is None:
+            native.clear_plan(self.model)
+        else:
+            native.set_plan(self.model, [p.type_k for p in pairs], [p.type_v for p in pairs])
+
+    @contextmanager
+    def context(self, n_ctx: int, **kwargs: object) -> Iterator[Context]:
+        """A Context, closed at the end of the block."""
+        ctx = Context(self, n_ctx, **kwargs)
+        try:
+            yield ctx
+        finally:
+            ctx.close()
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of a text."""
+        data = text.encode()
+        buf = (ctypes.c_int32 * (len(data) + 16))()
+        n = self._llama.llama_tokenize(self.vocab, data, len(data), buf, len(buf), add_special, parse_special)
+        if n < 0:
+            raise NativeError(f"a text of {len(data)} bytes could not be tokenized: {self._log.reason()}")
+        return list(buf[:n])
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, special tokens included."""
+        n = len(tokens)
+        ids, buf = (ctypes.c_int32 * n)(*tokens), ctypes.create_string_buffer(64 * n + 64)
+        size = self._llama.llama_detokenize(self.vocab, ids, n, buf, len(buf), False, True)
+        return buf.raw[: max(size, 0)].decode(errors="replace")
+
+    def is_end(self, token: int) -> bool:
+        """True for a token that ends a document or a turn."""
+        return self._llama.llama_vocab_is_eog(self.vocab, token)
+
+    def chat_prompt(self, prompt: str) -> str | None:
+        """A user's message in the model's own chat template, up to where the answer starts; None if it has none."""
+        template = self._llama.llama_model_chat_template(self.model, None)
+        if not template:
+            return None
+        message = self._llama.llama_chat_message(role=b"user", content=prompt.encode())
+        buf = ctypes.create_string_buffer(len(template) + 2 * len(prompt.encode()) + 1024)
+        size = self._llama.llama_chat_apply_template(template, ctypes.byref(message), 1, True, buf, len(buf))
+        return buf.raw[:size].decode() if 0 < size <= len(buf) else None
+
+    def geometry(self, n_ctx: int) -> Geometry:
+        """Cached values of each layer at n_ctx tokens, as the run time would allocate them."""
+        values_k, values_v = [0] * self.n_layer, [0] * self.n_layer
+        for layer in self._layers_with(n_ctx, "f16"):
+            values_k[layer.il], values_v[layer.il] = layer.bytes_k // 2, layer.bytes_v // 2
+        return Geometry(tuple(values_k), tuple(values_v), n_ctx)
+
+    def rotation(self, type_name: str = "q8_0") -> dict[int, tuple[int, int]]:
+        """il -> (rot_k, rot_v): the Hadamard blocks that quantized K and V of a layer are rotated by, 0 = none."""
+        return {layer.il: (layer.rot_k, layer.rot_v) for layer in self._layers_with(256, type_name)}
+
+    def supported(self, types: Sequence[str]) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """il -> the K types and the V types, of those named, that the run time allocates for the layer."""
+        found: dict[int, tuple[list[str], list[str]]] = {}
+        for name in types:
+            for layer in self._layers_with(256, name):
+                k, v = found.setdefault(layer.il, ([], []))
+                if layer.type_k == name:
+                    k.append(name)
+                if layer.type_v in (name, ""):
+                    v.append(name)
+        return {il: (tuple(k), tuple(v)) for il, (k, v) in found.items()}
+
+    def _layers_with(self, n_ctx: int, type_name: str) -> list[native.LayerCache]:
+        """The layers of a context with one type everywhere. Changes the plan."""
+        self.set_plan([Pair(type_name, type_name)] * self.n_layer)
+        with self.context(n_ctx) as ctx:
+            return ctx.layers()
+
+
+def _override_array(llama_cpp: object, overrides: dict[str, str | bool]) -> ctypes.Array:
+    """llama_model_kv_override[], ended by an empty key."""
+    array = (llama_cpp.llama_model_kv_override * (len(overrides) + 1))()
+    for item, (key, value) in zip(array, overrides.items()):
+        item.key = key.encode()
+        if isinstance(value, bool):
+            item.tag, item.value.val_bool = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL, value
+        else:
+            item.tag, item.value.val_str = llama_cpp.LLAMA_KV_OVERRIDE_TYPE_STR, value.encode()
+    return array
+
+
+class Context:
+    """One context of a session. Its layers are as the plan was when it was opened."""
+
+    def __init__(
+        self,
+        session: Session,
+        n_ctx: int,
+        *,
+        n_ubatch: int = 512,
+        n_seq_max: int = 1,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        flash_attn: bool = True,
+        swa_full: bool = False,
+        tap: Tap | None = None,
+    ) -> None:
+        """n_ctx: tokens, of all sequences together. Raises NativeError if the context cannot be made."""
+        self._session, self._llama = session, session._llama
+        lc = self._llama
+        params = lc.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_ctx, n_ubatch, n_seq_max
+        params.n_threads = params.n_threads_batch = session.n_threads
+        params.flash_attn_type = lc.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lc.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.type_k, params.type_v = ggml_type(type_k), ggml_type(type_v)
+        params.swa_full = swa_full
+        if tap:
+            address = ctypes.cast(native.library().kvt_tap_eval, ctypes.c_void_p).value
+            params.cb_eval = lc.ggml_backend_sched_eval_callback(address)
+            params.cb_eval_user_data = tap.handle
+        self._tap = tap
+        self.ctx = lc.llama_init_from_model(session.model, params)
+        if not self.ctx:
+            raise NativeError(f"a context of {n_ctx} tokens cannot be made: {session._log.reason()}")
+        self._batch = None
+        self.n_ctx, self.n_seq_max = n_ctx, n_seq_max
+
+    def close(self) -> None:
+        if self._batch is not None:
+            self._llama.llama_batch_free(self._batch)
+            self._batch = None
+        if self.ctx:
+            self._llama.llama_free(self.ctx)
+            self.ctx = None
+
+    def layers(self) -> list[native.LayerCache]:
+        """What is allocated, layer by layer."""
+        return native.ctx_layers(self._session.model, self.ctx)
+
+    def notes(self) -> list[str]:
+        """Every fallback from the plan."""
+        return native.ctx_notes(self.ctx)
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self.ctx), False)
+
+    def decode(self, rows: Sequence[tuple[int, int, int]], outputs: Sequence[bool]) -> np.ndarray:
+        """Process tokens. rows: (token, pos, seq_id) each; outputs: whether its logits are wanted.
+
+        -> (sum of outputs, n_vocab) float32, a view that lives until the next call. Raises NativeError.
+        """
+        batch = self._filled_batch(rows, outputs)
+        code = self._llama.llama_decode(self.ctx, batch)
+        if code:
+            raise NativeError(f"llama_decode of {len(rows)} tokens returned {code}: {self._session._log.reason()}")
+        n_outputs = sum(map(bool, outputs))
+        if not n_outputs:
+            return np.empty((0, self._session.n_vocab), np.float32)
+        self._llama.llama_synchronize(self.ctx)
+        logits = self._llama.llama_get_logits(self.ctx)
+        return np.ctypeslib.as_array(logits, (n_outputs, self._session.n_vocab))
+
+    def _filled_batch(self, rows: Sequence[tuple[int, int, int]], outputs: Sequence[bool]) -> object:
+        if self._batch is None:
+            self._batch = self._llama.llama_batch_init(self.n_ctx, 0, 1)
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for i, ((token, pos, seq_id), wanted) in enumerate(zip(rows, outputs)):
+            batch.token[i], batch.pos[i], batch.logits[i] = token, pos, bool(wanted)
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, seq_id
+        return batch
+
+    def logits(self, tokens: Sequence[int], first: int, step: int = 512) -> Iterator[np.ndarray]:
+        """Logits after tokens[first:], in order, from an empty context: arrays (<= step, n_vocab), valid one by one."""
+        self.clear()
+        for start in range(0, len(tokens), step):
+            part = tokens[start : start + step]
+            wanted = [start + i >= first for i in range(len(part))]
+            out = self.decode([(t, start + i, 0) for i, t in enumerate(part)], wanted)
+            if len(out):
+                yield out
+
+
+def ggml_type(name: str) -> int:
+    """llama_cpp's number of a type name."""
+    from llama_cpp import llama_cpp
+
+    return getattr(llama_cpp, f"GGML_TYPE_{name.upper()}")
+
+
+class Tap:
+    """Hands every attention node to on_node(TapNode) while it is on. One Context at a time."""
+
+    def __init__(self, on_node: Callable[[native.TapNode], None], n_q_max: int) -> None:
+        self._error: BaseException | None = None
+
+        def callback(node: ctypes._Pointer, _user: object) -> None:
+            if self._error is None:
+                try:
+                    on_node(node.contents)
+                except BaseException as e:  # noqa: BLE001 - raised again in enabled(): nothing may pass through C
+                    self._error = e
+
+        self._callback = native.TapCallback(callback)
+        self.handle = native.library().kvt_tap_new(self._callback, None, n_q_max)
+
+    @contextmanager
+    def enabled(self) -> Iterator[None]:
+        """On inside the block. Raises what on_node raised, or NativeError if a node could not be handed over."""
+        lib = native.library()
+        lib.kvt_tap_enable(self.handle, True)
+        try:
+            yield
+        finally:
+            lib.kvt_tap_enable(self.handle, False)
+        if self._error is not None:
+            raise self._error
+        text = lib.kvt_tap_error(self.handle).decode()
+        if text:
+            raise NativeError(f"capture: {text}")
+
+    def close(self) -> None:
+        native.library().kvt_tap_free(self.handle)
+        self.handle = None

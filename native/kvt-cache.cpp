@@ -1,0 +1,163 @@
+// kvt-cache.cpp - which types a cache allocates, layer by layer, and why not the planned ones
+#include "kvt-plan.h"
+
+#include "llama-impl.h"
+#include "llama-model.h"
+
+#include "ggml-cpp.h"
+
+static const int32_t KVT_STATE_UNROTATED = 1 << 16; // tag in a state file's type id, far above any ggml_type
+
+kvt_cache::kvt_cache(const llama_model & model, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v, bool v_trans, bool offload) :
+    model(model), hparams(hparams), plan(model.kvt), type_k(type_k), type_v(type_v), v_trans(v_trans), offload(offload) {
+    // a cache with hparams of its own (an indexer) is not what the plan speaks of
+    const bool applies = plan && plan->in_force() && &hparams == &model.hparams;
+
+    // an explicit type makes its side uniform; f16 cannot be told from "not given"
+    plan_k = applies && type_k == GGML_TYPE_F16;
+    plan_v = applies && type_v == GGML_TYPE_F16;
+}
+
+// can the layer's device write this type, and attend over this pair?
+static bool kvt_device_supports(const llama_model & model, const llama_hparams & hparams, uint32_t il, bool offload, bool fa, ggml_type type_k, ggml_type type_v) {
+    ggml_backend_dev_t dev = offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (!dev) {
+        return true;
+    }
+
+    ggml_init_params params = {
+        /*.mem_size   =*/ 32*ggml_tensor_overhead(),
+        /*.mem_buffer =*/ nullptr,
+        /*.no_alloc   =*/ true,
+    };
+    ggml_context_ptr ctx_ptr { ggml_init(params) };
+    ggml_context * ctx = ctx_ptr.get();
+
+    const int64_t n_kv      = 256;
+    const int64_t n_head    = hparams.n_head(il);
+    const int64_t n_head_kv = hparams.n_head_kv(il);
+    const int64_t dk        = hparams.n_embd_head_k(il);
+    const int64_t dv        = hparams.n_embd_head_v(il);
+
+    ggml_tensor * k = ggml_new_tensor_3d(ctx, type_k, dk, n_kv, n_head_kv);
+    ggml_tensor * v = ggml_new_tensor_3d(ctx, type_v, dv, n_kv, n_head_kv);
+
+    const auto can_write = [&](ggml_tensor * t, int64_t n_row) {
+        ggml_tensor * dst = ggml_new_tensor_2d(ctx, t->type, n_row, n_kv);
+        ggml_tensor * src = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_row, 1);
+        ggml_tensor * idx = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1);
+        return ggml_backend_dev_supports_op(dev, ggml_set_rows(ctx, dst, src, idx));
+    };
+    if (!can_write(k, dk*n_head_kv) || !can_write(v, dv*n_head_kv)) {
+        return false;
+    }
+
+    for (const int64_t n_q : { 1, 64 }) { // decode and prefill may take different kernels
+        ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, dk, n_q, n_head);
+        ggml_tensor * op;
+        if (fa) {
+            // the graph casts an f32 cache to f16
+            if (k->type == GGML_TYPE_F32) { k = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, dk, n_kv, n_head_kv); }
+            if (v->type == GGML_TYPE_F32) { v = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, dv, n_kv, n_head_kv); }
+            ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n_q);
+            op = ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
+        } else {
+            op = ggml_mul_mat(ctx, k, q);
+        }
+        if (!ggml_backend_dev_supports_op(dev, op)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// the planned type of one side, or f16 with a reason
+ggml_type kvt_cache::accept(uint32_t il, const char * side, ggml_type type, uint32_t head_dim, bool needs_fa) {
+    if (type == KVT_TYPE_NONE || !ggml_is_quantized(type)) {
+        return type == KVT_TYPE_NONE ? GGML_TYPE_F16 : type;
+    }
+    if (head_dim % ggml_blck_size(type) != 0) {
+        fallbacks[format("%s %s: head_dim %u is not a multiple of its block of %d", side, ggml_type_name(type), head_dim, (int) ggml_blck_size(type))].push_back(il);
+        return GGML_TYPE_F16;
+    }
+    if (needs_fa && v_trans) {
+        fallbacks[format("%s %s needs flash attention, which is off: turn it on (-fa on, flash_attn=True)", side, ggml_type_name(type))].push_back(il);
+        return GGML_TYPE_F16;
+    }
+    if (needs_fa && (model.arch == LLM_ARCH_T5 || model.arch == LLM_ARCH_T5ENCODER)) {
+        fallbacks[format("%s %s: this architecture has a bias on KQ, so its attention is not fused", side, ggml_type_name(type))].push_back(il);
+        return GGML_TYPE_F16;
+    }
+    return type;
+}
+
+kvt_cache_types kvt_cache::types(uint32_t il) {
+    kvt_cache_types res = { type_k, type_v };
+    if (!in_force()) {
+        return res;
+    }
+
+    const bool is_mla = hparams.is_mla(); // K is also V: one tensor, under the rules of both
+
+    if (plan_k) {
+        res.k = accept(il, "K", plan->type_k[il], hparams.n_embd_head_k(il), is_mla);
+    }
+    if (plan_v) {
+        res.v = is_mla ? res.k : accept(il, "V", plan->type_v[il], hparams.n_embd_head_v(il), true);
+    }
+
+    if (!kvt_device_supports(model, hparams, il, offload, !v_trans, res.k, res.v)) {
+        fallbacks[format("%s/%s: the layer's device has no kernel for this pair", ggml_type_name(res.k), ggml_type_name(res.v))].push_back(il);
+        res.k = plan_k ? GGML_TYPE_F16 : res.k;
+        res.v = plan_v ? GGML_TYPE_F16 : res.v;
+    }
+
+    quantized_k = quantized_k || ggml_is_quantized(res.k);
+    quantized_v = quantized_v || ggml_is_quantized(res.v);
+
+    return res;
+}
+
+std::vector<std::string> kvt_cache::notes() const {
+    std::vector<std::string> res;
+    for (const auto & [reason, il] : fallbacks) {
+        res.push_back(format("layers %s: %s: f16 there", kvt_layer_ranges(il).c_str(), reason.c_str()));
+    }
+    return res;
+}
+
+void kvt_cache::warn() const {
+    for (const auto & note : notes()) {
+        LLAMA_LOG_WARN("%s: %s\n", __func__, note.c_str());
+    }
+}
+
+std::string kvt_type_names(const std::vector<ggml_type> & types) {
+    std::string res;
+    for (size_t i = 0; i < types.size(); i++) {
+        bool seen = false;
+        for (size_t j = 0; j < i; j++) {
+            seen = seen || types[j] == types[i];
+        }
+        if (!seen) {
+            res += (res.empty() ? "" : " + ") + std::string(ggml_type_name(types[i]));
+        }
+    }
+    return res;
+}
+
+int32_t kvt_state_type(ggml_type type, bool rot, bool rot_default) {
+    return (int32_t) type | (ggml_is_quantized(type) && rot_default && !rot ? KVT_STATE_UNROTATED : 0);
+}
+
+void kvt_state_refused(const char * side, uint32_t il, int32_t have, int32_t want) {
+    const auto name = [](int32_t id) {
+        const int32_t type = id & ~KVT_STATE_UNROTATED;
+        if (type < 0 || type >= GGML_TYPE_COUNT) {
+            return format("unknown type %d", type);
+        }
+        return format("%s%s", ggml_type_name((ggml_type) type), id & KVT_STATE_UNROTATED ? " (not rotated)" : "");
+    };
+    LLAMA_LOG_ERROR("%s: layer %u: the state has %s %s, this context has %s: it was saved under another plan, cache type or rotation. Load it where it was saved, or process the prompt again\n",
+            __func__, il, side, name(want).c_str(), name(have).c_str());
+}

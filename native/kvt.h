@@ -1,0 +1,121 @@
+// kvt.h - the whole C ABI of kvtuner-gguf: per-layer K/V cache types for llama.cpp
+//
+// Ints, floats and pointers only. Nothing is thrown across it. Functions return 0 or a negative KVT_E_*; the text of the
+// last error of the calling thread is kvt_last_error(). Strings that are returned live as long as the library, unless said.
+// Thread safety: setting a plan on a model must not run beside the creation of a context of that model.
+#pragma once
+
+#include "llama.h"
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KVT_E_ARG   (-1) // an argument is null or out of range
+#define KVT_E_TYPE  (-2) // a type name is not known, or is no cache type
+#define KVT_E_NONE  (-3) // there is no such thing here (a layer without KV of its own, a model without plan)
+#define KVT_E_STATE (-4) // the object is not in a state for this call
+
+// id of the patch series that this library was built with; Python refuses a mismatch
+LLAMA_API const char * kvt_build_id(void);
+
+LLAMA_API const char * kvt_last_error(void);
+
+//
+// cache types
+//
+
+// the types that a plan may hold, from the most to the least precise; NULL past the end
+LLAMA_API const char * kvt_type_name(int32_t i);
+
+// the run time's own codec, as the CPU writes and reads the cache. x and y: [n_rows, n_per_row], row-major
+// kvt_encode writes n_rows*kvt_row_bytes() bytes to dst
+LLAMA_API int64_t kvt_row_bytes(const char * type, int64_t n_per_row);
+LLAMA_API int32_t kvt_encode   (const char * type, const float * x, int64_t n_rows, int64_t n_per_row, void * dst);
+LLAMA_API int32_t kvt_decode   (const char * type, const void * src, int64_t n_rows, int64_t n_per_row, float * y);
+
+//
+// the plan of a model
+//
+
+// number of layers that a plan of this model has (block_count)
+LLAMA_API int32_t kvt_model_n_layer(const struct llama_model * model);
+
+// set the plan for contexts that are created from now on; contexts that exist keep theirs
+// type_k, type_v: n_layer names, "" where a layer is left at f16 or has no KV of its own
+LLAMA_API int32_t kvt_model_set_plan(struct llama_model * model, const char * const * type_k, const char * const * type_v, int32_t n_layer);
+
+// no plan for contexts that are created from now on
+LLAMA_API int32_t kvt_model_clear_plan(struct llama_model * model);
+
+// where the plan in force comes from: "file", "override", "api", or "none"
+LLAMA_API const char * kvt_model_plan_source(const struct llama_model * model);
+
+// the planned pair of a layer, before the rules of a context; "" for none. KVT_E_NONE if no plan is in force
+LLAMA_API int32_t kvt_model_plan_layer(const struct llama_model * model, int32_t il, const char ** type_k, const char ** type_v);
+
+// what was wrong with the plan when it was read: one line each, in buf; returns the length needed without the 0 (as snprintf)
+LLAMA_API int32_t kvt_model_plan_notes(const struct llama_model * model, char * buf, int32_t size);
+
+//
+// what a context has allocated
+//
+
+// layer il as allocated. any out pointer may be NULL
+//   n_cells        cells of the layer's cache, all streams
+//   bytes_k/v      bytes of the K and V tensors
+//   rot_k/v        size of the Hadamard block that K and V are rotated by before they are written; 0 = not rotated
+// KVT_E_NONE if the layer has no KV of its own in this context (V of an MLA layer: type "", 0 bytes)
+LLAMA_API int32_t kvt_ctx_layer(
+        const struct llama_context * ctx, int32_t il,
+        const char ** type_k, const char ** type_v,
+        uint64_t * bytes_k, uint64_t * bytes_v,
+        uint32_t * n_cells, int32_t * rot_k, int32_t * rot_v);
+
+// bytes of the buffers behind all attention caches of the context (with the buffers' padding; 0 with no_alloc)
+LLAMA_API uint64_t kvt_ctx_buffer_bytes(const struct llama_context * ctx);
+
+// every fallback from the plan: one line each, in buf; returns the length needed without the 0 (as snprintf)
+LLAMA_API int32_t kvt_ctx_notes(const struct llama_context * ctx, char * buf, int32_t size);
+
+//
+// tap: see the inputs and the output of every attention node, for calibration
+//
+
+struct kvt_tap;
+
+// one attention node. pointers are valid during the call only; rows are dense, in this order:
+//   q [n_head][n_q][head_dim_k] f32   k [n_head_kv][n_kv][head_dim_k] f16   v [n_head_kv][n_kv][head_dim_v] f16
+//   mask [n_q][n_kv] f32, additive (NULL = none)   sinks [n_head] f32 (NULL = none)   out [n_head][n_q][head_dim_v] f32
+struct kvt_tap_node {
+    int32_t il; // the layer whose cache is read
+    int32_t n_q, n_kv, n_head, n_head_kv, head_dim_k, head_dim_v;
+    float   scale, max_bias, logit_softcap;
+    const float    * q;
+    const uint16_t * k;
+    const uint16_t * v;
+    const float    * mask;
+    const float    * sinks;
+    const float    * out;
+};
+
+typedef void (*kvt_tap_fn)(const struct kvt_tap_node * node, void * user);
+
+// n_q_max: query rows that are handed over, spread evenly over the batch
+LLAMA_API struct kvt_tap * kvt_tap_new (kvt_tap_fn fn, void * user, int32_t n_q_max);
+LLAMA_API void             kvt_tap_free(struct kvt_tap * tap);
+
+// off at first; the run time is slowed down only while it is on
+LLAMA_API void kvt_tap_enable(struct kvt_tap * tap, bool on);
+
+// text of what the tap could not hand over since it was enabled ("" = nothing)
+LLAMA_API const char * kvt_tap_error(const struct kvt_tap * tap);
+
+// llama_context_params.cb_eval, with the tap as cb_eval_user_data; needs flash attention
+LLAMA_API bool kvt_tap_eval(struct ggml_tensor * t, bool ask, void * tap);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,584 @@
+"""gguf_file: what is not the plan's stays byte for byte, a write that fails costs nothing, a broken file is named."""
+
+import errno
+import os
+import random
+import re
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
+
+from kvtuner_gguf import gguf_file
+from kvtuner_gguf.errors import PlanError
+from kvtuner_gguf.gguf_file import read_header, read_metadata, read_plan, weights_hash, write_plan
+from kvtuner_gguf.plan import Pair, Plan, Quality
+
+PLAN = Plan(
+    pairs=(Pair("q8_0", "q4_0"), Pair("", ""), Pair("q4_0", "iq4_nl")),
+    bits_per_value=5.1,
+    quality=Quality(0.0123, 1.25, 0.975, 4096),
+    rival=Pair.parse("q5_0"),
+    rival_quality=Quality(0.02, 2.5, 0.96, 4096),
+    rival_bits=5.5,
+    calibration={"text": "Größe", "seed": 7},
+)
+OTHER = Plan.uniform(Pair("f16", "q5_1"), 3)
+posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX modes, links and signals")
+
+
+def make_model(path, *, n_layer=3, alignment=None, n_tensors=3, last=None, split=None, extra=()):
+    """A small GGUF with every kind of metadata, a float tensor, a quantized one and one of odd size."""
+    writer = GGUFWriter(path, "llama")
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    writer.add_block_count(n_layer)
+    writer.add_array("tokenizer.ggml.tokens", ["<s>", "é", "", "日本"])
+    writer.add_array("tokenizer.ggml.scores", [0.5, -1.0, 2.0])
+    writer.add_array("test.flags", [True, False])
+    writer.add_bool("test.bool", True)
+    writer.add_float64("test.f64", 0.1)
+    writer.add_uint8("test.u8", 255)
+    writer.add_int64("test.i64", -5)
+    if split:
+        writer.add_uint16("split.no", split[0])
+        writer.add_uint16("split.count", split[1])
+    for key, value in extra:
+        writer.add_string(key, value)
+    rng = np.random.default_rng(n_layer)
+    tensors = [
+        ("token_embd.weight", rng.standard_normal((4, 32)).astype(np.float32), None),
+        ("blk.0.ffn.weight", rng.integers(0, 256, (3, 36), dtype=np.uint8), GGMLQuantizationType.Q4_0),
+        ("norm", rng.standard_normal(7).astype(np.float16), None),
+    ]
+    for name, data, kind in tensors[:n_tensors]:
+        writer.add_tensor(f"s{split[0]}.{name}" if split else name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if last is not None:
+        with open(path, "ab") as file:
+            file.write(last)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_model(tmp_path / "model.gguf")
+
+
+def fault(call, *parts):
+    """The message of the PlanError that call raises; it must hold all parts and end with a cure."""
+    with pytest.raises(PlanError) as caught:
+        call()
+    message = str(caught.value)
+    assert all(str(part) in message for part in parts), message
+    assert re.search(r"\. [A-Z][^.]*.*\.$", message), f"no cure: {message}"
+    return message
+
+
+def contents(path):
+    """All keys but ours with their bytes, and all tensors with theirs, as the gguf package reads them."""
+    reader = GGUFReader(path)
+    fields = {
+        key: b"".join(part.tobytes() for part in field.parts)
+        for key, field in reader.fields.items()
+        if not key.startswith(("kvtuner.", "GGUF."))
+    }
+    tensors = {t.name: (t.tensor_type, t.shape.tolist(), t.data.tobytes()) for t in reader.tensors}
+    return list(fields.items()), tensors
+
+
+# ---- a write
+
+
+@pytest.mark.parametrize(
+    "shape", [{}, {"alignment": 64}, {"alignment": 8}, {"n_tensors": 1}, {"n_tensors": 0}, {"last": b"tail"}], ids=str
+)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_write_and_strip_restore_the_file(shape, in_place, tmp_path):
+    path = make_model(tmp_path / "model.gguf", **shape)
+    original, parts = path.read_bytes(), contents(path)
+    written = write_plan(path, PLAN, None if in_place else tmp_path / "planned.gguf")
+    assert read_plan(written) == PLAN
+    assert contents(written) == parts
+    assert (path == written) == in_place and (in_place or path.read_bytes() == original)
+    write_plan(written, OTHER)
+    assert read_plan(written) == OTHER and contents(written) == parts
+    assert sorted(read_metadata(written)) == ["kvtuner.schema_version", "kvtuner.type_k", "kvtuner.type_v"]
+    write_plan(written, None)
+    assert written.read_bytes() == original and read_plan(written) is None
+
+
+def test_tensor_data_is_copied_to_the_last_byte(tmp_path):
+    path = make_model(tmp_path / "model.gguf", last=bytes(range(256)) * 3)
+    data = path.read_bytes()[read_header(path).data_offset :]
+    write_plan(path, PLAN)
+    header = read_header(path)
+    assert header.data_offset % 32 == 0
+    assert path.read_bytes()[header.data_offset :] == data
+
+
+def test_the_gguf_package_reads_what_was_written(model):
+    write_plan(model, PLAN)
+    fields = GGUFReader(model).fields
+    for key, kind, value in PLAN.to_metadata():
+        got = fields[key].contents()
+        assert got == (np.float32(value) if kind == "f32" else value), key
+        names = {"u32": "UINT32", "f32": "FLOAT32", "str": "STRING", "arr_str": "ARRAY"}
+        assert fields[key].types[0].name == names[kind]
+    assert list(fields)[-len(PLAN.to_metadata()) :] == [key for key, _, _ in PLAN.to_metadata()]
+
+
+def test_our_keys_go_from_anywhere_and_only_ours(tmp_path):
+    path = make_model(tmp_path / "m.gguf", extra=[("kvtuner.k_mean", "x"), ("kvtuner", "no dot"), ("kvtunerx.y", "z")])
+    parts = contents(path)
+    write_plan(path, None)
+    assert contents(path) == parts and "kvtuner" in dict(parts[0]) and read_metadata(path) == {}
+
+
+def test_a_plan_that_the_package_wrote_is_read(tmp_path):
+    path = tmp_path / "model.gguf"
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(3)
+    add = {"u32": writer.add_uint32, "f32": writer.add_float32, "str": writer.add_string, "arr_str": writer.add_array}
+    for key, kind, value in PLAN.to_metadata():
+        add[kind](key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert read_plan(path) == PLAN
+
+
+def test_strip_without_a_plan_writes_nothing(model, monkeypatch):
+    monkeypatch.setattr(gguf_file, "atomic_file", None)
+    assert write_plan(model, None) == model
+
+
+@pytest.mark.parametrize("kernel_copies", [True, False])
+def test_large_data_is_copied_in_chunks(kernel_copies, model, monkeypatch):
+    parts = contents(model)
+    monkeypatch.setattr(gguf_file, "_CHUNK", 64)
+    if not kernel_copies:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    write_plan(model, PLAN)
+    assert contents(model) == parts
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o600, 0o644, 0o755])
+def test_mode_is_kept(mode, model, tmp_path):
+    model.chmod(mode)
+    copy = write_plan(model, PLAN, tmp_path / "copy.gguf")
+    write_plan(model, PLAN)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (model, copy)] == [mode, mode]
+
+
+def test_version_2_stays_version_2(model):
+    data = bytearray(model.read_bytes())
+    data[4] = 2
+    model.write_bytes(data)
+    write_plan(model, PLAN)
+    assert model.read_bytes()[4] == 2 and read_plan(model) == PLAN
+
+
+# ---- a write that fails
+
+
+def unchanged(path, original, names=("model.gguf",)):
+    assert path.read_bytes() == original
+    assert sorted(os.listdir(path.parent)) == sorted(names)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [(os, "fsync"), (os, "replace"), (os, "chmod"), (gguf_file, "_copy"), (gguf_file, "_check_copy")],
+    ids=lambda place: place[1],
+)
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()], ids=repr)
+def test_an_interrupted_write_leaves_the_old_file(place, error, model, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    original = model.read_bytes()
+    monkeypatch.setattr(*place, fail)
+    if isinstance(error, OSError):
+        fault(lambda: write_plan(model, PLAN), model, "Input/output error", "unchanged")
+    else:
+        with pytest.raises(type(error)):
+            write_plan(model, PLAN)
+    monkeypatch.undo()
+    unchanged(model, original)
+
+
+@posix
+@pytest.mark.parametrize("new_file", [False, True])
+def test_a_killed_write_leaves_the_old_file(new_file, model, tmp_path):
+    original = model.read_bytes()
+    target = tmp_path / "new.gguf" if new_file else model
+    program = f"""
+import sys, time
+from kvtuner_gguf import gguf_file
+from kvtuner_gguf.plan import Pair, Plan
+real = gguf_file._copy_range
+def half(file, pos, end, out):
+    real(file, pos, (pos + end) // 2, out)
+    if end == {len(original)}:  # the tensor data
+        print("half", flush=True)
+        time.sleep(60)
+    real(file, (pos + end) // 2, end, out)
+gguf_file._copy_range = half
+gguf_file.write_plan({str(model)!r}, Plan.uniform(Pair("q8_0", "q8_0"), 3), {str(target)!r})
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"half\n"
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert model.read_bytes() == original and target.exists() != new_file
+    left = [name for name in os.listdir(tmp_path) if name != "model.gguf"]
+    assert len(left) == 1 and left[0].startswith(target.name) and left[0].endswith(".kvtuner-tmp")
+    assert read_plan(write_plan(model, PLAN, target)) == PLAN
+
+
+@posix
+def test_a_file_that_the_disk_does_not_take_leaves_the_old_one(tmp_path):
+    model = make_model(tmp_path / "model.gguf", last=bytes(100_000))
+    original = model.read_bytes()
+    program = f"""
+import resource
+from kvtuner_gguf import errors, gguf_file, plan
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+try:
+    gguf_file.write_plan({str(model)!r}, plan.Plan.uniform(plan.Pair("q8_0", "q8_0"), 3))
+except errors.PlanError as err:
+    print(err)
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "File too large" in out and "with -o" in out
+    unchanged(model, original)
+
+
+def test_a_full_disk_is_seen_before_the_copy(model, monkeypatch):
+    original = model.read_bytes()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(len(original) // 2))
+    monkeypatch.setattr(gguf_file, "atomic_file", None)
+    fault(lambda: write_plan(model, PLAN), model, "0 MiB free", "need 1 MiB", "-o")
+    unchanged(model, original)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fills_up_is_named_with_its_sizes(code, model, monkeypatch):
+    def fail(out, data):
+        raise OSError(code, os.strerror(code))
+
+    original = model.read_bytes()
+    monkeypatch.setattr(gguf_file, "_write", fail)
+    fault(lambda: write_plan(model, PLAN), model, "no space", "MiB free", "need 1 MiB", "-o")
+    unchanged(model, original)
+
+
+def test_a_folder_that_cannot_be_written_is_named(model, tmp_path, monkeypatch):
+    real = os.open
+
+    def fail(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, flags, *args, **kwargs)
+
+    original = model.read_bytes()
+    monkeypatch.setattr(os, "open", fail)
+    fault(lambda: write_plan(model, PLAN), model, "Permission denied", tmp_path, "-o")
+    monkeypatch.undo()
+    unchanged(model, original)
+
+
+@posix
+def test_a_read_only_file_is_not_replaced(model):
+    original = model.read_bytes()
+    model.chmod(0o444)
+    fault(lambda: write_plan(model, PLAN), model, "read-only", "-o")
+    unchanged(model, original)
+
+
+@posix
+def test_a_link_is_not_replaced(model, tmp_path):
+    link = tmp_path / "link.gguf"
+    link.symlink_to(model)
+    original = model.read_bytes()
+    fault(lambda: write_plan(link, PLAN), link, os.path.realpath(model), "-o")
+    fault(lambda: write_plan(model, PLAN, link), link, os.path.realpath(model), "-o")
+    unchanged(model, original, ["link.gguf", "model.gguf"])
+    assert read_plan(write_plan(link, PLAN, tmp_path / "copy.gguf")) == PLAN  # reading through a link is fine
+
+
+def test_another_file_is_not_lost(model, tmp_path):
+    other = make_model(tmp_path / "other.gguf", n_tensors=1)
+    original = other.read_bytes()
+    fault(lambda: write_plan(model, PLAN, other), other, "exists already", "-o")
+    fault(lambda: write_plan(model, PLAN, tmp_path, overwrite=True), tmp_path, "exists already")
+    assert other.read_bytes() == original
+    write_plan(model, PLAN, other, overwrite=True)
+    assert contents(other) == contents(model) and read_plan(other) == PLAN
+    assert write_plan(model, OTHER, tmp_path / "." / "model.gguf") == model and read_plan(model) == OTHER
+
+
+def test_a_folder_that_is_not_there_is_named(model, tmp_path):
+    for name in ("x.gguf", "model.gguf"):
+        fault(lambda name=name: write_plan(model, PLAN, tmp_path / "none" / name), "none", "No such file")
+
+
+def test_a_source_that_changes_is_noticed(model, monkeypatch):
+    real = gguf_file._copy_range
+
+    def change(file, pos, end, out):
+        os.utime(model, ns=(1, time.time_ns() + 10**9))
+        real(file, pos, end, out)
+
+    monkeypatch.setattr(gguf_file, "_copy_range", change)
+    fault(lambda: write_plan(model, PLAN), model, "changed by another program")
+    unchanged(model, model.read_bytes())
+    assert read_plan(model) is None
+
+
+def test_a_plan_for_another_model_is_refused(model):
+    fault(lambda: write_plan(model, Plan.uniform(Pair("q8_0", "q8_0"), 4)), model, "has 3 layers", "the plan 4")
+
+
+# ---- split models
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return [make_model(tmp_path / f"big-{i + 1:05}-of-00003.gguf", split=(i, 3)) for i in range(3)]
+
+
+def test_a_split_model_has_its_plan_in_the_first_shard(shards, tmp_path):
+    others = [path.read_bytes() for path in shards[1:]]
+    write_plan(shards[0], PLAN)
+    assert read_plan(shards[0]) == PLAN and [path.read_bytes() for path in shards[1:]] == others
+    for call in (lambda: read_plan(shards[1]), lambda: write_plan(shards[2], PLAN)):
+        fault(call, "of 3", "Give big-00001-of-00003.gguf")
+    fault(lambda: write_plan(shards[0], PLAN, tmp_path / "new.gguf"), "new.gguf", "-00001-of-00003.gguf", "-o")
+    assert read_plan(write_plan(shards[0], PLAN, tmp_path / "new-00001-of-00003.gguf")) == PLAN
+
+
+def test_the_hash_of_a_split_model_needs_all_shards(shards, tmp_path):
+    assert len({weights_hash(path) for path in shards}) == 1
+    assert weights_hash(shards[0]) == fnv1a(b"".join(sorted(b"".join(table(p)) for p in shards)))
+    shards[2].rename(tmp_path / "away.gguf")
+    fault(lambda: weights_hash(shards[0]), "big-00003-of-00003.gguf is missing")
+    fault(lambda: weights_hash(tmp_path / "away.gguf"), "away.gguf", "-of-00003.gguf")
+    fault(lambda: read_plan(tmp_path / "away.gguf"), "shard 3 of 3", "Give NAME-00001-of-00003.gguf")
+
+
+# ---- the hash
+
+
+def fnv1a(data):
+    digest = 0xCBF29CE484222325
+    for byte in data:
+        digest = (digest ^ byte) * 0x100000001B3 % 2**64
+    return f"{digest:016x}"
+
+
+def table(path):
+    """The hashed text of each tensor, from the gguf package; our test models hold f32, q4_0 and f16."""
+    rows = []
+    for tensor in sorted(GGUFReader(path).tensors, key=lambda t: t.name):
+        dims = ",".join(map(str, [*tensor.shape.tolist(), 1, 1, 1, 1][:4]))
+        rows.append(f"{tensor.name}\0{tensor.tensor_type.name.lower()}\0{dims}\n".encode())
+    return rows
+
+
+def test_fnv1a_is_the_published_one():
+    assert fnv1a(b"") == "cbf29ce484222325" and fnv1a(b"a") == "af63dc4c8601ec8c"
+
+
+def test_weights_hash_names_the_tensor_table(model, tmp_path):
+    assert table(model)[0] == b"blk.0.ffn.weight\0q4_0\x0064,3,1,1\n"
+    assert weights_hash(model) == fnv1a(b"".join(table(model)))
+    assert weights_hash(write_plan(model, PLAN, tmp_path / "planned.gguf")) == weights_hash(model)
+    assert weights_hash(make_model(tmp_path / "other.gguf", n_tensors=2)) != weights_hash(model)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in GGMLQuantizationType if kind in gguf_file._TYPES])
+def test_the_type_table_is_that_of_ggml(kind):
+    name, block_size, type_size = gguf_file._TYPES[kind]
+    if kind != GGMLQuantizationType.Q8_1:  # the package still has the 40 bytes it once had
+        assert (block_size, type_size) == GGML_QUANT_SIZES[kind]
+    assert name == re.sub(r"_k$", "_K", kind.name.lower())  # ggml writes q6_K, but iq4_nl and q8_0
+
+
+# ---- broken files
+
+
+def string(text):
+    data = text if isinstance(text, bytes) else text.encode()
+    return struct.pack("<Q", len(data)) + data
+
+
+def gguf(*kv, tensors=(), n_kv=None, n_tensors=None, version=3, data=b""):
+    n_kv, n_tensors = len(kv) if n_kv is None else n_kv, len(tensors) if n_tensors is None else n_tensors
+    head = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_kv) + b"".join((*kv, *tensors))
+    return head + bytes(-len(head) % 32) + data
+
+
+def tensor(name="a", shape=(32,), kind=0, offset=0):
+    return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+def u32(key, value):
+    return string(key) + struct.pack("<II", 4, value)
+
+
+def array(key, kind, n, data=b""):
+    return string(key) + struct.pack("<IIQ", 9, kind, n) + data
+
+
+BASE = (string("general.architecture") + struct.pack("<I", 8) + string("llama"), u32("llama.block_count", 3))
+HUGE = 1 << 62
+BROKEN = {
+    "empty": (b"", ["starts with b''"]),
+    "text": (b"hello world", ["b'hell'", "need b'GGUF'"]),
+    "magic only": (b"GGUF", ["cut off", "of 4"]),
+    "version 1": (gguf(*BASE, version=1), ["version 1", "need 2 or 3"]),
+    "version 0": (gguf(*BASE, version=0), ["big-endian"]),
+    "version 4": (gguf(*BASE, version=4), ["version 4", "need 2 or 3"]),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), ["big-endian", "0x3000000"]),
+    "many keys": (gguf(*BASE, n_kv=HUGE), [HUGE, "metadata keys"]),
+    "many tensors": (gguf(*BASE, n_tensors=HUGE), [HUGE, "tensors"]),
+    "few keys more": (gguf(*BASE, n_kv=4), ["metadata"]),
+    "few tensors more": (gguf(*BASE, n_tensors=4), ["cut off", "tensor 1"]),
+    "long key": (gguf(struct.pack("<Q", HUGE)), ["metadata key 0", HUGE]),
+    "long string": (gguf(string("a.block_count") + struct.pack("<IQ", 8, 2**64 - 1)), ["'a.block_count'", 2**64 - 1]),
+    "skipped long string": (gguf(string("k") + struct.pack("<IQ", 8, 2**64 - 1)), ["'k'", 2**64 - 1]),
+    "long array": (gguf(array("k", 4, HUGE)), ["'k'", 4 * HUGE]),
+    "long array of strings": (gguf(array("k", 8, HUGE)), ["'k'", 8 * HUGE]),
+    "array of arrays": (gguf(array("k", 9, 1, array("", 9, 1))), ["'k'", "array of type 9"]),
+    "value type 13": (gguf(string("k") + struct.pack("<I", 13)), ["'k'", "13"]),
+    "array of type 99": (gguf(array("k", 99, 1)), ["'k'", "99"]),
+    "key twice": (gguf(*BASE, BASE[1]), ["'llama.block_count' stands twice"]),
+    "key not UTF-8": (gguf(string(b"\xff\xfe") + bytes(12)), ["metadata key 0", "UTF-8"]),
+    "plan not UTF-8": (gguf(array("kvtuner.type_k", 8, 1, string(b"q8\xff"))), ["'kvtuner.type_k'", "UTF-8"]),
+    "alignment 0": (gguf(u32("general.alignment", 0)), ["general.alignment", "got 0"]),
+    "alignment 33": (gguf(u32("general.alignment", 33)), ["general.alignment", "got 33"]),
+    "alignment 2^31": (gguf(u32("general.alignment", 1 << 31)), ["general.alignment", 1 << 31]),
+    "alignment text": (gguf(string("general.alignment") + struct.pack("<I", 8) + string("x")), ["got 'x'"]),
+    "block_count text": (gguf(BASE[0], string("llama.block_count") + struct.pack("<I", 8) + string("3")), ["got '3'"]),
+    "split.no text": (gguf(*BASE, string("split.no") + struct.pack("<I", 8) + string("3")), ["split.no", "got '3'"]),
+    "5 dimensions": (gguf(*BASE, tensors=[tensor(shape=(1,) * 5)]), ["tensor 'a'", "5 dimensions"]),
+    "tensor twice": (gguf(*BASE, tensors=[tensor(), tensor()], data=bytes(128)), ["tensor 'a' stands twice"]),
+    "tensor cut off": (gguf(*BASE, tensors=[tensor()], data=bytes(127)), ["cut off", "tensor 'a'"]),
+    "tensor beyond": (gguf(*BASE, tensors=[tensor(offset=2**64 - 1)], data=bytes(128)), ["cut off", "tensor 'a'"]),
+    "tensor huge": (gguf(*BASE, tensors=[tensor(shape=(2**63,) * 4)], data=bytes(128)), ["cut off", "tensor 'a'"]),
+    "long name": (gguf(*BASE, tensors=[struct.pack("<Q", HUGE)]), ["tensor 0", HUGE]),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named(name, tmp_path):
+    data, parts = BROKEN[name]
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(data)
+    for call in (read_header, read_metadata, read_plan, weights_hash, lambda p: write_plan(p, PLAN)):
+        fault(lambda call=call: call(path), path, *parts)
+    unchanged(path, data, ["broken.gguf"])
+
+
+def test_a_file_that_is_no_file_is_named(tmp_path):
+    fault(lambda: read_header(tmp_path / "none.gguf"), "none.gguf", "No such file")
+    fault(lambda: write_plan(tmp_path, PLAN), tmp_path, "folder")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        fault(lambda: read_plan(tmp_path / "pipe"), "pipe", "device")
+
+
+@pytest.mark.parametrize(
+    ("kv", "parts"),
+    [
+        ((BASE[1],), ["block_count"]),
+        ((BASE[0],), ["llama.block_count"]),
+        ((BASE[0], u32("llama.block_count", 0)), ["llama.block_count"]),
+    ],
+)
+def test_a_file_without_layers_takes_no_plan(kv, parts, tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf(*kv))
+    fault(lambda: write_plan(path, PLAN), path, *parts)
+
+
+def test_a_faulty_plan_in_a_file_is_named_and_can_be_replaced(tmp_path):
+    path = tmp_path / "model.gguf"
+    sides = [array(f"kvtuner.type_{side}", 8, 3, string("q8_0") * 2 + string("q9")) for side in "kv"]
+    path.write_bytes(gguf(*BASE, u32("kvtuner.schema_version", 1), *sides))
+    fault(lambda: read_plan(path), path, "type_k: layer 2", "q9")
+    write_plan(path, PLAN)
+    assert read_plan(path) == PLAN
+    path.write_bytes(gguf(*BASE, u32("kvtuner.schema_version", 1), u32("kvtuner.type_k", 1)))
+    fault(lambda: read_plan(path), path, "type_k", "got 1")
+    path.write_bytes(gguf(*BASE, u32("kvtuner.schema_version", 2), *sides))
+    fault(lambda: read_plan(path), path, "schema_version", "got 2")
+    path.write_bytes(gguf(BASE[0], u32("llama.block_count", 4), u32("kvtuner.schema_version", 1), *sides))
+    fault(lambda: read_plan(path), path)
+
+
+def test_a_tensor_type_of_the_future_can_be_written_but_not_hashed(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf(*BASE, tensors=[tensor(kind=99)], data=bytes(128)))
+    assert read_plan(write_plan(path, PLAN)) == PLAN
+    fault(lambda: weights_hash(path), path, "'a'", "type")
+
+
+def test_names_from_a_file_do_not_reach_the_terminal_raw(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf(*BASE, tensors=[tensor(name="\x1b[2J" + "x" * 5000)]))
+    message = fault(lambda: read_header(path), "\\x1b")
+    assert "\x1b" not in message and len(message) < 400
+
+
+def test_a_truncation_anywhere_is_a_plan_error(model):
+    data, end = model.read_bytes(), read_header(model).tensors[-1]
+    for size in range(0, end.offset + end.n_bytes, 3):
+        model.write_bytes(data[:size])
+        with pytest.raises(PlanError):
+            read_header(model)
+
+
+def test_damage_is_a_plan_error_or_nothing(model):
+    rng, data = random.Random(0), model.read_bytes()
+    header = read_header(model).data_offset
+    for _ in range(400):
+        broken = bytearray(data)
+        for _ in range(rng.randint(1, 4)):
+            broken[rng.randrange(header)] = rng.choice((0, 1, 8, 9, 127, 128, 255, rng.randrange(256)))
+        model.write_bytes(broken)
+        try:
+            read_header(model, prefix="")
+        except PlanError:
+            pass
+
+
+def test_a_hostile_header_costs_little(tmp_path):
+    path = tmp_path / "model.gguf"
+    cases = [
+        gguf(array("k", 8, 1 << 20), data=bytes(8 << 20)),  # empty strings
+        gguf(array("kvtuner.x", 0, 1 << 24), data=bytes(1 << 24)),
+        gguf(n_kv=1 << 20, data=bytes(13 << 20)),  # empty keys
+    ]
+    for data in cases:
+        path.write_bytes(data)
+        start = time.process_time()
+        try:
+            read_header(path)
+        except PlanError:
+            pass
+        assert time.process_time() - start < 5

@@ -1,0 +1,286 @@
+"""Plan: invariants, both stored forms, and a message for every fault that names the value and the cure."""
+
+import copy
+import json
+import os
+import pickle
+import stat
+
+import numpy as np
+import pytest
+
+from kvtuner_gguf.errors import PlanError
+from kvtuner_gguf.plan import PREFIX, Pair, Plan, Quality, atomic_file
+
+Q8, Q4, NONE = Pair("q8_0", "q4_0"), Pair("q4_0", "q4_0"), Pair("", "")
+QUALITY = Quality(kld_mean=0.0123, kld_p999=1.25, same_top=0.975, n_positions=4096)
+
+
+def full_plan():
+    return Plan(
+        pairs=(Q8, Q8, NONE, Q4),
+        bits_per_value=5.1,
+        quality=QUALITY,
+        rival=Pair.parse("q5_0"),
+        rival_quality=Quality(0.02, 2.5, 0.96, 4096),
+        rival_bits=5.5,
+        calibration={"text": "Größe", "seed": 7, "n_ctx": 2048, "llama_cpp_commit": "0c1e57098", "rotation.k": 1},
+    )
+
+
+def values(**changes):
+    """A plan's JSON object with these keys changed; None takes one away."""
+    changes = {key.replace("__", "."): value for key, value in changes.items()}
+    both = json.loads(full_plan().to_json()) | changes
+    return {key: value for key, value in both.items() if value is not None}
+
+
+def fault(call, *parts):
+    """The message of the PlanError that call raises; it must hold all parts and end with a cure."""
+    with pytest.raises(PlanError) as caught:
+        call()
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert message.endswith(".") and message.count(". ") + message.count("for example") >= 1, f"no cure: {message}"
+    return message
+
+
+@pytest.mark.parametrize("plan", [full_plan(), Plan((Q8,)), Plan((Q8, Q4), calibration={"text": ""})])
+def test_both_forms_round_trip_exactly(plan, tmp_path):
+    assert Plan.from_json(plan.to_json()) == plan
+    assert Plan.from_metadata({key: value for key, _, value in plan.to_metadata()}) == plan
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+
+
+def test_metadata_has_the_names_and_kinds_of_the_format():
+    assert [(key, kind) for key, kind, _ in full_plan().to_metadata()] == [
+        ("kvtuner.schema_version", "u32"),
+        ("kvtuner.type_k", "arr_str"),
+        ("kvtuner.type_v", "arr_str"),
+        ("kvtuner.bits_per_value", "f32"),
+        ("kvtuner.kld_mean", "f32"),
+        ("kvtuner.kld_p999", "f32"),
+        ("kvtuner.same_top", "f32"),
+        ("kvtuner.n_positions", "u32"),
+        ("kvtuner.rival", "str"),
+        ("kvtuner.rival.bits_per_value", "f32"),
+        ("kvtuner.rival.kld_mean", "f32"),
+        ("kvtuner.rival.kld_p999", "f32"),
+        ("kvtuner.rival.same_top", "f32"),
+        ("kvtuner.rival.n_positions", "u32"),
+        ("kvtuner.calibration.text", "str"),
+        ("kvtuner.calibration.seed", "u32"),
+        ("kvtuner.calibration.n_ctx", "u32"),
+        ("kvtuner.calibration.llama_cpp_commit", "str"),
+        ("kvtuner.calibration.rotation.k", "u32"),
+    ]
+
+
+def test_json_and_metadata_hold_the_same_fields():
+    metadata = {key: value for key, _, value in full_plan().to_metadata()}
+    assert {PREFIX + key: value for key, value in values().items()} == metadata
+    assert metadata["kvtuner.rival"] == "q5_0/q5_0"
+    assert metadata["kvtuner.type_k"] == ["q8_0", "q8_0", "", "q4_0"]
+
+
+def test_a_plan_is_one_value():
+    plan = full_plan()
+    assert hash(plan) == hash(full_plan())
+    assert pickle.loads(pickle.dumps(plan)) == plan == copy.deepcopy(plan)
+    with pytest.raises(TypeError):
+        plan.calibration["seed"] = 8
+    assert Plan([Q8, Q4]).pairs == (Q8, Q4)
+
+
+def test_floats_are_kept_as_the_file_keeps_them():
+    assert Quality(0.1 + 1e-12, 1, 1).kld_mean == 0.1
+    assert Plan((Q8,), bits_per_value=1 / 3).bits_per_value == 0.33333334
+    for value in np.random.default_rng(0).random(1000) * 10.0 ** np.arange(-500, 500).clip(-40, 38):
+        kept = Quality(value, 1, 1).kld_mean
+        assert np.float32(kept) == np.float32(value)
+        assert Quality(float(np.float32(value)), 1, 1).kld_mean == kept  # what a GGUF gives back
+
+
+def test_numbers_of_numpy_are_numbers():
+    quality = Quality(np.float64(1), np.float32(2), 1, np.int64(3))
+    plan = Plan((Q8,), np.float32(5.5), quality, calibration={"seed": np.int32(4)})
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_uniform_and_sides():
+    plan = Plan.uniform(Q8, 3, has_kv=[True, False, True])
+    assert plan.pairs == (Q8, NONE, Q8) and plan.n_layer == 3
+    assert plan.type_k == ("q8_0", "", "q8_0") and plan.type_v == ("q4_0", "", "q4_0")
+    assert Plan.uniform(Q4, 2).pairs == (Q4, Q4)
+    fault(lambda: Plan.uniform(Q4, 2, has_kv=[True]), "has_kv", "1 flags", "2")
+
+
+def test_runs_join_equal_neighbours():
+    assert full_plan().runs() == [(0, 1, Q8), (2, 2, NONE), (3, 3, Q4)]
+    assert Plan((Q8,)).runs() == [(0, 0, Q8)]
+
+
+def test_parse_layers_fills_gaps_with_f16():
+    assert Plan.parse_layers("0-1:q8_0, 3:q4_0", 5) == ("q8_0", "q8_0", "f16", "q4_0", "f16")
+    assert Plan.parse_layers("0-25:iq4_nl", 26) == ("iq4_nl",) * 26
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("3-1:q8_0", "starts at 3"),
+        ("0-1:q8_0,1-2:q4_0", "layer 1 is already q8_0"),
+        ("0-4:q8_0", "the model has 4 layers"),
+        ("999999999:q8_0", "the model has 4 layers"),
+        ("0:q9_9", "q9_9"),
+        ("", "''"),
+        ("0:", "'0:'"),
+        ("q8_0", "'q8_0'"),
+        ("-1:q8_0", "'-1:q8_0'"),
+        ("0-1:q8_0,", "''"),
+        ("٣:q8_0", "٣"),
+    ],
+)
+def test_parse_layers_says_what_is_wrong(text, part):
+    fault(lambda: Plan.parse_layers(text, 4), "layers", part)
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (lambda: Plan(()), ["0 layers"]),
+        (lambda: Plan((Q8, Pair("q8_0", ""))), ["layer 1", "q8_0/"]),
+        (lambda: Plan((Q8,), rival_bits=5.5), ["rival"]),
+        (lambda: Plan((Q8,), rival_quality=QUALITY), ["rival"]),
+        (lambda: Plan((Q8,), rival=NONE), ["rival", "'/'"]),
+        (lambda: Plan((Q8,), bits_per_value=float("nan")), ["bits_per_value", "nan"]),
+        (lambda: Plan((Q8,), calibration={"seed": -1}), ["calibration.seed", "-1", "2^32"]),
+        (lambda: Plan((Q8,), calibration={"seed": 1 << 32}), ["calibration.seed", "4294967296"]),
+        (lambda: Plan((Q8,), calibration={"seed": True}), ["calibration.seed", "True"]),
+        (lambda: Plan((Q8,), calibration={"kld": 0.5}), ["calibration.kld", "0.5"]),
+        (lambda: Plan((Q8,), calibration={"Bad key": 1}), ["'Bad key'"]),
+        (lambda: Plan((Q8,), calibration={"text": "\x1b[31m"}), ["calibration.text", "\\x1b"]),
+        (lambda: Plan((Q8,), calibration={"text": "\udc80"}), ["calibration.text"]),
+        (lambda: Quality(float("inf"), 1, 1), ["kld_mean", "inf"]),
+        (lambda: Quality(1e39, 1, 1), ["kld_mean", "1e+39"]),
+        (lambda: Quality(0, 1, 1.5), ["same_top", "1.5"]),
+        (lambda: Quality(0, 1, 1, -3), ["n_positions", "-3"]),
+    ],
+)
+def test_a_plan_that_cannot_be_is_refused(make, parts):
+    fault(make, *parts)
+
+
+FAULTS = [
+    (values(schema_version=2), ["schema_version", "got 2"]),
+    (values(schema_version=None), ["schema_version", "None"]),
+    (values(type_k=None), ["type_k", "missing"]),
+    (values(type_v=None), ["type_v", "missing"]),
+    (values(type_k=["q8_0"]), ["type_v: got 4 layers", "type_k has 1"]),
+    (values(type_k=[], type_v=[]), ["0 layers"]),
+    (values(type_k="q8_0"), ["type_k", "'q8_0'", "array of strings"]),
+    (values(type_k=[1, 2, 3, 4]), ["type_k", "[1, 2, 3, 4]"]),
+    (values(type_v=["q4_0", "q4_0", "", "Q9_9"]), ["type_v: layer 3", "Q9_9", "q8_0"]),
+    (values(type_k=["q8_0", "x" * 9999, "", "q4_0"]), ["type_k: layer 1", "xxx"]),
+    (values(type_k=["", "q8_0", "", "q4_0"]), ["layer 0", "/q4_0"]),
+    (values(bits_per_value="5"), ["bits_per_value", "'5'"]),
+    (values(kld_mean=True), ["kld_mean", "True"]),
+    (values(kld_mean=10**400), ["kld_mean", "1000"]),
+    (values(kld_p999=None), ["quality", "kld_p999 missing"]),
+    (values(rival="q5_0/q9"), ["rival", "q9"]),
+    (values(rival="a/b/c"), ["rival", "a/b/c"]),
+    (values(rival=None), ["rival", "without its pair"]),
+    (values(rival__same_top=7), ["same_top", "7"]),
+    (values(calibration__seed=1.5), ["calibration.seed", "1.5"]),
+]
+
+
+@pytest.mark.parametrize(("stored", "parts"), FAULTS)
+def test_a_stored_fault_is_named_in_both_forms(stored, parts, tmp_path):
+    assert len(fault(lambda: Plan.from_metadata({PREFIX + k: v for k, v in stored.items()}), *parts)) < 400
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(stored))
+    fault(lambda: Plan.load(path), str(path), *parts)
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"type_k": "\xff"}', "not JSON"),
+        (b"[1]", "[1]"),
+        (b"null", "None"),
+        (b"GGUF\x03\x00\x00\x00", "GGUF model"),
+        (b" " * (17 << 20), "16 MiB"),
+    ],
+    ids=["empty", "half", "deep", "latin1", "list", "null", "gguf", "huge"],
+)
+def test_a_file_that_is_no_plan_is_named(data, part, tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_bytes(data)
+    fault(lambda: Plan.load(path), str(path), part)
+
+
+def test_load_names_a_path_that_cannot_be_read(tmp_path):
+    fault(lambda: Plan.load(tmp_path / "none.json"), "none.json", "No such file")
+    fault(lambda: Plan.load(tmp_path), str(tmp_path))
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (tmp_path / "plan.json").write_text(full_plan().to_json(), encoding="utf-8-sig")
+    assert Plan.load(tmp_path / "plan.json") == full_plan()
+
+
+def test_metadata_without_a_plan_is_no_plan():
+    assert Plan.from_metadata({"general.architecture": "llama", "kvtuner.enabled": True}) is None
+
+
+def test_keys_of_a_later_version_are_left_out():
+    assert Plan.from_json(json.dumps(values(k_mean=[0.5], type_k__7="q8_0"))) == full_plan()
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()], ids=["oserror", "ctrl-c"])
+def test_a_save_that_fails_leaves_the_old_file_alone(step, error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    path = tmp_path / "plan.json"
+    Plan((Q4,)).save(path)
+    monkeypatch.setattr(os, step, fail)
+    with pytest.raises(PlanError if isinstance(error, OSError) else KeyboardInterrupt):
+        full_plan().save(path)
+    monkeypatch.undo()
+    assert Plan.load(path) == Plan((Q4,))
+    assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def test_save_names_a_folder_that_is_not_there(tmp_path):
+    fault(lambda: full_plan().save(tmp_path / "none" / "plan.json"), "none", "No such file")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX modes and links")
+def test_save_keeps_mode_and_link(tmp_path):
+    path, link = tmp_path / "plan.json", tmp_path / "link.json"
+    Plan((Q4,)).save(path)
+    assert stat.S_IMODE(path.stat().st_mode) & 0o400
+    path.chmod(0o640)
+    link.symlink_to(path)
+    full_plan().save(link)
+    assert link.is_symlink() and Plan.load(path) == full_plan()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_atomic_file_syncs_before_it_renames(tmp_path, monkeypatch):
+    steps = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (steps.append(name), real(*args))[1])
+    with atomic_file(tmp_path / "x") as out:
+        out.write(b"data")
+        assert not (tmp_path / "x").exists()
+    assert (tmp_path / "x").read_bytes() == b"data"
+    assert steps[:2] == ["fsync", "replace"]
