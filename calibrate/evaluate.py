@@ -13,7 +13,6 @@ from ..plan import Pair, Quality
 from ..runtime import Context, Session
 
 N_UBATCH = 512  # of all runs that are compared
-N_UBATCH_FLOOR = 128  # same f16 cache, other batches: the difference is rounding alone
 
 
 @dataclass(frozen=True)
@@ -97,19 +96,21 @@ def measure(
     pairs: Sequence[Pair] | None,
     reference: Reference,
     *,
-    n_ubatch: int = N_UBATCH,
+    flash_attn: bool = True,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Quality:
     """Quality of a plan on the reference's text: a real run on the real cache.
 
-    pairs  one per layer; None = f16 (with n_ubatch=N_UBATCH_FLOOR: the noise floor)
+    pairs       one per layer; None = f16
+    flash_attn  False with pairs=None: the noise floor. The same f16 cache by another attention kernel, so that the
+                difference is rounding alone, as the model's other roundings amplify it
     Raises CalibrationError if the run time did not allocate what was asked for.
     """
     base, chunks = reference.open(), reference.chunks
     kld, same_top = np.empty(chunks.n_positions), np.empty(chunks.n_positions, bool)
     at = 0
     session.set_plan(pairs)
-    with session.context(chunks.n_ctx, n_ubatch=n_ubatch) as ctx:
+    with session.context(chunks.n_ctx, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
         if pairs is not None and ctx.notes():
             raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")
         for logits in _runs(ctx, chunks):

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ SEED_PROMPTS = (
 )
 
 MAX_DOCUMENT = 700  # tokens the model writes before the next prompt
+N_PARALLEL = 16  # sequences written at once
 
 
 @dataclass(frozen=True)
@@ -112,13 +114,11 @@ def write_text(
     """Text that the model writes itself, at temperature 1, from SEED_PROMPTS: no data set, and on its own distribution.
 
     stream  tokens of one sequence; a chunk never crosses two
-    Even prompts are for calibration, odd ones for proof.
+    The two parts come from different prompts.
     """
-    parts = []
-    for half, n_tokens in enumerate((n_calibration, n_heldout)):
-        prompts = SEED_PROMPTS[half::2]
-        writer = _Writer(session, prompts, stream, seed + half)
-        parts.append(writer.write(-(-n_tokens // stream), progress).reshape(-1)[:n_tokens])
+    counts = [-(-n_tokens // stream) for n_tokens in (n_calibration, n_heldout)]
+    streams = _Writer(session, stream, seed).write([half for half in (0, 1) for _ in range(counts[half])], progress)
+    parts = [s.reshape(-1)[:n] for s, n in zip(np.split(streams, [counts[0]]), (n_calibration, n_heldout))]
     data = np.concatenate(parts).tobytes()
     return Text("written by the model", hashlib.sha256(data).hexdigest(), *parts)
 
@@ -126,23 +126,24 @@ def write_text(
 class _Writer:
     """Lets the model write several sequences at once: one batch per token reads the weights once for all."""
 
-    def __init__(self, session: Session, prompts: Sequence[str], stream: int, seed: int) -> None:
+    def __init__(self, session: Session, stream: int, seed: int) -> None:
         self.session, self.stream = session, stream
-        self.prompts = [_prompt_tokens(session, p) for p in prompts]
+        prompts = [_prompt_tokens(session, p) for p in SEED_PROMPTS]
+        self.prompts = (cycle(prompts[0::2]), cycle(prompts[1::2]))  # of the two halves, which share none
         self.rng = np.random.default_rng(seed)
-        self.next_prompt = 0
 
-    def write(self, n_stream: int, progress: Callable[[int], None]) -> np.ndarray:
-        """-> (n_stream, stream) int32"""
+    def write(self, halves: Sequence[int], progress: Callable[[int], None]) -> np.ndarray:
+        """One stream for each entry of halves -> (len(halves), stream) int32"""
         done = []
-        while len(done) < n_stream:
-            done += self._write_batch(min(8, n_stream - len(done)), progress)
+        for start in range(0, len(halves), N_PARALLEL):
+            done += self._write_batch(halves[start : start + N_PARALLEL], progress)
         return np.array(done, np.int32)
 
-    def _write_batch(self, n_seq: int, progress: Callable[[int], None]) -> list[list[int]]:
+    def _write_batch(self, halves: Sequence[int], progress: Callable[[int], None]) -> list[list[int]]:
         self.session.set_plan(None)
-        pending = [self._prompt() for _ in range(n_seq)]  # tokens that are to be read before the next one is sampled
-        texts: list[list[int]] = [[] for _ in range(n_seq)]
+        n_seq = len(halves)
+        pending = [next(self.prompts[half]) for half in halves]  # tokens to read before the next one is sampled
+        texts: list[list[int]] = [[] for _ in halves]
         written = [0] * n_seq
         with self.session.context(n_seq * self.stream, n_seq_max=n_seq) as ctx:
             while any(len(t) < self.stream for t in texts):
@@ -154,22 +155,17 @@ class _Writer:
                     at += [i] if part else []
                     text += part
                 for i, logits in zip(at, ctx.decode(rows, outputs)):
-                    pending[i] = self._next(logits, written, i)
+                    token, written[i] = self._sample(logits), written[i] + 1
+                    pending[i] = [token]
+                    if self.session.is_end(token) or written[i] >= MAX_DOCUMENT:
+                        pending[i], written[i] = [token, *next(self.prompts[halves[i]])], 0
                 progress(len(rows))
         return texts
 
-    def _prompt(self) -> list[int]:
-        self.next_prompt += 1
-        return self.prompts[(self.next_prompt - 1) % len(self.prompts)]
-
-    def _next(self, logits: np.ndarray, written: list[int], i: int) -> list[int]:
-        """The token that the model writes, or the next prompt where it ends its document."""
-        token = int((logits + self.rng.gumbel(size=logits.shape)).argmax())  # a sample at temperature 1
-        written[i] += 1
-        if self.session.is_end(token) or written[i] >= MAX_DOCUMENT:
-            written[i] = 0
-            return [token, *self._prompt()]
-        return [token]
+    def _sample(self, logits: np.ndarray) -> int:
+        """A token at temperature 1."""
+        cumulative = np.exp(logits - logits.max()).cumsum(dtype=np.float64)
+        return min(int(cumulative.searchsorted(self.rng.random() * cumulative[-1])), len(logits) - 1)
 
 
 def _prompt_tokens(session: Session, prompt: str) -> list[int]:

@@ -14,6 +14,8 @@ import numpy as np
 
 from .errors import CodecError, NativeError
 
+LLAMA_CPP_COMMIT = "0c1e57098"  # of the pinned source
+
 _KVT_E_TYPE, _KVT_E_NONE = -2, -3
 
 

@@ -93,7 +93,7 @@ ggml_type kvt_cache::accept(uint32_t il, const char * side, ggml_type type, uint
 
 kvt_cache_types kvt_cache::types(uint32_t il) {
     kvt_cache_types res = { type_k, type_v };
-    if (!in_force()) {
+    if (!in_force() || hparams.n_head_kv(il) == 0) { // a layer without attention (deci) has a cache of no values
         return res;
     }
 

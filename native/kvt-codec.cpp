@@ -16,8 +16,8 @@ static ggml_type kvt_codec_type(const char * name, int64_t n_per_row, int32_t * 
         *err = kvt_error(KVT_E_TYPE, format("'%s' is not the name of a cache type", name ? name : "(null)"));
         return KVT_TYPE_NONE;
     }
-    if (n_per_row <= 0 || n_per_row % ggml_blck_size(type) != 0) {
-        *err = kvt_error(KVT_E_ARG, format("%s: a row of %lld values is not a multiple of its block of %d", name, (long long) n_per_row, (int) ggml_blck_size(type)));
+    if (n_per_row <= 0 || n_per_row > INT32_MAX || n_per_row % ggml_blck_size(type) != 0) {
+        *err = kvt_error(KVT_E_ARG, format("%s: a row of %lld values, need a positive multiple of its block of %d", name, (long long) n_per_row, (int) ggml_blck_size(type)));
         return KVT_TYPE_NONE;
     }
     *err = 0;

@@ -45,6 +45,14 @@ const char * kvt_last_error(void) {
     return kvt_error_text.c_str();
 }
 
+int32_t kvt_write_lines(const std::vector<std::string> & lines, char * buf, int32_t size) {
+    std::string text;
+    for (const auto & line : lines) {
+        text += line + "\n";
+    }
+    return buf && size > 0 ? snprintf(buf, size, "%s", text.c_str()) : (int32_t) text.size();
+}
+
 const char * kvt_build_id(void) {
     return KVT_BUILD_ID;
 }
@@ -129,13 +137,22 @@ static std::string kvt_weights_hash(const llama_model_loader & ml) {
 }
 
 // kvtuner.enabled from the overrides, else from the file
-static bool kvt_enabled(const llama_model_loader & ml) {
+static bool kvt_enabled(const llama_model_loader & ml, std::vector<std::string> & notes) {
     const auto it = ml.kv_overrides.find("kvtuner.enabled");
-    if (it != ml.kv_overrides.end() && it->second.tag == LLAMA_KV_OVERRIDE_TYPE_BOOL) {
-        return it->second.val_bool;
+    if (it != ml.kv_overrides.end()) {
+        if (it->second.tag == LLAMA_KV_OVERRIDE_TYPE_BOOL) {
+            return it->second.val_bool;
+        }
+        notes.push_back("override kvtuner.enabled is not a bool: it is ignored");
     }
     const int64_t kid = gguf_find_key(ml.metadata, "kvtuner.enabled");
-    return kid < 0 || gguf_get_kv_type(ml.metadata, kid) != GGUF_TYPE_BOOL || gguf_get_val_bool(ml.metadata, kid);
+    if (kid >= 0) {
+        if (gguf_get_kv_type(ml.metadata, kid) == GGUF_TYPE_BOOL) {
+            return gguf_get_val_bool(ml.metadata, kid);
+        }
+        notes.push_back("kvtuner.enabled is not a bool: it is ignored");
+    }
+    return true;
 }
 
 static void kvt_read_file(const llama_model_loader & ml, uint32_t n_layer, kvt_plan & plan) {
@@ -193,7 +210,7 @@ static void kvt_read_overrides(const llama_model_loader & ml, uint32_t n_layer, 
     const std::map<std::string, llama_model_kv_override> sorted(ml.kv_overrides.begin(), ml.kv_overrides.end());
 
     for (const auto & [key, o] : sorted) {
-        if (key.compare(0, 12, "kvtuner.type") != 0) {
+        if (key.compare(0, 8, "kvtuner.") != 0 || key == "kvtuner.enabled") {
             continue;
         }
         const int64_t il_k = kvt_override_layer(key, "kvtuner.type_k.");
@@ -201,7 +218,7 @@ static void kvt_read_overrides(const llama_model_loader & ml, uint32_t n_layer, 
         const int64_t il   = il_k >= 0 ? il_k : il_v;
 
         if (il < 0 || il >= n_layer) {
-            plan.notes.push_back(format("override %s: need kvtuner.type_k.N or kvtuner.type_v.N with N from 0 to %u: it is ignored", kvt_printable(key.c_str()).c_str(), n_layer - 1));
+            plan.notes.push_back(format("override %s: need kvtuner.enabled, kvtuner.type_k.N or kvtuner.type_v.N with N from 0 to %u: it is ignored", kvt_printable(key.c_str()).c_str(), n_layer - 1));
             continue;
         }
         const ggml_type type = o.tag == LLAMA_KV_OVERRIDE_TYPE_STR ? kvt_type_from_name(o.val_str) : KVT_TYPE_NONE;
@@ -238,7 +255,8 @@ static bool kvt_arch_refused(llm_arch arch) {
 void kvt_plan_load(llama_model & model, const llama_model_loader & ml) {
     auto plan = std::make_shared<kvt_plan>();
 
-    if (kvt_enabled(ml)) {
+    // without its hparams a model has no layers, and no context to plan for
+    if (!model.hparams.vocab_only && kvt_enabled(ml, plan->notes)) {
         kvt_read_file     (ml, model.hparams.n_layer_all, *plan);
         kvt_read_overrides(ml, model.hparams.n_layer_all, *plan);
     }
@@ -346,11 +364,5 @@ int32_t kvt_model_plan_layer(const llama_model * model, int32_t il, const char *
 }
 
 int32_t kvt_model_plan_notes(const llama_model * model, char * buf, int32_t size) {
-    std::string text;
-    if (model && model->kvt) {
-        for (const auto & note : model->kvt->notes) {
-            text += note + "\n";
-        }
-    }
-    return snprintf(buf, size, "%s", text.c_str());
+    return kvt_write_lines(model && model->kvt ? model->kvt->notes : std::vector<std::string>(), buf, size);
 }

@@ -43,6 +43,9 @@ std::string kvt_layer_ranges(const std::vector<uint32_t> & il);
 // set the calling thread's last error and return the code
 int32_t kvt_error(int32_t code, const std::string & text);
 
+// one line each, in buf, which may be null; returns the length needed without the 0 (as snprintf)
+int32_t kvt_write_lines(const std::vector<std::string> & lines, char * buf, int32_t size);
+
 //
 // the types of one cache
 //

@@ -74,7 +74,7 @@ int32_t kvt_ctx_layer(
     }
     for (const llama_kv_cache * kv : kvt_query::caches(ctx)) {
         const auto * l = kvt_query::layer(*kv, il);
-        if (!l) {
+        if (!l || ggml_is_empty(l->k)) {
             continue;
         }
         if (type_k)  { *type_k  = ggml_type_name(l->k->type); }
@@ -98,11 +98,10 @@ uint64_t kvt_ctx_buffer_bytes(const llama_context * ctx) {
 }
 
 int32_t kvt_ctx_notes(const llama_context * ctx, char * buf, int32_t size) {
-    std::string text;
+    std::vector<std::string> lines;
     for (const llama_kv_cache * kv : kvt_query::caches(ctx)) {
-        for (const auto & note : kvt_query::types(*kv).notes()) {
-            text += note + "\n";
-        }
+        const auto notes = kvt_query::types(*kv).notes();
+        lines.insert(lines.end(), notes.begin(), notes.end());
     }
-    return snprintf(buf, size, "%s", text.c_str());
+    return kvt_write_lines(lines, buf, size);
 }

@@ -128,7 +128,7 @@ static void kvt_tap_node_done(kvt_tap & tap, const ggml_tensor * t, int32_t il) 
 
 bool kvt_tap_eval(ggml_tensor * t, bool ask, void * user) {
     kvt_tap * tap = (kvt_tap *) user;
-    if (!tap->on || t->op != GGML_OP_FLASH_ATTN_EXT) {
+    if (!tap || !tap->on || t->op != GGML_OP_FLASH_ATTN_EXT) {
         return !ask; // not asked for; and never stop the graph
     }
     const int32_t il = kvt_cache_layer(t->src[1]);
@@ -156,6 +156,9 @@ void kvt_tap_free(kvt_tap * tap) {
 }
 
 void kvt_tap_enable(kvt_tap * tap, bool on) {
+    if (!tap) {
+        return;
+    }
     if (on) {
         tap->error.clear();
     }
@@ -163,5 +166,5 @@ void kvt_tap_enable(kvt_tap * tap, bool on) {
 }
 
 const char * kvt_tap_error(const kvt_tap * tap) {
-    return tap->error.c_str();
+    return tap ? tap->error.c_str() : "";
 }

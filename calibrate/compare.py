@@ -1,0 +1,66 @@
+"""Any list of plans and uniform pairs -> their KLD table on one text, for `kvtuner-gguf evaluate`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import CalibrationError
+from ..plan import Pair, Plan
+from ..report import Comparison, Row
+from ..runtime import Session
+from .evaluate import make_reference, measure
+from .text import chunks_of, read_text, write_text
+
+
+def compare(
+    *,
+    model: Path,
+    named: Mapping[str, Plan | Pair],
+    progress: Any,
+    stream: int,
+    n_ctx: int,
+    text: Path | None,
+    n_chunk: int,
+    seed: int,
+    threads: int | None,
+    n_gpu_layers: int,
+) -> Comparison:
+    """Each plan or pair measured on n_chunk chunks of `stream` tokens, beside the f16 noise floor.
+
+    text   None: the model writes its own
+    n_ctx  context at which bytes are counted
+    Raises CalibrationError if a plan does not fit the model, or the text is too short.
+    """
+    with Session(model, no_alloc=True) as shape:
+        geometry = shape.geometry(n_ctx)
+    with Session(model, n_threads=threads, n_gpu_layers=n_gpu_layers) as session:
+        plans = {name: _pairs(name, plan, geometry.values_k) for name, plan in named.items()}
+        n_tokens = n_chunk * stream
+        if text is not None:
+            source = read_text(session, text, 0, n_tokens)
+        else:
+            with progress.bar("text: the model writes", n_tokens) as advance:
+                source = write_text(session, 0, n_tokens, stream=stream, seed=seed, progress=advance)
+        chunks = chunks_of(source.heldout, stream, n_chunk, "text")
+        with tempfile.TemporaryDirectory() as tmp:
+            with progress.bar("f16 reference", chunks.n_positions) as advance:
+                reference = make_reference(session, chunks, Path(tmp) / "f16", advance)
+            with progress.bar("measure", len(plans) + 1) as advance:
+                f16 = _pairs("f16", Pair("f16", "f16"), geometry.values_k)
+                rows = [Row("f16 (noise floor)", 16.0, geometry.bytes(f16), measure(session, None, reference, flash_attn=False))]
+                advance(1)
+                for name, pairs in plans.items():
+                    rows.append(Row(name, geometry.bits_per_value(pairs), geometry.bytes(pairs), measure(session, pairs, reference)))
+                    advance(1)
+    return Comparison(source.name, chunks.n_positions, chunks.n_ctx, n_ctx, tuple(rows))
+
+
+def _pairs(name: str, plan: Plan | Pair, values_k: tuple[int, ...]) -> tuple[Pair, ...]:
+    if isinstance(plan, Pair):
+        return Plan.uniform(plan, len(values_k), [bool(n) for n in values_k]).pairs
+    if plan.n_layer != len(values_k):
+        raise CalibrationError(f"plan '{name}' has {plan.n_layer} layers, the model has {len(values_k)}. Use a plan of this model.")
+    return plan.pairs

@@ -1,0 +1,417 @@
+"""All stages in order: text, capture, error, prune, cluster, search, prove, write. The only file that imports a stage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from .. import native
+from ..codecs import CODECS
+from ..default_model import cache_dir
+from ..errors import CalibrationError, KvtunerError
+from ..gguf_file import weights_hash
+from ..plan import Geometry, Pair, Plan, Quality
+from ..report import Comparison, Row
+from ..runtime import Session
+from .capture import capture
+from .cluster import cluster
+from .error import error_table
+from .evaluate import Chunks, Reference, make_reference, measure
+from .prune import pareto_menus
+from .results import Capture, ErrorTable, Trial, Trials
+from .search import nsga2
+from .solve import Additive, cheapest, fit, fitted_search, solve
+from .text import Text, chunks_of, read_text, write_text
+
+STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
+SEARCH_CTX = 512  # tokens of a chunk that plans are tried on
+DEFAULT_TYPES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+PAPER_TYPES = ("q8_0", "q4_0")  # KVTuner's 8 and 4 bits
+DEFAULT_BITS = 5.5
+N_TRIALS = {"fitted": 32, "paper": 100}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the user wants, in one unit: bits per value, bytes at the context, or a mean KLD. One of the three."""
+
+    bits: float | None = None
+    memory_bytes: int | None = None
+    max_kld: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [v for v in (self.bits, self.memory_bytes, self.max_kld) if v is not None]
+        if len(given) != 1 or not given[0] > 0:
+            raise CalibrationError(f"goal: got {self}, need one of bits, memory and max-kld, above 0.")
+
+    def max_bytes(self, geometry: Geometry) -> int | None:
+        """The byte budget at the geometry's context; None if the goal is a KLD."""
+        if self.memory_bytes is not None:
+            return self.memory_bytes
+        n_values = sum(geometry.values_k) + sum(geometry.values_v)
+        return int(self.bits * n_values / 8 + 1e-6) if self.bits is not None else None
+
+
+@dataclass(frozen=True)
+class Options:
+    """One calibration. n_ctx: context at which bytes are counted; n_chunk: pieces of text, which all stages scale with."""
+
+    model: Path
+    goal: Goal
+    method: str = "fitted"
+    n_ctx: int = 8192
+    text: Path | None = None
+    n_chunk: int = 4
+    seed: int = 0
+    n_trials: int | None = None
+    n_threads: int | None = None
+    n_gpu_layers: int = 0
+    resume: bool = False
+    types: tuple[str, ...] = ()
+
+    @property
+    def candidate_types(self) -> tuple[str, ...]:
+        return self.types or (PAPER_TYPES if self.method == "paper" else DEFAULT_TYPES)
+
+
+class Progress(Protocol):
+    """What the pipeline tells the user with."""
+
+    def bar(self, title: str, total: int) -> Any:
+        """Context manager that gives a function advance(n)."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """plan: to be written; comparison: the held-out table; searched: the plan found, which is not `plan` if it lost."""
+
+    plan: Plan
+    searched: tuple[Pair, ...]
+    won: bool
+    comparison: Comparison
+    geometry: Geometry
+
+
+def work_dir(options: Options) -> Path:
+    """Where the stages' records of this calibration are: the same text and model, the same folder."""
+    parts = [weights_hash(options.model), options.model.stat().st_size, options.n_chunk, options.seed]
+    if options.text:
+        parts.append(hashlib.sha256(options.text.read_bytes()).hexdigest())
+    return cache_dir() / "calibrate" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def calibrate(options: Options, progress: Progress) -> Outcome:
+    """Measure the model, find a plan for the goal, and prove it on held-out text. Writes nothing but its own records.
+
+    Raises CalibrationError if the goal cannot be met, or the text is too short.
+    """
+    if options.text is not None and not options.text.is_file():
+        raise CalibrationError(f"text '{options.text}' does not exist. Check the path given with -f.")
+    work = work_dir(options)
+    if not options.resume:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    with Session(options.model, n_threads=options.n_threads, n_gpu_layers=options.n_gpu_layers) as session:
+        run = _Run(options, session, progress, work)
+        outcome = run.outcome()
+    for name in ("capture", "search.f16", "heldout.f16"):  # large, and quick to make again
+        path = work / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return outcome
+
+
+class _Run:
+    """One calibration in progress: its records, made when a stage asks for them."""
+
+    def __init__(self, options: Options, session: Session, progress: Progress, work: Path) -> None:
+        self.options, self.session, self.progress, self.work = options, session, progress, work
+        with Session(options.model, no_alloc=True) as shape:
+            self.geometry = shape.geometry(options.n_ctx)
+        if not any(self.geometry.values_k):
+            raise CalibrationError(f"model '{options.model}' has no layer with a K/V cache of its own. There is nothing to plan.")
+        self.max_bytes = options.goal.max_bytes(self.geometry)
+        self.n_trials = options.n_trials or N_TRIALS[options.method]
+        self.cache = EvaluationCache(work / "evaluations.jsonl")
+
+    # text, capture, error
+
+    def text(self) -> Text:
+        n = self.options.n_chunk
+        n_calibration, n_heldout = n * STREAM, n * STREAM * 3 // 2
+        path = self.work / "text.npz"
+        if path.exists():
+            with np.load(path) as f:
+                return Text(str(f["name"]), str(f["sha256"]), f["calibration"], f["heldout"])
+        if self.options.text:
+            text = read_text(self.session, self.options.text, n_calibration, n_heldout)
+        else:
+            with self.progress.bar("text: the model writes", n_calibration + n_heldout) as advance:
+                text = write_text(self.session, n_calibration, n_heldout, stream=STREAM, seed=self.options.seed, progress=advance)
+        part = path.with_suffix(".part.npz")
+        np.savez(part, **vars(text))
+        part.replace(path)
+        return text
+
+    def errors(self, text: Text) -> ErrorTable:
+        path = self.work / f"errors-{'-'.join(self.options.candidate_types)}.json"
+        if path.exists():
+            return ErrorTable.load(path)
+        captured = self.captured(text)
+        types = self.session.supported(tuple(dict.fromkeys(("f16", *self.options.candidate_types))))
+        if any("f16" not in k or "f16" not in v for k, v in types.values()):
+            raise CalibrationError("some layers cannot be set to f16. This model is not supported.")
+        with self.progress.bar("error: K and V after each type", len(captured.il) * captured.n_sample) as advance:
+            errors = error_table(captured, types, native.round_trip, lambda done, total: advance(1))
+        errors.save(path)
+        return errors
+
+    def captured(self, text: Text) -> Capture:
+        path = self.work / "capture"
+        if (path / Capture.INDEX).exists():
+            return Capture.load(path)
+        shutil.rmtree(path, ignore_errors=True)
+        chunks = chunks_of(text.calibration, STREAM, max(1, self.options.n_chunk // 2), "calibration text")
+        with self.progress.bar("capture: Q, K, V on an f16 cache", chunks.tokens.size) as advance:
+            return capture(self.session, chunks, path, advance)
+
+    # search, on the second half of the calibration text
+
+    def search_reference(self, text: Text) -> Reference:
+        tail = text.calibration[len(text.calibration) // 2 :]
+        return self.reference("search", chunks_of(tail, SEARCH_CTX, self.options.n_chunk, "calibration text"))
+
+    def reference(self, name: str, chunks: Chunks) -> Reference:
+        with self.progress.bar(f"{name}: f16 reference", chunks.n_positions) as advance:
+            return make_reference(self.session, chunks, self.work / f"{name}.f16", advance)
+
+    def evaluate(self, reference: Reference, what: str) -> Callable[[tuple[Pair, ...]], Quality]:
+        """Quality of a plan on a reference's text, by a real run; one that was measured before is read from the records."""
+        return partial(self.cache.get, what, lambda pairs: measure(self.session, pairs, reference))
+
+    def searched(self, text: Text) -> tuple[Trials, list[Trial]]:
+        """All trials, and the best uniform pairs of the same bytes among them, best first."""
+        errors = self.errors(text)
+        model = Additive.of(errors, self.geometry)
+        if self.max_bytes is not None and self.max_bytes < cheapest(model):
+            raise CalibrationError(
+                f"goal of {self.max_bytes} bytes at {self.options.n_ctx} tokens "
+                f"({8 * self.max_bytes / (sum(self.geometry.values_k) + sum(self.geometry.values_v)):.2f} bits): "
+                f"the cheapest plan needs {cheapest(model)}. Allow more, or a smaller -c."
+            )
+        quality = self.evaluate(self.search_reference(text), "search")
+
+        def kld(pairs: tuple[Pair, ...]) -> float:
+            return quality(pairs).kld_mean
+
+        uniform = self.uniform_pairs(model)
+        with self.progress.bar(f"search: real runs ({self.options.method})", self.n_trials) as advance:
+            done = 0
+
+            def progress(n: int, _total: int) -> None:
+                nonlocal done
+                advance(max(0, n - done))
+                done = max(done, n)
+
+            if self.options.method == "paper":
+                trials = self.paper_search(errors, kld, progress)
+                trials = Trials((*trials.trials, *(self.trial(p, kld) for p in uniform if p not in {t.pairs for t in trials.trials})))
+            elif self.max_bytes is not None:
+                trials = fitted_search(
+                    model, uniform, kld, self.geometry, self.max_bytes, n_trials=self.n_trials, seed=self.options.seed, progress=progress
+                )
+            else:
+                trials = self.kld_search(model, uniform, kld, progress)
+        of_uniform = set(uniform)
+        return trials, [t for t in trials.trials if t.pairs in of_uniform]
+
+    def trial(self, pairs: tuple[Pair, ...], kld: Callable[[tuple[Pair, ...]], float]) -> Trial:
+        return Trial(pairs, kld(pairs), self.geometry.bits_per_value(pairs), self.geometry.bytes(pairs))
+
+    def paper_search(self, errors: ErrorTable, kld: Callable, progress: Callable[[int, int], None]) -> Trials:
+        """KVTuner as published: menus by output_error, DBSCAN groups, NSGA-II over (KLD, bits)."""
+        only = [i for i, p in enumerate(errors.pairs) if {p.type_k, p.type_v} <= set(self.options.candidate_types)]
+        columns = {name: errors.measure(name)[:, only] for name in errors.MEASURES}
+        errors = ErrorTable(tuple(errors.pairs[i] for i in only), errors.il, **columns)
+        menus = pareto_menus(errors, geometry=self.geometry)
+        groups = cluster(errors, menus)
+        groups.save(self.work / "groups.json")
+        n_values = sum(self.geometry.values_k) + sum(self.geometry.values_v)
+        bits = 8 * self.max_bytes / n_values if self.max_bytes is not None else None
+        return nsga2(
+            groups, menus, kld, self.geometry, n_trials=self.n_trials, seed=self.options.seed, max_bits=bits, progress=progress
+        )
+
+    def kld_search(self, model: Additive, uniform: Sequence[tuple[Pair, ...]], kld: Callable, progress: Callable[[int, int], None]) -> Trials:
+        """The fewest bytes whose KLD is within the goal: the budget is moved to where the fitted model meets it."""
+        target = self.options.goal.max_kld
+        trials = [self.trial(pairs, kld) for pairs in uniform]
+        budgets = np.linspace(cheapest(model), self.geometry.bytes(uniform[-1]), 40).astype(int)
+        while len(trials) < self.n_trials:
+            x, floor = fit(model, trials)
+            prices = model.prices(x)
+            plans = [solve(model, prices, int(b)) for b in budgets]
+            fits = [p for p in plans if floor + float(model.features(p) @ x) <= target] or [plans[-1]]
+            new = next((p for p in fits if p not in {t.pairs for t in trials}), None)
+            if new is None:
+                break
+            trials.append(self.trial(new, kld))
+            progress(len(trials), self.n_trials)
+            if sum(t.kld <= target for t in trials[-4:]) >= 3 and len(trials) > len(uniform) + 8:
+                break
+        return Trials(tuple(trials))
+
+    def uniform_pairs(self, model: Additive) -> list[tuple[Pair, ...]]:
+        """Uniform plans to compare with and to fit the model to: the likeliest within the budget; cheapest and best at the ends."""
+        everywhere = [p for i, p in enumerate(model.pairs) if not np.isnan(model.sq_k[:, i]).any() and p.type_k != "f16" != p.type_v]
+        plans = {p: tuple(p if il in model.il else Pair("", "") for il in range(model.n_layer)) for p in everywhere}
+        sizes = {p: self.geometry.bytes(plans[p]) for p in everywhere}
+        sums = {p: model.features(plans[p]).reshape(2, -1).sum(axis=1) for p in everywhere}
+        within = [p for p in everywhere if self.max_bytes is None or sizes[p] <= self.max_bytes]
+        chosen: dict[Pair, None] = {}
+        for weight in ((1, 1), (4, 1), (1, 4)):  # K may count for more than V, or less
+            ranked = sorted(within, key=lambda p: (float(sums[p] @ weight), p))
+            chosen |= dict.fromkeys(ranked[:2])
+        if everywhere:
+            chosen[min(everywhere, key=lambda p: (sizes[p], p))] = None
+            best = max(everywhere, key=lambda p: (sizes[p], p))
+            if self.max_bytes is None:
+                chosen.pop(best, None)
+                chosen[best] = None
+        return [plans[p] for p in chosen]
+
+    # prove
+
+    def outcome(self) -> Outcome:
+        text = self.text()
+        trials, uniform = self.searched(text)
+        found = self.choose(trials)
+        chunks = chunks_of(text.heldout, STREAM, len(text.heldout) // STREAM, "held-out text")
+        reference = self.reference("heldout", chunks)
+        rivals = sorted((t for t in uniform if t.n_bytes <= max(found.n_bytes, self.max_bytes or 0)), key=lambda t: t.kld)[:2]
+        return self.prove(text, found, rivals, reference)
+
+    def choose(self, trials: Trials) -> Trial:
+        """The best trial within the goal. Raises CalibrationError if none is."""
+        goal = self.options.goal.max_kld
+        if goal is not None:
+            within = [t for t in trials.trials if t.kld <= goal]
+            if not within:
+                best = min(t.kld for t in trials.trials)
+                raise CalibrationError(f"goal of a KLD of {goal:g}: the best plan tried has {best:.6f}. Allow a larger --max-kld.")
+            return min(within, key=lambda t: (t.n_bytes, t.kld))
+        within = [t for t in trials.trials if t.n_bytes <= self.max_bytes]
+        return min(within, key=lambda t: (t.kld, t.n_bytes))
+
+    def prove(self, text: Text, found: Trial, rivals: list[Trial], reference: Reference) -> Outcome:
+        """Held-out quality of the plan, of the best uniform pair at the same bytes, and of what else the table shows."""
+        has_kv = [bool(k) for k in self.geometry.values_k]
+        named = {str(Pair(t, t)): Plan.uniform(Pair(t, t), len(has_kv), has_kv).pairs for t in ("q8_0", "q4_0")}
+        shuffled = _shuffled(found.pairs, has_kv, self.options.seed)
+        runs = {found.pairs, shuffled, *(t.pairs for t in rivals), *named.values()}
+        supported = self.session.supported(("q8_0", "q4_0"))
+        named = {n: p for n, p in named.items() if all(n.split("/")[0] in k for k, _ in supported.values())}
+        quality = self.evaluate(reference, "heldout")
+        with self.progress.bar("prove: held-out text", len(runs) + 1) as advance:
+
+            def run(pairs: tuple[Pair, ...]) -> Quality:
+                result = quality(pairs)
+                advance(1)
+                return result
+
+            floor = measure(self.session, None, reference, flash_attn=False)
+            advance(1)
+            of_plan = run(found.pairs)
+            of_rivals = [(run(t.pairs), t) for t in rivals]
+            of_named = {name: run(pairs) for name, pairs in named.items()}
+            of_shuffled = run(shuffled)
+        row = partial(_row, self.geometry)
+        best = min(of_rivals, key=lambda r: r[0].kld_mean) if of_rivals else None
+        rows = [Row("f16 (noise floor)", 16.0, self.geometry.bytes(_all(has_kv, "f16")), floor), row("plan", found.pairs, of_plan)]
+        rows += [row(f"best uniform pair, {_pair_of(best[1].pairs)}", best[1].pairs, best[0])] if best else []
+        rows += [row("plan, layers shuffled", shuffled, of_shuffled)] if shuffled != found.pairs else []
+        rows += [row(name, named[name], q) for name, q in of_named.items()]
+        won = best is None or of_plan.kld_mean <= best[0].kld_mean
+        plan = self.final_plan(text, found.pairs if won else best[1].pairs, of_plan if won else best[0], best)
+        comparison = Comparison(text.name, reference.chunks.n_positions, reference.chunks.n_ctx, self.options.n_ctx, tuple(rows))
+        return Outcome(plan, found.pairs, won, comparison, self.geometry)
+
+    def final_plan(self, text: Text, pairs: tuple[Pair, ...], quality: Quality, rival: tuple[Quality, Trial] | None) -> Plan:
+        from .. import __version__
+
+        rotated = any(any(r) for r in self.session.rotation().values())
+        return Plan(
+            pairs=pairs,
+            bits_per_value=self.geometry.bits_per_value(pairs),
+            quality=quality,
+            rival=_pair_of(rival[1].pairs) if rival else None,
+            rival_quality=rival[0] if rival else None,
+            rival_bits=rival[1].bits_per_value if rival else None,
+            calibration={
+                "method": self.options.method,
+                "text": text.name,
+                "text_sha256": text.sha256,
+                "tokens": int(text.calibration.size),
+                "n_ctx": self.options.n_ctx,
+                "seed": self.options.seed,
+                "version": __version__,
+                "llama_cpp_commit": native.LLAMA_CPP_COMMIT,
+                "weights": weights_hash(self.options.model),
+                "rotation": "hadamard" if rotated else "none",
+            },
+        )
+
+
+class EvaluationCache:
+    """Qualities that were measured, one JSON line each, so that an interrupted search goes on where it was."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[tuple[str, str], Quality] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                item = json.loads(line)
+                self.known[item["what"], item["pairs"]] = Quality(**item["quality"])
+            except (ValueError, KeyError, TypeError, KvtunerError):
+                continue  # the line that was being written at the interruption
+
+    def get(self, what: str, measure_: Callable[[tuple[Pair, ...]], Quality], pairs: tuple[Pair, ...]) -> Quality:
+        key = (what, " ".join(map(str, pairs)))
+        if key not in self.known:
+            self.known[key] = measure_(pairs)
+            with self.path.open("a") as file:
+                file.write(json.dumps({"what": what, "pairs": key[1], "quality": vars(self.known[key])}) + "\n")
+        return self.known[key]
+
+
+def _all(has_kv: Sequence[bool], type_name: str) -> tuple[Pair, ...]:
+    return Plan.uniform(Pair(type_name, type_name), len(has_kv), has_kv).pairs
+
+
+def _pair_of(pairs: tuple[Pair, ...]) -> Pair:
+    return next(p for p in pairs if p.type_k)
+
+
+def _shuffled(pairs: tuple[Pair, ...], has_kv: Sequence[bool], seed: int) -> tuple[Pair, ...]:
+    """The same pairs on other layers: what the choice of layers is worth."""
+    il = [i for i, has in enumerate(has_kv) if has]
+    order = np.random.default_rng(seed).permutation(il)
+    result = list(pairs)
+    for i, j in zip(il, order):
+        result[i] = pairs[j]
+    return tuple(result)
+
+
+def _row(geometry: Geometry, name: str, pairs: tuple[Pair, ...], quality: Quality) -> Row:
+    return Row(name, geometry.bits_per_value(pairs), geometry.bytes(pairs), quality)

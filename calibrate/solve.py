@@ -1,0 +1,187 @@
+"""The default search: an additive model of the KLD, fitted to real runs, solved exactly under a byte budget.
+
+KLD(plan) ~ floor + sum over layers of  x_k * error(type_k)^2 + x_v * error(type_v)^2
+
+The squared output error tells how a layer's damage grows from type to type. What it does to the model's output, x, is not
+known from one layer alone, so it is fitted to measured KLDs of whole plans: each run tells of all layers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import CalibrationError
+from ..plan import Geometry, Pair
+from .results import ErrorTable, Trial, Trials
+
+Evaluate = Callable[[tuple[Pair, ...]], float]
+
+PRIOR_SPREAD = 1.0  # how far a layer's x may lie from its side's mean, relative: one standard deviation
+NOISE = 0.1  # how far a measured KLD may lie from the model, relative
+UNSEEN = Pair("f16", "f16")
+
+
+@dataclass(frozen=True, eq=False)
+class Additive:
+    """Squared output error of each layer and pair, split by side, and the bytes they cost.
+
+    il     (n_il,) layers that have KV
+    pairs  the pairs of the columns
+    sq_k   (n_il, n_pair) squared error of the pair's K type alone, NaN where the layer cannot hold the pair
+    sq_v   (n_il, n_pair) of its V type alone; 0 where V lies in K's rows
+    bytes  (n_il, n_pair) at the geometry's n_ctx
+    """
+
+    il: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+    sq_k: np.ndarray
+    sq_v: np.ndarray
+    n_bytes: np.ndarray
+    n_layer: int
+
+    @classmethod
+    def of(cls, errors: ErrorTable, geometry: Geometry) -> Additive:
+        column = {pair: i for i, pair in enumerate(errors.pairs)}
+        error = errors.output_nrmse**2
+        sq_k, sq_v = np.full(error.shape, np.nan), np.full(error.shape, np.nan)
+        for i, pair in enumerate(errors.pairs):
+            k, v = column.get(Pair(pair.type_k, "f16")), column.get(Pair("f16", pair.type_v))
+            alone = np.full(len(error), np.nan)
+            k_alone = error[:, k] if k is not None else alone
+            v_alone = error[:, v] if v is not None else alone
+            one_tensor = np.isnan(k_alone) & ~np.isnan(error[:, i])  # V lies in K's rows
+            sq_k[:, i] = np.where(one_tensor, error[:, i], k_alone)
+            sq_v[:, i] = np.where(one_tensor, 0.0, v_alone)
+        holes = np.isnan(error)
+        sq_k[holes] = sq_v[holes] = np.nan
+        n_bytes = np.array([[_layer_bytes(geometry, il, pair) for pair in errors.pairs] for il in errors.il])
+        return cls(errors.il, errors.pairs, sq_k, sq_v, n_bytes, geometry.n_layer)
+
+    def features(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """(2*n_il,) squared errors that a plan has: of K in each layer, then of V."""
+        columns = [self.pairs.index(pairs[il]) for il in self.il]
+        rows = np.arange(len(self.il))
+        return np.concatenate([self.sq_k[rows, columns], self.sq_v[rows, columns]])
+
+    def prices(self, x: np.ndarray) -> np.ndarray:
+        """(n_il, n_pair) what each pair adds to the KLD; NaN where a layer cannot hold it."""
+        n = len(self.il)
+        return x[:n, None] * self.sq_k + x[n:, None] * self.sq_v
+
+
+def _layer_bytes(geometry: Geometry, il: int, pair: Pair) -> int:
+    one = Geometry((geometry.values_k[il],), (geometry.values_v[il],), geometry.n_ctx)
+    return one.bytes((pair,))
+
+
+def cheapest(model: Additive) -> int:
+    """Fewest bytes that any plan can have."""
+    return int(np.where(np.isnan(model.sq_k), np.inf, model.n_bytes).min(axis=1).sum())
+
+
+def solve(model: Additive, prices: np.ndarray, max_bytes: int) -> tuple[Pair, ...]:
+    """The plan of the lowest summed price within max_bytes, by integer programming (SciPy's HiGHS), to 0.01 %.
+
+    prices  (n_il, n_pair), NaN where not allowed
+    Raises CalibrationError if no plan fits.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array
+
+    if cheapest(model) > max_bytes:
+        raise CalibrationError(
+            f"budget of {max_bytes} bytes: the cheapest plan of these types needs {cheapest(model)}. Allow more bits, or cheaper types."
+        )
+    rows, columns = np.nonzero(_undominated(prices, model.n_bytes))
+    cost, n_bytes = prices[rows, columns], model.n_bytes[rows, columns]
+    one_each = coo_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(model.il), len(rows)))
+    unit = max_bytes / 1e3  # HiGHS' tolerances are absolute
+    result = milp(
+        cost / max(float(cost.max()), 1e-30),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((n_bytes / unit)[None, :], -np.inf, max_bytes / unit)],
+        integrality=np.ones(len(rows)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 1e-4, "time_limit": 10.0},
+    )
+    if result.x is None:
+        raise CalibrationError(f"budget of {max_bytes} bytes: the solver found no plan ({result.message}). Allow more bits.")
+    pairs = [Pair("", "")] * model.n_layer
+    for i in np.nonzero(result.x > 0.5)[0]:
+        pairs[model.il[rows[i]]] = model.pairs[columns[i]]
+    return tuple(pairs)
+
+
+def _undominated(prices: np.ndarray, n_bytes: np.ndarray) -> np.ndarray:
+    """(n_il, n_pair) True where no other pair of the layer has neither more bytes nor a higher price."""
+    keep = np.zeros(prices.shape, bool)
+    for row, (price, size) in enumerate(zip(prices, n_bytes)):
+        best = np.inf
+        for i in sorted(np.nonzero(~np.isnan(price))[0], key=lambda i: (size[i], price[i], i)):
+            if price[i] < best:
+                best, keep[row, i] = price[i], True
+    return keep
+
+
+def fit(model: Additive, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
+    """x (2*n_il,) and the floor that explain the trials' KLDs best: ridge regression towards one x per side.
+
+    Residuals count relative to the KLD, as its noise grows with it.
+    """
+    from scipy.optimize import lsq_linear, nnls
+
+    a = np.array([model.features(t.pairs) for t in trials])
+    y = np.array([t.kld for t in trials])
+    n = len(model.il)
+    weight = 1 / np.maximum(y, 1e-6)
+    sides = np.column_stack([a[:, :n].sum(axis=1), a[:, n:].sum(axis=1), np.ones(len(a))])
+    mean, _ = nnls(sides * weight[:, None], y * weight)
+    least = 1e-3 * mean[:2].max() if mean[:2].max() > 0 else 1.0
+    prior = np.repeat(np.maximum(mean[:2], least), n)
+    # unknowns: x/prior of each layer and side, and the floor, scaled alike
+    scale = np.append(prior, max(mean[2], 1e-6))
+    data = np.column_stack([a, np.ones(len(a))]) * scale * (weight / NOISE)[:, None]
+    ridge = np.eye(2 * n + 1) / PRIOR_SPREAD
+    target = np.concatenate([y * weight / NOISE, np.append(np.ones(2 * n), mean[2] / scale[-1]) / PRIOR_SPREAD])
+    found = lsq_linear(np.vstack([data, ridge]), target, bounds=(0, np.inf)).x * scale
+    return found[:-1], float(found[-1])
+
+
+def fitted_search(
+    model: Additive,
+    uniform: Sequence[Pair],
+    evaluate: Evaluate,
+    geometry: Geometry,
+    max_bytes: int,
+    *,
+    n_trials: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trials:
+    """Plans within max_bytes, each the solution of the model as fitted to all runs before it.
+
+    uniform   pairs to begin with, one for all layers: the rivals, and what the sides' shares are fitted to
+    evaluate  one pair per layer -> KLD, nats. Never called twice with the same pairs.
+    """
+    rng = np.random.default_rng(seed)
+    tried: dict[tuple[Pair, ...], Trial] = {}
+
+    def run(pairs: tuple[Pair, ...]) -> None:
+        if pairs not in tried:
+            tried[pairs] = Trial(pairs, float(evaluate(pairs)), geometry.bits_per_value(pairs), geometry.bytes(pairs))
+        if progress:
+            progress(len(tried), n_trials)
+
+    for pair in uniform:
+        run(tuple(pair if il in model.il else Pair("", "") for il in range(model.n_layer)))
+    stale = 0
+    while len(tried) < n_trials and stale < 20:
+        x, _ = fit(model, list(tried.values()))
+        # spread shrinks from a wide look around to the model's own best
+        spread = max(0.0, 1.0 - len(tried) / (0.7 * n_trials)) if stale == 0 else 0.3 * stale
+        plan = solve(model, model.prices(x * np.exp(spread * rng.standard_normal(len(x)))), max_bytes)
+        stale = stale + 1 if plan in tried else 0
+        run(plan)
+    return Trials(tuple(tried.values()))

@@ -1,0 +1,402 @@
+"""The kvtuner-gguf command: parse, call one function, print."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__
+from .errors import CalibrationError, KvtunerError, PlanError
+from .plan import Pair, Plan
+
+MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class Commands(click.Group):
+    """Turns a KvtunerError into `Error: ...` and exit 1, in this one place."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KvtunerError as error:
+            raise click.ClickException(str(error)) from None
+
+
+class Memory(click.ParamType):
+    """Bytes: 96M, 1.5GiB, 300000000. K, M and G are powers of 1024."""
+
+    name = "bytes"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?B)?", str(value), re.IGNORECASE)
+        try:
+            return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+        except (TypeError, ValueError):
+            self.fail(f"'{value}' is not a size. Write for example 96M or 1.5G.", param, ctx)
+
+
+class Terminal:
+    """Progress for a person: bars on stderr, and lines."""
+
+    def say(self, text: str) -> None:
+        click.echo(text, err=True)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        if not sys.stderr.isatty():  # a bar in a log file is noise
+            start = time.monotonic()
+            click.echo(f"{title} ...", err=True)
+            yield lambda n: None
+            click.echo(f"{title}: {time.monotonic() - start:.0f} s", err=True)
+            return
+        with click.progressbar(length=total, label=f"{title:<40}", file=sys.stderr, show_pos=True) as bar:
+            yield bar.update
+
+
+def shared(*names: str) -> Callable:
+    """The options that several commands have in common, in llama.cpp's words."""
+    options = {
+        "m": click.option("-m", "--model", required=True, type=MODEL, help="GGUF model."),
+        "c": click.option("-c", "--ctx-size", "n_ctx", default=8192, show_default=True, type=click.IntRange(64), help="Context at which bytes are counted, in tokens."),
+        "f": click.option("-f", "--file", "text", type=FILE, help="Text to measure on, .txt or .jsonl. Default: the model writes its own."),
+        "t": click.option("-t", "--threads", type=click.IntRange(1), help="Threads. Default: all processors this process may use."),
+        "ngl": click.option("-ngl", "--n-gpu-layers", default=0, show_default=True, type=click.IntRange(0), help="Layers to keep on the GPU."),
+        "chunks": click.option("--chunks", "n_chunk", default=4, show_default=True, type=click.IntRange(2, 1000), help="Pieces of text: more take longer and tell more."),
+        "seed": click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the text and the search."),
+        "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
+    }
+
+    def decorate(function: Callable) -> Callable:
+        for name in reversed(names):
+            function = options[name](function)
+        return function
+
+    return decorate
+
+
+def print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="kvtuner-gguf")
+def main() -> None:
+    """Choose a K and a V cache type for each layer of a GGUF model, by measuring it, and run it with that plan."""
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", type=FILE, help="Write a new GGUF, or with .json a sidecar. Default: into MODEL itself.")
+@click.option("--bits", type=float, help="Goal: real bits per cached value, scales included. [default: 5.5]")
+@click.option("--memory", type=Memory(), help="Goal: bytes of the cache at -c, for example 96M.")
+@click.option("--max-kld", type=float, help="Goal: the least memory whose mean KLD stays within this, in nats.")
+@click.option("--method", type=click.Choice(["fitted", "paper"]), default="fitted", show_default=True, help="How to search: 'fitted' is ours, 'paper' is KVTuner's.")
+@click.option("--trials", "n_trials", type=click.IntRange(8, 10000), help="Real runs of the search. [default: 32, paper 100]")
+@click.option("--types", help="Cache types to choose from, comma-separated. [default: f16,q8_0,q5_1,q5_0,q4_1,q4_0,iq4_nl; paper: q8_0,q4_0]")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted calibration of this model stopped, or reuse what it measured.")
+@shared("c", "f", "chunks", "seed", "t", "ngl", "json")
+def calibrate(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
+    """Measure MODEL, find its plan, prove it on held-out text, and write it into the file.
+
+    One goal: --bits, --memory or --max-kld. The default is 5.5 bits: a third of f16's memory, above the 4.5 bits where
+    many models break, and well below q8_0's 8.5.
+    """
+    pipeline = _pipeline()
+    outcome = pipeline.calibrate(_options(pipeline, model, **given), Terminal())
+    written = _write(outcome.plan, model, output)
+    if as_json:
+        print_json(_outcome_json(outcome, written))
+    else:
+        click.echo(_outcome_text(outcome, written))
+
+
+def _pipeline() -> Any:
+    """The calibration, which needs more packages than running a plan does."""
+    try:
+        import gguf  # noqa: F401
+        import optuna  # noqa: F401
+        import scipy  # noqa: F401
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise CalibrationError(f"calibration needs the package {error.name}. Install with: pip install 'kvtuner-gguf[calibrate]'") from None
+    from .calibrate import pipeline
+
+    return pipeline
+
+
+def _options(pipeline: Any, model: Path, **given: Any) -> Any:
+    goals = {"bits": given.pop("bits"), "memory_bytes": given.pop("memory"), "max_kld": given.pop("max_kld")}
+    named = [name for name, value in goals.items() if value is not None]
+    if len(named) > 1:
+        raise click.UsageError("give one goal: --bits, --memory or --max-kld.")
+    if not named:
+        goals["bits"] = pipeline.DEFAULT_BITS
+    if goals["max_kld"] is not None and given["method"] == "paper":
+        raise click.UsageError("--method paper searches within --bits or --memory, not for --max-kld.")
+    from .codecs import codec
+
+    types = tuple(codec(t.strip()).name for t in (given.pop("types") or "").split(",") if t.strip())
+    given["n_threads"], given["types"] = given.pop("threads"), types
+    return pipeline.Options(model, pipeline.Goal(**goals), **given)
+
+
+def _write(plan: Plan, model: Path, output: Path | None) -> Path:
+    from .gguf_file import write_plan
+
+    if output is not None and output.suffix == ".json":
+        plan.save(output)
+        return output
+    return write_plan(model, plan, output, overwrite=True)
+
+
+def _outcome_text(outcome: Any, written: Path) -> str:
+    from .report import comparison_text, layers_text, memory_text
+
+    verdict = (
+        "The plan is at or below the best uniform pair at the same bytes."
+        if outcome.won
+        else f"The plan lost to the best uniform pair on held-out text: {outcome.plan.rival} was written instead."
+    )
+    parts = (
+        layers_text(outcome.plan.pairs),
+        memory_text(outcome.plan.pairs, outcome.geometry),
+        comparison_text(outcome.comparison),
+        f"{verdict}\nWritten to {written}",
+    )
+    return "\n\n".join(parts)
+
+
+def _outcome_json(outcome: Any, written: Path) -> dict[str, Any]:
+    from .report import comparison_json
+
+    return {
+        "written": str(written),
+        "won": outcome.won,
+        "plan": json.loads(outcome.plan.to_json()),
+        "comparison": comparison_json(outcome.comparison),
+    }
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@click.option("--plan", "plan_file", type=MODEL, help="A sidecar to show on this model, instead of the plan in the file.")
+@shared("c", "ngl", "json")
+def show(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int, as_json: bool) -> None:
+    """Show the plan of MODEL as the run time resolves it, and its memory at a context."""
+    from . import native
+    from .report import layers_text, memory_rows, memory_text
+    from .runtime import Session
+
+    plan = Plan.load(plan_file) if plan_file else _plan_if_sound(model)
+    with Session(model, no_alloc=True, n_gpu_layers=n_gpu_layers) as session:
+        source = "sidecar" if plan_file else native.plan_source(session.model)
+        if plan_file:
+            session.set_plan(plan.pairs)
+        notes = native.plan_notes(session.model)
+        with session.context(n_ctx) as ctx:
+            pairs = [Pair("", "")] * session.n_layer
+            for layer in ctx.layers():
+                pairs[layer.il] = Pair(layer.type_k, layer.type_v or layer.type_k)
+            notes += ctx.notes()
+        geometry = session.geometry(n_ctx)
+    if as_json:
+        memory = [{"name": n, "bytes": b, "bits_per_value": bits, "of_f16": share} for n, b, bits, share in memory_rows(pairs, geometry)]
+        layers = [{"il": il, "type_k": p.type_k, "type_v": p.type_v} for il, p in enumerate(pairs)]
+        print_json({"source": source, "layers": layers, "n_ctx": n_ctx, "memory": memory, "notes": notes, "plan": plan and json.loads(plan.to_json())})
+        return
+    click.echo(f"plan from: {source}\n\n{layers_text(pairs)}\n\n{memory_text(pairs, geometry)}")
+    if plan and plan.quality:
+        rival = f"; best uniform pair {plan.rival}: {plan.rival_quality.kld_mean:.5f}" if plan.rival_quality else ""
+        click.echo(f"\nmean KLD when calibrated: {plan.quality.kld_mean:.5f}{rival}")
+    for note in notes:
+        click.echo(f"note: {note}")
+
+
+def _plan_if_sound(model: Path) -> Plan | None:
+    """The plan's record in a file; None if there is none, or a faulty one: the run time tells what is wrong with it."""
+    from .gguf_file import read_plan
+
+    try:
+        return read_plan(model)
+    except PlanError:
+        return None
+
+
+@main.command()
+@click.argument("plans", nargs=-1, required=True)
+@click.option("-ctk", "--cache-type-k", "type_k", help="One more row: this K type for all layers ...")
+@click.option("-ctv", "--cache-type-v", "type_v", help="... with this V type.")
+@shared("m", "c", "f", "chunks", "seed", "t", "ngl", "json")
+def evaluate(plans: tuple[str, ...], type_k: str | None, type_v: str | None, as_json: bool, **given: Any) -> None:
+    """Measure the KLD of PLANS against an f16 cache.
+
+    Each of PLANS is 'file' (the plan in the model), a sidecar (.json), another GGUF's plan, or a uniform pair such as
+    q8_0/q4_0.
+    """
+    pipeline = _pipeline()
+    from .calibrate.compare import compare
+    from .report import comparison_json, comparison_text
+
+    named = {name: _plan_named(name, given["model"]) for name in plans}
+    if type_k or type_v:
+        pair = Pair(type_k or "f16", type_v or "f16")
+        named[str(pair)] = pair
+    comparison = compare(named=named, progress=Terminal(), stream=pipeline.STREAM, **given)
+    if as_json:
+        print_json(comparison_json(comparison))
+    else:
+        click.echo(comparison_text(comparison))
+
+
+def _plan_named(name: str, model: Path) -> Plan | Pair:
+    from .gguf_file import read_plan
+
+    if name == "file" or name.endswith(".gguf"):
+        path = model if name == "file" else Path(name)
+        plan = read_plan(path)
+        if plan is None:
+            raise PlanError(f"{path}: holds no plan. Make one with: kvtuner-gguf calibrate {path}")
+        return plan
+    if name.endswith(".json"):
+        return Plan.load(name)
+    return Pair.parse(name)
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@click.argument("plan_file", type=MODEL)
+@click.option("-o", "--output", type=FILE, help="Write a new GGUF. Default: into MODEL itself.")
+def apply(model: Path, plan_file: Path, output: Path | None) -> None:
+    """Write the plan of a sidecar, PLAN_FILE, into MODEL."""
+    from .gguf_file import write_plan
+
+    click.echo(f"Written to {write_plan(model, Plan.load(plan_file), output)}")
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", type=FILE, help="Write a new GGUF. Default: change MODEL itself.")
+def strip(model: Path, output: Path | None) -> None:
+    """Take the plan out of MODEL; what remains is the file as it was before."""
+    from .gguf_file import write_plan
+
+    click.echo(f"Written to {write_plan(model, None, output)}")
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", type=FILE, help="Sidecar to write. Default: standard output.")
+def export(model: Path, output: Path | None) -> None:
+    """Copy the plan of MODEL into a sidecar."""
+    plan = _plan_named("file", model)
+    if output is None:
+        click.echo(plan.to_json(), nl=False)
+    else:
+        plan.save(output)
+        click.echo(f"Written to {output}")
+
+
+@main.command()
+@click.option("-p", "--prompt", help="Answer this and exit.")
+@click.option("--system", help="System message.")
+@click.option("--plan", "plan_file", type=MODEL, help="A sidecar to use instead of the plan in the file.")
+@click.option("--no-plan", is_flag=True, help="Run without a plan, on an f16 cache.")
+@click.option("-ctk", "--cache-type-k", "type_k", help="One K type for all layers, whatever the plan says.")
+@click.option("-ctv", "--cache-type-v", "type_v", help="One V type for all layers, whatever the plan says.")
+@click.option("-n", "--predict", "max_tokens", type=click.IntRange(1), help="Most tokens of an answer. Default: what fits.")
+@click.option("--temp", "temperature", default=0.7, show_default=True, type=click.FloatRange(0), help="Temperature; 0 takes the likeliest token.")
+@shared("m", "c", "t", "ngl")
+def chat(prompt: str | None, system: str | None, max_tokens: int | None, temperature: float, **given: Any) -> None:
+    """Chat with a model under its plan. /reset forgets the conversation, /exit ends it."""
+    from .chat import answer, chat_loop
+
+    llm = _open_llama(**given)
+    click.echo(_memory_line(llm), err=True)
+
+    def write(piece: str) -> None:
+        click.echo(piece, nl=False)
+
+    if prompt is not None:
+        messages = [{"role": "system", "content": system}] if system else []
+        for piece in answer(llm, [*messages, {"role": "user", "content": prompt}], max_tokens=max_tokens, temperature=temperature):
+            write(piece)
+        click.echo()
+    else:
+        chat_loop(llm, _read_line, write, system=system, max_tokens=max_tokens, temperature=temperature)
+    llm.close()
+
+
+def _open_llama(model: Path, plan_file: Path | None = None, no_plan: bool = False, n_ctx: int = 8192, threads: int | None = None, n_gpu_layers: int = 0, type_k: str | None = None, type_v: str | None = None) -> Any:
+    from .llama import Llama
+    from .runtime import default_threads
+
+    plan = False if no_plan else plan_file
+    try:
+        return Llama(
+            str(model), plan=plan, n_ctx=n_ctx, n_threads=threads or default_threads(), n_gpu_layers=n_gpu_layers,
+            type_k=type_k, type_v=type_v, verbose=False,
+        )
+    except ValueError as error:
+        raise KvtunerError(f"model '{model}' at {n_ctx} tokens: {error}. Check the file, the types, and -c.") from None
+
+
+def _memory_line(llm: Any) -> str:
+    from .report import MIB
+
+    pairs = sorted({str(p) for p in llm.plan.pairs if p.type_k})
+    notes = "".join(f"\nnote: {n}" for n in llm.plan_notes)
+    return f"K/V cache: {llm.kv_bytes / MIB:.1f} MiB at {llm.n_ctx()} tokens, {len(pairs)} pairs: {', '.join(pairs)}{notes}"
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        return None
+
+
+@main.command()
+@click.option("--trials", "n_trials", default=None, type=click.IntRange(8, 10000), help="Real runs of the search. [default: 32]")
+@click.option("-o", "--output", type=FILE, default="SmolLM2-135M-Instruct.kvtuner.gguf", show_default=True, help="GGUF to write.")
+@shared("seed", "t")
+def demo(n_trials: int | None, output: Path, seed: int, threads: int | None) -> None:
+    """Do it all on the default small model: fetch, calibrate, write, and chat under the plan."""
+    from .default_model import default_model
+
+    start = time.monotonic()
+    pipeline = _pipeline()
+    model = default_model()
+    options = pipeline.Options(model, pipeline.Goal(bits=pipeline.DEFAULT_BITS), seed=seed, n_trials=n_trials, n_threads=threads)
+    outcome = pipeline.calibrate(options, Terminal())
+    click.echo(_outcome_text(outcome, _write(outcome.plan, model, output)))
+    question = "What is a key-value cache good for? Answer in two sentences."
+    llm = _open_llama(output, threads=threads)
+    from .chat import answer
+
+    click.echo(f"\n{_memory_line(llm)}\n> {question}")
+    click.echo("".join(answer(llm, [{"role": "user", "content": question}], max_tokens=120, temperature=0.0)))
+    llm.close()
+    click.echo(f"\n{time.monotonic() - start:.0f} s in all, peak memory {_peak_mib():.0f} MiB")
+
+
+def _peak_mib() -> float:
+    """Peak memory of this process, in MiB; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)
+
+
+if __name__ == "__main__":
+    main()

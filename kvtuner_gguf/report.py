@@ -1,0 +1,91 @@
+"""Tables from saved results: text for a terminal, plain values for JSON. No model here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .plan import Geometry, Pair, Plan, Quality
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cache configuration: real bits per value, bytes at the context, quality on held-out text."""
+
+    name: str
+    bits_per_value: float
+    n_bytes: int
+    quality: Quality
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Configurations measured on the same text.
+
+    n_positions scored positions   chunk_ctx tokens of a chunk   n_ctx context at which n_bytes are counted
+    """
+
+    text: str
+    n_positions: int
+    chunk_ctx: int
+    n_ctx: int
+    rows: tuple[Row, ...]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    cells = [list(head), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip() for row in cells]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
+
+
+def comparison_text(c: Comparison) -> str:
+    """The KLD table."""
+    rows = [
+        (
+            r.name,
+            f"{r.bits_per_value:.2f}",
+            f"{r.n_bytes / MIB:.1f}",
+            f"{r.quality.kld_mean:.5f}",
+            f"{r.quality.kld_p999:.3f}",
+            f"{100 * r.quality.same_top:.1f} %",
+        )
+        for r in c.rows
+    ]
+    head = ("cache", "bits", f"MiB at {c.n_ctx}", "mean KLD", "99.9 % KLD", "same top token")
+    note = f"KLD against an f16 cache, in nats; text {c.text}, {c.n_positions} scored positions in chunks of {c.chunk_ctx} tokens."
+    return f"{table(head, rows)}\n{note}"
+
+
+def comparison_json(c: Comparison) -> dict[str, Any]:
+    rows = [{"name": r.name, "bits_per_value": r.bits_per_value, "bytes": r.n_bytes, **vars(r.quality)} for r in c.rows]
+    return {"text": c.text, "n_positions": c.n_positions, "chunk_ctx": c.chunk_ctx, "n_ctx": c.n_ctx, "rows": rows}
+
+
+def layers_text(pairs: Sequence[Pair]) -> str:
+    """One line per run of equal layers."""
+    rows = []
+    for first, last, pair in Plan(tuple(pairs)).runs():
+        layers = f"{first}" if first == last else f"{first}-{last}"
+        rows.append((layers, pair.type_k or "none of its own", pair.type_v))
+    return table(("layers", "K", "V"), rows)
+
+
+def memory_rows(pairs: Sequence[Pair], geometry: Geometry) -> list[tuple[str, int, float, float]]:
+    """(name, bytes, real bits per value, share of f16) of the plan, of f16 and of q8_0."""
+    rows = []
+    f16 = geometry.bytes((Pair("f16", "f16"),) * geometry.n_layer)
+    for name, these in (("plan", tuple(pairs)), *((t, (Pair(t, t),) * geometry.n_layer) for t in ("f16", "q8_0"))):
+        n_bytes = geometry.bytes(these)
+        rows.append((name, n_bytes, geometry.bits_per_value(these), n_bytes / f16 if f16 else 0.0))
+    return rows
+
+
+def memory_text(pairs: Sequence[Pair], geometry: Geometry) -> str:
+    """MiB of the cache at the geometry's context, beside f16 and q8_0."""
+    rows = [(name, f"{bits:.2f}", f"{n / MIB:.1f}", f"{100 * share:.0f} %") for name, n, bits, share in memory_rows(pairs, geometry)]
+    return table(("cache", "bits", f"MiB at {geometry.n_ctx}", "of f16"), rows)

@@ -1,0 +1,44 @@
+"""Short runs on tiny models: prompts, mixtures of types, logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from gguf import GGUFValueType
+from models import BOS, FIRST_BYTE
+
+from kvtuner_gguf.plan import Pair, Plan
+
+if TYPE_CHECKING:
+    from kvtuner_gguf.runtime import Context
+
+MIXTURE = ("q8_0/q4_0", "f16/q8_0", "q4_1/f16", "q5_1/iq4_nl", "bf16/q5_0", "iq4_nl/f32")
+"""Every kind of neighbours: rotated and not on either side, and each type that has a block once or more."""
+
+
+def mixture(n_layer: int) -> list[Pair]:
+    """MIXTURE from layer 0 on, over again for more layers."""
+    return [Pair.parse(MIXTURE[il % len(MIXTURE)]) for il in range(n_layer)]
+
+
+def uniform(name: str, n_layer: int) -> list[Pair]:
+    """One type on both sides of all layers, or one pair "K/V"."""
+    return [Pair.parse(name)] * n_layer
+
+
+def prompt(n: int, seed: int = 0) -> list[int]:
+    """BOS and n - 1 bytes."""
+    return [BOS, *np.random.default_rng(seed).integers(FIRST_BYTE, FIRST_BYTE + 256, n - 1).tolist()]
+
+
+def feed(ctx: Context, tokens: Sequence[int], pos: int = 0, seq_id: int = 0) -> np.ndarray:
+    """(n_tokens, n_vocab) logits after each of the tokens, which stand at pos and on."""
+    return ctx.decode([(token, pos + i, seq_id) for i, token in enumerate(tokens)], [True] * len(tokens)).copy()
+
+
+def metadata(pairs: Sequence[Pair]) -> list[tuple[str, GGUFValueType, object]]:
+    """The plan as `extra` of a tiny model."""
+    kinds = {"u32": GGUFValueType.UINT32, "arr_str": GGUFValueType.ARRAY}
+    return [(key, kinds[kind], value) for key, kind, value in Plan(tuple(pairs)).to_metadata()]

@@ -1,0 +1,128 @@
+"""The library's codecs: the sizes that the plan counts with, errors within the format's step, ggml's own bytes."""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from kvtuner_gguf import native
+from kvtuner_gguf.codecs import CODECS
+from kvtuner_gguf.errors import CodecError
+
+pytestmark = pytest.mark.native
+
+every_type = pytest.mark.parametrize("name", CODECS)
+quantized_types = pytest.mark.parametrize("name", [name for name, c in CODECS.items() if c.block_size > 1])
+BLOCK = 32
+
+F16, BF16 = 2.0**-11, 2.0**-8  # half a unit in the last place, relative: what rounding a value or a scale costs
+# Largest error in a block as (share of its largest magnitude, share of its range max - min): half a step, but a whole one
+# where the format has one code less on one side (q5_0: -16..15, q4_0: -8..7), plus the rounding of scale and minimum.
+BOUNDS = {
+    "f32": (0, 0),
+    "f16": (F16, 0),
+    "bf16": (BF16, 0),
+    "q8_0": (0.5 / 127 + F16, 0),
+    "q5_1": (F16, 0.5 / 31 + F16),
+    "q5_0": (1 / 16 + F16, 0),
+    "q4_1": (F16, 0.5 / 15 + F16),
+    "q4_0": (1 / 8 + F16, 0),
+    "iq4_nl": (0.15, 0),  # its codes are not evenly spaced and its scale is fitted: 0.137 measured, over 80,000 blocks
+}
+
+
+def values(seed=0, n_rows=64, n_per_row=192):
+    return np.random.default_rng(seed).standard_normal((n_rows, n_per_row), dtype=np.float32)
+
+
+def bound(name, x):
+    """The largest error of each block of x: (n_rows, n_blocks, 1)."""
+    blocks = x.reshape(len(x), -1, BLOCK)
+    of_amax, of_range = BOUNDS[name]
+    return of_amax * np.abs(blocks).max(axis=-1, keepdims=True) + of_range * np.ptp(blocks, axis=-1, keepdims=True)
+
+
+def test_library_has_the_types_of_the_table():
+    assert native.type_names() == tuple(CODECS)
+
+
+@every_type
+@pytest.mark.parametrize("n_values", [BLOCK, 2 * BLOCK, 30 * BLOCK])
+def test_a_row_has_the_bytes_that_the_table_says(name, n_values):
+    assert native.encode(name, np.ones((3, n_values))).shape == (3, CODECS[name].row_bytes(n_values))
+
+
+@every_type
+def test_round_trip_errs_by_less_than_the_step(name):
+    x = values()
+    error = np.abs(x - native.round_trip(name, x)).reshape(len(x), -1, BLOCK)
+    assert (error <= bound(name, x)).all()
+
+
+@every_type
+def test_zeros_stay_zeros(name):
+    assert not native.round_trip(name, np.zeros((2, 64))).any()
+
+
+@every_type
+@pytest.mark.parametrize("value", [1.0, -3.7, 250.0])
+def test_a_constant_block_keeps_its_value(name, value):
+    x = np.full((2, 64), value, dtype=np.float32)
+    rounding = {"f32": 0, "bf16": BF16}.get(name, F16)  # of the scale alone: the value itself is a code
+    assert np.abs(native.round_trip(name, x) - x).max() <= rounding * abs(value)
+
+
+@every_type
+def test_an_outlier_costs_its_own_block_only(name):
+    x = values(seed=1, n_rows=4)
+    before = native.round_trip(name, x)
+    x[:, 70] = 1000.0
+    after = native.round_trip(name, x)
+    others = np.delete(np.arange(x.shape[1]), slice(64, 96)) if CODECS[name].block_size > 1 else np.arange(x.shape[1]) != 70
+    assert np.array_equal(before[:, others], after[:, others])
+    assert (np.abs(x - after).reshape(4, -1, BLOCK) <= bound(name, x)).all()
+
+
+@every_type
+def test_rows_do_not_depend_on_each_other(name):
+    x = values(seed=2, n_rows=3)
+    assert np.array_equal(native.encode(name, x)[1], native.encode(name, x[1:2])[0])
+
+
+@quantized_types
+def test_a_row_of_broken_blocks_is_refused(name):
+    with pytest.raises(CodecError, match=rf"{name}: a row of 33 values.* block of {BLOCK}"):
+        native.encode(name, np.zeros((1, 33)))
+    with pytest.raises(CodecError, match=rf"{name}: a row of 33 values"):
+        native.decode(name, np.zeros((1, 34), dtype=np.uint8), 33)
+
+
+@every_type
+def test_bytes_of_another_row_length_are_refused(name):
+    n_bytes = CODECS[name].row_bytes(64)
+    with pytest.raises(CodecError, match=f"{name}: {n_bytes} bytes per row, 32 values need {n_bytes // 2}"):
+        native.decode(name, np.zeros((1, n_bytes), dtype=np.uint8), 32)
+
+
+@every_type
+def test_an_empty_row_is_refused(name):
+    with pytest.raises(CodecError, match=f"{name}: a row of 0 values"):
+        native.encode(name, np.zeros((1, 0)))
+
+
+@pytest.mark.parametrize("name", ["q4_2", "", "Q8_0", "q8_0 ", "q6_K"])
+def test_a_type_that_is_no_cache_type_is_refused(name):
+    with pytest.raises(CodecError, match=f"'{name}' is not the name of a cache type"):
+        native.encode(name, np.zeros((1, 32)))
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])  # the package has no quantizer of iq4_nl
+def test_bytes_are_those_of_the_gguf_package(name):
+    x = values(seed=3)
+    assert np.array_equal(native.encode(name, x), quantize(x, GGMLQuantizationType[name.upper()]))
+
+
+@quantized_types
+def test_values_are_those_of_the_gguf_package(name):
+    data = native.encode(name, values(seed=4))
+    assert np.array_equal(native.decode(name, data, 192), dequantize(data, GGMLQuantizationType[name.upper()]))
