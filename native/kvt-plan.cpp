@@ -187,7 +187,9 @@ static void kvt_read_file(const llama_model_loader & ml, uint32_t n_layer, kvt_p
     plan.type_v = std::move(type_v);
 
     const int64_t kid_hash = gguf_find_key(gguf, "kvtuner.calibration.weights");
-    if (kid_hash >= 0 && gguf_get_kv_type(gguf, kid_hash) == GGUF_TYPE_STRING) {
+    if (kid_hash >= 0 && gguf_get_kv_type(gguf, kid_hash) != GGUF_TYPE_STRING) {
+        plan.notes.push_back("kvtuner.calibration.weights is not a string: the plan is used, whatever the weights");
+    } else if (kid_hash >= 0) {
         const std::string have = kvt_printable(gguf_get_val_str(gguf, kid_hash));
         const std::string want = kvt_weights_hash(ml);
         if (have != want) {
