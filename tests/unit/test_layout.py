@@ -1,0 +1,42 @@
+"""The layers of the program: who may import whom. A stage never imports a stage; what runs a plan never imports what makes one."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = {"text", "capture", "error", "prune", "cluster", "search", "solve", "evaluate"}
+LEAVES = {"errors": set(), "codecs": {"errors"}, "native": {"errors"}, "plan": {"codecs", "errors"}, "report": {"plan"}}
+
+
+def imports(path: Path) -> set[str]:
+    """Names of our own modules that a file imports, at any depth of its code."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            module = (node.module or "").split(".")
+            found |= {module[-1]} if node.module else {alias.name for alias in node.names}
+            found |= {f"calibrate.{module[-1]}"} if module[0] == "calibrate" else set()
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "calibrate").glob("*.py")), ids=lambda p: p.stem)
+def test_a_stage_imports_no_stage(path):
+    if path.stem in ("pipeline", "compare"):
+        return
+    # `evaluate` holds the Chunks that the text is cut into, which capture and text hand on
+    assert imports(path) & (STAGES - {path.stem, "evaluate"}) == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kvtuner_gguf").glob("*.py")), ids=lambda p: p.stem)
+def test_running_a_plan_needs_no_calibration(path):
+    if path.stem != "cli":
+        assert not {name for name in imports(path) if name.startswith("calibrate")}
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_low_modules_import_only_lower_ones(name):
+    assert imports(ROOT / "kvtuner_gguf" / f"{name}.py") <= LEAVES[name]
