@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def default_threads() -> int:
 
 
 class _Log:
-    """Takes llama.cpp's log. Keeps the last warnings and errors, so that a failure can be explained."""
+    """Takes llama.cpp's log, for the whole process. Keeps the last warnings and errors, so that a failure can be explained."""
 
     def __init__(self) -> None:
         from llama_cpp import llama_cpp
@@ -31,12 +32,17 @@ class _Log:
         llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _add(self, level: int, text: bytes, _user: object) -> None:
-        if level >= 3:  # warning, error
+        if level in (3, 4):  # warning, error
             self.lines = [*self.lines[-19:], text.decode(errors="replace").strip()]
 
     def reason(self) -> str:
         """What llama.cpp said last, for the end of an error message."""
         return " | ".join(self.lines[-3:]) or "llama.cpp gave no reason"
+
+
+@cache
+def _log() -> _Log:
+    return _Log()  # never freed: llama.cpp keeps a pointer to its callback
 
 
 class Session:
@@ -63,7 +69,7 @@ class Session:
         self.n_threads = n_threads or default_threads()
         if not self.path.exists():
             raise NativeError(f"model '{path}' does not exist. Check the path.")
-        self._log = _Log()
+        self._log = _log()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
@@ -278,7 +284,7 @@ def ggml_type(name: str) -> int:
     """llama_cpp's number of a type name."""
     from llama_cpp import llama_cpp
 
-    return getattr(llama_cpp, f"GGML_TYPE_{name.upper()}")
+    return 30 if name == "bf16" else getattr(llama_cpp, f"GGML_TYPE_{name.upper()}")  # llama_cpp 0.3.36 lacks bf16
 
 
 class Tap:
@@ -296,6 +302,8 @@ class Tap:
 
         self._callback = native.TapCallback(callback)
         self.handle = native.library().kvt_tap_new(self._callback, None, n_q_max)
+        if not self.handle:
+            raise NativeError(native.last_error())
 
     @contextmanager
     def enabled(self) -> Iterator[None]:
