@@ -25,6 +25,7 @@ def capture(session: Session, chunks: Chunks, path: Path, progress: Callable[[in
     rotation = session.rotation()
     session.set_plan(None)
     seen: set[tuple[int, int]] = set()
+    shares: dict[int, list[float]] = {il: [] for il in rotation}
     sample = 0
 
     def on_node(node: TapNode) -> None:
@@ -43,7 +44,9 @@ def capture(session: Session, chunks: Chunks, path: Path, progress: Callable[[in
                 if last:
                     ctx.decode(rows[:last], [False] * last)
                 with tap.enabled():
-                    ctx.decode(rows[last:], [i == len(rows) - last - 1 for i in range(len(rows) - last)])
+                    ctx.decode(rows[last:], [True] * (len(rows) - last))  # the last layer, too, works on all of them
+                for il in shares:
+                    shares[il] += [share] if (share := tap.share(il)) is not None else []
                 progress(len(rows))
     finally:
         tap.close()
@@ -51,9 +54,16 @@ def capture(session: Session, chunks: Chunks, path: Path, progress: Callable[[in
     missing = [i for i in il if any((i, s) not in seen for s in range(len(chunks.tokens)))]
     if missing:
         raise CalibrationError(f"capture: layers {missing} have KV of their own but no attention was seen. This model is not supported.")
-    result = Capture(path, session.n_layer, il, len(chunks.tokens))
+    result = Capture(path, session.n_layer, il, len(chunks.tokens), _share(il, shares))
     result.save()
     return result
+
+
+def _share(il: tuple[int, ...], shares: dict[int, list[float]]) -> tuple[float, ...]:
+    """Mean share of each layer; where it was not seen join the stream, as the layers where it was."""
+    means = {i: float(np.mean(shares[i])) for i in il if shares[i]}
+    typical = float(np.median(list(means.values()))) if means else 1.0
+    return tuple(means.get(i, typical) for i in il)
 
 
 def _sample(node: TapNode, rotation: tuple[int, int]) -> LayerSample:

@@ -169,7 +169,8 @@ def error_table(
     pairs = tuple(dict.fromkeys(pair for layer in layers for pair in layer))
     nan = dict.fromkeys(MEASURES, np.nan)
     tables = {name: np.array([[layer.get(p, nan)[name] for p in pairs] for layer in layers]) for name in MEASURES}
-    return ErrorTable(pairs, capture.il, **tables)
+    stream_error = tables["output_nrmse"] * np.sqrt(capture.share)[:, None]
+    return ErrorTable(pairs, capture.il, **tables, stream_error=stream_error)
 
 
 def sample_errors(

@@ -36,7 +36,7 @@ STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chun
 SEARCH_CTX = 512  # tokens of a chunk that plans are tried on
 DEFAULT_TYPES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 PAPER_TYPES = ("q8_0", "q4_0")  # KVTuner's 8 and 4 bits
-DEFAULT_BITS = 5.5
+DEFAULT_BITS = 6.0
 N_TRIALS = {"fitted": 32, "paper": 100}
 
 
@@ -200,8 +200,8 @@ class _Run:
         """Quality of a plan on a reference's text, by a real run; one that was measured before is read from the records."""
         return partial(self.cache.get, what, lambda pairs: measure(self.session, pairs, reference))
 
-    def searched(self, text: Text) -> tuple[Trials, list[Trial]]:
-        """All trials, and the best uniform pairs of the same bytes among them, best first."""
+    def searched(self, text: Text) -> tuple[Trial, list[Trial]]:
+        """The plan found, and the uniform plans that were tried beside it."""
         errors = self.errors(text)
         model = Additive.of(errors, self.geometry)
         if self.max_bytes is not None and self.max_bytes < cheapest(model):
@@ -225,16 +225,14 @@ class _Run:
                 done = max(done, n)
 
             if self.options.method == "paper":
-                trials = self.paper_search(errors, kld, progress)
-                trials = Trials((*trials.trials, *(self.trial(p, kld) for p in uniform if p not in {t.pairs for t in trials.trials})))
+                found = self.choose(self.paper_search(errors, kld, progress))
             elif self.max_bytes is not None:
-                trials = fitted_search(
+                found = fitted_search(
                     model, uniform, kld, self.geometry, self.max_bytes, n_trials=self.n_trials, seed=self.options.seed, progress=progress
-                )
+                )[1]
             else:
-                trials = self.kld_search(model, uniform, kld, progress)
-        of_uniform = set(uniform)
-        return trials, [t for t in trials.trials if t.pairs in of_uniform]
+                found = self.choose(self.kld_search(model, uniform, kld, progress))
+            return found, [self.trial(pairs, kld) for pairs in uniform]  # measured already, but for the paper's search
 
     def trial(self, pairs: tuple[Pair, ...], kld: Callable[[tuple[Pair, ...]], float]) -> Trial:
         return Trial(pairs, kld(pairs), self.geometry.bits_per_value(pairs), self.geometry.bytes(pairs))
@@ -295,8 +293,7 @@ class _Run:
 
     def outcome(self) -> Outcome:
         text = self.text()
-        trials, uniform = self.searched(text)
-        found = self.choose(trials)
+        found, uniform = self.searched(text)
         chunks = chunks_of(text.heldout, STREAM, len(text.heldout) // STREAM, "held-out text")
         reference = self.reference("heldout", chunks)
         rivals = sorted((t for t in uniform if t.n_bytes <= max(found.n_bytes, self.max_bytes or 0)), key=lambda t: t.kld)[:2]

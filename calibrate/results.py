@@ -89,12 +89,14 @@ class Capture:
     n_layer   layers of the model
     il        the layers that have KV of their own, ascending
     n_sample  samples of each of them
+    share     of each of them: |attention's output|^2 / |residual stream after it|^2, mean over tokens
     """
 
     path: Path
     n_layer: int
     il: tuple[int, ...]
     n_sample: int
+    share: tuple[float, ...] = ()
 
     INDEX = "capture.json"
 
@@ -105,6 +107,10 @@ class Capture:
                 f"capture {self.path}: {self.n_sample} samples of layers up to {self.il[-1]}, "
                 f"need at least one, of a model of {self.n_layer} layers. Capture again."
             )
+        if not self.share:
+            object.__setattr__(self, "share", (1.0,) * len(self.il))
+        if len(self.share) != len(self.il) or not all(math.isfinite(s) and s >= 0 for s in self.share):
+            raise CalibrationError(f"capture {self.path}: shares {self.share}, need one >= 0 for each of {len(self.il)} layers. Capture again.")
 
     def sample(self, il: int, i: int) -> LayerSample:
         """Sample i of layer il, read from disk. Raises CalibrationError if it is not there."""
@@ -125,7 +131,7 @@ class Capture:
         return _load_json(
             Path(path) / cls.INDEX,
             "Capture",
-            lambda data: cls(Path(path), data["n_layer"], tuple(data["il"]), data["n_sample"]),
+            lambda data: cls(Path(path), data["n_layer"], tuple(data["il"]), data["n_sample"], tuple(data["share"])),
         )
 
 
@@ -168,6 +174,8 @@ class ErrorTable:
     score_error   absolute, mean over the cells that a query sees; the same for every type_v
     output_error  relative L1 norm, mean over heads: the paper's measure to prune and cluster by
     output_nrmse  relative Frobenius norm over all heads, the root of the nmse
+    stream_error  output_nrmse times the root of attention's share: relative error of the residual stream, which tells
+                  what a layer does to the model better than output_nrmse does
     Raises CalibrationError if a measure has another shape, or holds anything else.
     """
 
@@ -178,8 +186,9 @@ class ErrorTable:
     score_error: np.ndarray
     output_error: np.ndarray
     output_nrmse: np.ndarray
+    stream_error: np.ndarray
 
-    MEASURES = ("key_error", "value_error", "score_error", "output_error", "output_nrmse")
+    MEASURES = ("key_error", "value_error", "score_error", "output_error", "output_nrmse", "stream_error")
 
     def __post_init__(self) -> None:
         _check_il("error table", self.il)

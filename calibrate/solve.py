@@ -2,8 +2,9 @@
 
 KLD(plan) ~ floor + sum over layers of  x_k * error(type_k)^2 + x_v * error(type_v)^2
 
-The squared output error tells how a layer's damage grows from type to type. What it does to the model's output, x, is not
-known from one layer alone, so it is fitted to measured KLDs of whole plans: each run tells of all layers at once.
+The squared error of the residual stream tells how a layer's damage grows from type to type, and roughly how much the layer
+matters. What remains, x, is fitted to measured KLDs of whole plans: each run tells of all layers at once. A single KLD is
+noisy, as any change of rounding moves the model a little, so the plan is chosen by the fitted model, not by its luckiest run.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ Evaluate = Callable[[tuple[Pair, ...]], float]
 
 PRIOR_SPREAD = 1.0  # how far a layer's x may lie from its side's mean, relative: one standard deviation
 NOISE = 0.1  # how far a measured KLD may lie from the model, relative
-UNSEEN = Pair("f16", "f16")
 
 
 @dataclass(frozen=True, eq=False)
 class Additive:
-    """Squared output error of each layer and pair, split by side, and the bytes they cost.
+    """Squared stream_error of each layer and pair, split by side, and the bytes they cost.
 
     il     (n_il,) layers that have KV
     pairs  the pairs of the columns
@@ -45,7 +45,7 @@ class Additive:
     @classmethod
     def of(cls, errors: ErrorTable, geometry: Geometry) -> Additive:
         column = {pair: i for i, pair in enumerate(errors.pairs)}
-        error = errors.output_nrmse**2
+        error = errors.stream_error**2
         sq_k, sq_v = np.full(error.shape, np.nan), np.full(error.shape, np.nan)
         for i, pair in enumerate(errors.pairs):
             k, v = column.get(Pair(pair.type_k, "f16")), column.get(Pair("f16", pair.type_v))
@@ -151,7 +151,7 @@ def fit(model: Additive, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
 
 def fitted_search(
     model: Additive,
-    uniform: Sequence[Pair],
+    start: Sequence[tuple[Pair, ...]],
     evaluate: Evaluate,
     geometry: Geometry,
     max_bytes: int,
@@ -159,29 +159,53 @@ def fitted_search(
     n_trials: int,
     seed: int,
     progress: Callable[[int, int], None] | None = None,
-) -> Trials:
-    """Plans within max_bytes, each the solution of the model as fitted to all runs before it.
+) -> tuple[Trials, Trial]:
+    """All trials, and the plan within max_bytes that the model, fitted to all of them, holds for the best.
 
-    uniform   pairs to begin with, one for all layers: the rivals, and what the sides' shares are fitted to
+    start     plans to begin with: the rivals, which also tell what the sides' shares are
     evaluate  one pair per layer -> KLD, nats. Never called twice with the same pairs.
+    A third of the trials are contrasts, which tell the layers apart; the rest are the fitted model's own solutions, with
+    noise that shrinks to none.
     """
     rng = np.random.default_rng(seed)
     tried: dict[tuple[Pair, ...], Trial] = {}
 
-    def run(pairs: tuple[Pair, ...]) -> None:
+    def run(pairs: tuple[Pair, ...]) -> Trial:
         if pairs not in tried:
             tried[pairs] = Trial(pairs, float(evaluate(pairs)), geometry.bits_per_value(pairs), geometry.bytes(pairs))
         if progress:
             progress(len(tried), n_trials)
+        return tried[pairs]
 
-    for pair in uniform:
-        run(tuple(pair if il in model.il else Pair("", "") for il in range(model.n_layer)))
+    for pairs in start:
+        run(pairs)
+    n_contrast = len(tried) + max(0, n_trials - len(tried)) // 3
+    for _ in range(n_contrast - len(tried)):
+        run(contrast(model, rng))
     stale = 0
-    while len(tried) < n_trials and stale < 20:
+    while len(tried) < n_trials - 1 and stale < 10:
         x, _ = fit(model, list(tried.values()))
-        # spread shrinks from a wide look around to the model's own best
-        spread = max(0.0, 1.0 - len(tried) / (0.7 * n_trials)) if stale == 0 else 0.3 * stale
+        spread = 0.5 * (n_trials - len(tried)) / max(1, n_trials - n_contrast) + 0.1 * stale
         plan = solve(model, model.prices(x * np.exp(spread * rng.standard_normal(len(x)))), max_bytes)
         stale = stale + 1 if plan in tried else 0
         run(plan)
-    return Trials(tuple(tried.values()))
+    x, _ = fit(model, list(tried.values()))
+    best = run(solve(model, model.prices(x), max_bytes))
+    return Trials(tuple(tried.values())), best
+
+
+def contrast(model: Additive, rng: np.random.Generator) -> tuple[Pair, ...]:
+    """Half of the layers at their worst pair, half at their best but f16, K and V apart where a layer can: a plan for fitting."""
+    pairs = [Pair("", "")] * model.n_layer
+    n = len(model.il)
+    low_k, low_v = rng.permutation(n) < n / 2, rng.permutation(n) < n / 2
+    for row, il in enumerate(model.il):
+        allowed = [i for i in range(len(model.pairs)) if not np.isnan(model.sq_k[row, i]) and "f16" not in vars(model.pairs[i]).values()]
+        size = model.n_bytes[row]
+
+        def preference(i: int) -> float:
+            k, v = model.sq_k[row, i], model.sq_v[row, i]
+            return (-k if low_k[row] else k) + (-v if low_v[row] else v)
+
+        pairs[il] = model.pairs[min(allowed, key=lambda i: (preference(i), size[i]))] if allowed else Pair("f16", "f16")
+    return tuple(pairs)

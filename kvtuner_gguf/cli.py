@@ -96,7 +96,7 @@ def main() -> None:
 @main.command()
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=FILE, help="Write a new GGUF, or with .json a sidecar. Default: into MODEL itself.")
-@click.option("--bits", type=float, help="Goal: real bits per cached value, scales included. [default: 5.5]")
+@click.option("--bits", type=float, help="Goal: real bits per cached value, scales included. [default: 6]")
 @click.option("--memory", type=Memory(), help="Goal: bytes of the cache at -c, for example 96M.")
 @click.option("--max-kld", type=float, help="Goal: the least memory whose mean KLD stays within this, in nats.")
 @click.option("--method", type=click.Choice(["fitted", "paper"]), default="fitted", show_default=True, help="How to search: 'fitted' is ours, 'paper' is KVTuner's.")
@@ -107,8 +107,8 @@ def main() -> None:
 def calibrate(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
     """Measure MODEL, find its plan, prove it on held-out text, and write it into the file.
 
-    One goal: --bits, --memory or --max-kld. The default is 5.5 bits: a third of f16's memory, above the 4.5 bits where
-    many models break, and well below q8_0's 8.5.
+    One goal: --bits, --memory or --max-kld. The default is 6 bits: three eighths of f16's memory, well below
+    q8_0's 8.5, and above the 4.5 to 5.5 at which many models lose more than they save.
     """
     pipeline = _pipeline()
     outcome = pipeline.calibrate(_options(pipeline, model, **given), Terminal())

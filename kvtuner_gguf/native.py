@@ -93,6 +93,7 @@ _SIGNATURES = {
     "kvt_tap_free": (None, [_ptr]),
     "kvt_tap_enable": (None, [_ptr, ctypes.c_bool]),
     "kvt_tap_error": (_str, [_ptr]),
+    "kvt_tap_share": (_i32, [_ptr, _i32, _ptr]),
 }
 
 

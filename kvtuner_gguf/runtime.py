@@ -320,6 +320,11 @@ class Tap:
         if text:
             raise NativeError(f"capture: {text}")
 
+    def share(self, il: int) -> float | None:
+        """|attention's branch|^2 / |residual stream after it|^2 of a layer, over the last batch; None if it was not seen."""
+        value = ctypes.c_float()
+        return value.value if native.library().kvt_tap_share(self.handle, il, ctypes.byref(value)) == 0 else None
+
     def close(self) -> None:
         native.library().kvt_tap_free(self.handle)
         self.handle = None

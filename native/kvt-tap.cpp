@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <map>
 
 struct kvt_tap {
     kvt_tap_fn fn;
@@ -21,6 +22,12 @@ struct kvt_tap {
     bool       on = false;
 
     std::string error;
+
+    int32_t il   = -1;   // layer of the last attention node
+    bool    open = false; // its branch has not met the residual stream yet
+
+    std::vector<double>       branch_sq; // |branch|^2 of each token
+    std::map<int32_t, double> share;     // layer -> |branch|^2 / |stream|^2, mean over tokens
 
     std::vector<uint8_t>     raw;
     std::vector<float>       q, mask, sinks, out;
@@ -126,17 +133,96 @@ static void kvt_tap_node_done(kvt_tap & tap, const ggml_tensor * t, int32_t il) 
     tap.fn(&node, tap.user);
 }
 
+// does t come from the attention node of layer il, a few steps back?
+static bool kvt_from_attention(const ggml_tensor * t, int32_t il, int depth) {
+    if (!t || depth == 0) {
+        return false;
+    }
+    if (t->op == GGML_OP_FLASH_ATTN_EXT) {
+        return kvt_cache_layer(t->src[1]) == il;
+    }
+    return kvt_from_attention(t->src[0], il, depth - 1) || kvt_from_attention(t->src[1], il, depth - 1);
+}
+
+enum kvt_stream_role { KVT_STREAM_NONE, KVT_STREAM_BRANCH, KVT_STREAM_SUM };
+
+// what a node is to the attention branch that is open: a step of it, or its sum with the residual stream
+static kvt_stream_role kvt_stream(const kvt_tap & tap, const ggml_tensor * t) {
+    if (!tap.open || t->type != GGML_TYPE_F32 || !ggml_is_contiguous(t)) {
+        return KVT_STREAM_NONE;
+    }
+    const bool step = t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL || t->op == GGML_OP_SCALE || t->op == GGML_OP_RMS_NORM || t->op == GGML_OP_ADD;
+    if (!step || !kvt_from_attention(t, tap.il, 10)) {
+        return KVT_STREAM_NONE;
+    }
+    if (t->op == GGML_OP_ADD && ggml_are_same_shape(t->src[0], t->src[1]) && // not a bias
+        kvt_from_attention(t->src[0], tap.il, 9) != kvt_from_attention(t->src[1], tap.il, 9)) {
+        return KVT_STREAM_SUM;
+    }
+    return KVT_STREAM_BRANCH;
+}
+
+// |row|^2 of each token
+static std::vector<double> kvt_rows_sq(kvt_tap & tap, const ggml_tensor * t) {
+    const uint8_t * data = kvt_fetch(tap, t);
+    std::vector<double> res(ggml_nrows(t), 0.0);
+    for (size_t i = 0; i < res.size(); i++) {
+        for (int64_t i0 = 0; i0 < t->ne[0]; i0++) {
+            const double x = kvt_load_f32(data + i*t->nb[1] + i0*sizeof(float));
+            res[i] += x*x;
+        }
+    }
+    return res;
+}
+
+static void kvt_stream_done(kvt_tap & tap, const ggml_tensor * t) {
+    std::vector<double> sq = kvt_rows_sq(tap, t);
+    if (kvt_stream(tap, t) == KVT_STREAM_BRANCH) {
+        tap.branch_sq = std::move(sq); // the last step before the sum counts
+        return;
+    }
+    tap.open = false;
+    if (sq.size() != tap.branch_sq.size()) {
+        return;
+    }
+    double sum = 0; // a mean over tokens: a few have activations that dwarf all others
+    for (size_t i = 0; i < sq.size(); i++) {
+        sum += sq[i] > 0 ? tap.branch_sq[i]/sq[i] : 0;
+    }
+    tap.share.emplace(tap.il, sum/sq.size()); // of layers that read one cache, the first
+}
+
 bool kvt_tap_eval(ggml_tensor * t, bool ask, void * user) {
     kvt_tap * tap = (kvt_tap *) user;
-    if (!tap || !tap->on || t->op != GGML_OP_FLASH_ATTN_EXT) {
+    if (!tap || !tap->on) {
         return !ask; // not asked for; and never stop the graph
     }
-    const int32_t il = kvt_cache_layer(t->src[1]);
-    if (ask || il < 0) {
-        return il >= 0 || !ask;
+    const int32_t il = t->op == GGML_OP_FLASH_ATTN_EXT ? kvt_cache_layer(t->src[1]) : -1;
+    if (ask) {
+        if (il >= 0) {
+            tap->il   = il; // the nodes after this one are asked for before it is done
+            tap->open = true;
+        }
+        return il >= 0 || kvt_stream(*tap, t) != KVT_STREAM_NONE;
     }
-    kvt_tap_node_done(*tap, t, il);
+    if (il >= 0) {
+        kvt_tap_node_done(*tap, t, il);
+    } else if (kvt_stream(*tap, t) != KVT_STREAM_NONE) {
+        kvt_stream_done(*tap, t);
+    }
     return true;
+}
+
+int32_t kvt_tap_share(const kvt_tap * tap, int32_t il, float * share) {
+    if (!tap || !share) {
+        return kvt_error(KVT_E_ARG, "kvt_tap_share: tap and share must not be null");
+    }
+    const auto it = tap->share.find(il);
+    if (it == tap->share.end()) {
+        return kvt_error(KVT_E_NONE, format("layer %d: its attention was not seen to join the residual stream", il));
+    }
+    *share = (float) it->second;
+    return 0;
 }
 
 kvt_tap * kvt_tap_new(kvt_tap_fn fn, void * user, int32_t n_q_max) {
@@ -161,6 +247,8 @@ void kvt_tap_enable(kvt_tap * tap, bool on) {
     }
     if (on) {
         tap->error.clear();
+        tap->share.clear();
+        tap->open = false;
     }
     tap->on = on;
 }

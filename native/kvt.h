@@ -113,6 +113,10 @@ LLAMA_API void kvt_tap_enable(struct kvt_tap * tap, bool on);
 // text of what the tap could not hand over since it was enabled ("" = nothing)
 LLAMA_API const char * kvt_tap_error(const struct kvt_tap * tap);
 
+// share of the residual stream that a layer's attention makes up where it joins it: |branch|^2 / |sum|^2 of each token of
+// the last batch, mean over tokens. KVT_E_NONE if it was not seen
+LLAMA_API int32_t kvt_tap_share(const struct kvt_tap * tap, int32_t il, float * share);
+
 // llama_context_params.cb_eval, with the tap as cb_eval_user_data; needs flash attention
 LLAMA_API bool kvt_tap_eval(struct ggml_tensor * t, bool ask, void * tap);
 

@@ -181,7 +181,15 @@ def test_measure_of_zeros_is_zero(name):
 
 
 def test_error_table_knows_every_measure():
-    assert tuple(MEASURES) == ErrorTable.MEASURES
+    assert (*MEASURES, "stream_error") == ErrorTable.MEASURES
+
+
+def test_stream_error_weighs_a_layer_by_its_share_of_the_stream(tmp_path):
+    capture = make_capture(tmp_path, {0: [make_sample(0)], 1: [make_sample(1)]})
+    capture = replace(capture, share=(0.25, 0.01))
+    errors = error_table(capture, lambda il: (("f16", "q4_0"), ("f16",)), round_trip)
+    assert errors.stream_error[0] == pytest.approx(0.5 * errors.output_nrmse[0])
+    assert errors.stream_error[1] == pytest.approx(0.1 * errors.output_nrmse[1])
 
 
 def test_errors_lie_on_the_papers_scale():

@@ -1,0 +1,214 @@
+"""The commands end to end on tiny models: calibrate, show, evaluate, export, apply, strip."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from kvtuner_gguf import Plan
+from kvtuner_gguf.cli import main
+from kvtuner_gguf.gguf_file import read_header, read_plan
+
+pytestmark = pytest.mark.native
+
+
+@pytest.fixture(autouse=True)
+def short_chunks_and_own_cache(tmp_path, monkeypatch):
+    from kvtuner_gguf.calibrate import pipeline
+
+    monkeypatch.setattr(pipeline, "STREAM", 256)
+    monkeypatch.setattr(pipeline, "SEARCH_CTX", 128)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    """Text of 5000 tokens for the byte vocabulary of the tiny models."""
+    words = np.random.default_rng(0).choice(["river", "stone", "cloud", "seven", "light", "house", "green", "walks"], 900)
+    path = tmp_path / "text.txt"
+    path.write_text(" ".join(words))
+    return path
+
+
+def copy_of(model: Path, folder: Path) -> Path:
+    path = folder / "model.gguf"
+    shutil.copyfile(model, path)
+    return path
+
+
+def run(*args: object, code: int = 0):
+    result = CliRunner().invoke(main, [str(a) for a in args], catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def calibrate(model: Path, *args: object, code: int = 0):
+    return run("calibrate", model, "--chunks", 2, "--trials", 12, "-t", 1, "-c", 1024, *args, code=code)
+
+
+def tensor_bytes(path: Path) -> list[bytes]:
+    header, data = read_header(path), path.read_bytes()
+    return [data[t.offset : t.offset + t.n_bytes] for t in header.tensors]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "hybrid", "mla"])
+def test_calibrate_writes_a_plan_that_the_run_time_obeys(arch, tiny, tmp_path, text):
+    model = copy_of(tiny(arch), tmp_path)
+    before = tensor_bytes(model)
+    result = json.loads(calibrate(model, "-f", text, "--bits", 6.0, "--json").stdout)
+    plan = read_plan(model)
+    assert json.loads(plan.to_json()) == result["plan"]
+    assert plan.bits_per_value <= 6.0 and plan.quality.n_positions == 3 * 128
+    assert tensor_bytes(model) == before
+    shown = json.loads(run("show", model, "-c", 1024, "--json").stdout)
+    assert shown["source"] == "file" and shown["notes"] == []
+    allocated = [(layer["type_k"], layer["type_v"]) for layer in shown["layers"]]
+    assert allocated == [(p.type_k, p.type_v) for p in plan.pairs]
+    names = [row["name"] for row in result["comparison"]["rows"]]
+    assert names[0] == "f16 (noise floor)" and "plan" in names and any("best uniform" in n for n in names)
+
+
+def test_what_is_written_is_never_worse_than_the_best_uniform_pair(tiny, tmp_path, text):
+    """Where the plan loses on held-out text, the uniform pair is written instead, and the program says so."""
+    model = copy_of(tiny("llama"), tmp_path)
+    result = json.loads(calibrate(model, "-f", text, "--json").stdout)
+    plan = read_plan(model)
+    assert plan.quality.kld_mean <= plan.rival_quality.kld_mean
+    assert result["won"] or len(set(plan.pairs)) == 1
+
+
+def test_the_model_can_write_its_own_text(tiny, tmp_path):
+    model = copy_of(tiny("llama"), tmp_path)
+    calibrate(model)
+    assert read_plan(model).calibration["text"] == "written by the model"
+
+
+def test_the_same_seed_gives_the_same_plan(tiny, tmp_path, text):
+    plans = []
+    for name in ("a", "b"):
+        calibrate(tiny("llama"), "-f", text, "--seed", 7, "-o", tmp_path / f"{name}.json")
+        plans.append(Plan.load(tmp_path / f"{name}.json"))
+    assert plans[0] == plans[1]
+
+
+def test_paper_method_stays_with_its_types(tiny, tmp_path, text):
+    model = copy_of(tiny("llama"), tmp_path)
+    calibrate(model, "-f", text, "--method", "paper", "--bits", 6.5)
+    plan = read_plan(model)
+    assert plan.calibration["method"] == "paper"
+    assert {t for p in plan.pairs for t in (p.type_k, p.type_v)} <= {"q8_0", "q4_0"}
+
+
+def test_memory_goal_is_kept_at_the_context(tiny, tmp_path, text):
+    model = copy_of(tiny("llama"), tmp_path)
+    calibrate(model, "-f", text, "--memory", "640K")
+    shown = json.loads(run("show", model, "-c", 1024, "--json").stdout)
+    assert next(m["bytes"] for m in shown["memory"] if m["name"] == "plan") <= 640 * 1024
+
+
+def test_kld_goal_gives_less_memory_for_a_looser_one(tiny, tmp_path, text):
+    bits = []
+    for goal in (0.0005, 0.02):
+        out = tmp_path / f"{goal}.json"
+        calibrate(tiny("llama"), "-f", text, "--max-kld", goal, "-o", out)
+        bits.append(Plan.load(out).bits_per_value)
+    assert bits[0] > bits[1]
+
+
+def test_a_goal_out_of_reach_names_what_is_needed(tiny, text):
+    out = calibrate(tiny("llama"), "-f", text, "--bits", 3, code=1).output
+    assert "Error: goal of" in out and "the cheapest plan needs" in out
+    out = calibrate(tiny("llama"), "-f", text, "--max-kld", "1e-12", code=1).output
+    assert "the best plan tried has" in out
+
+
+def test_a_text_too_short_names_the_tokens(tiny, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("too short " * 20)
+    assert "need 1280" in calibrate(tiny("llama"), "-f", short, code=1).output
+
+
+def test_resume_measures_nothing_twice(tiny, tmp_path, text, monkeypatch):
+    from kvtuner_gguf.calibrate import pipeline
+
+    measured = []
+    real = pipeline.measure
+
+    def stopped(session, pairs, reference, **kwargs):
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(pairs)
+        return real(session, pairs, reference, **kwargs)
+
+    monkeypatch.setattr(pipeline, "measure", stopped)
+    args = ["calibrate", str(tiny("llama")), "-f", str(text), "--chunks", "2", "--trials", "12", "-t", "1", "-c", "1024"]
+    assert CliRunner().invoke(main, [*args, "-o", str(tmp_path / "a.json")]).exit_code != 0
+    monkeypatch.setattr(pipeline, "measure", lambda s, p, r, **k: (measured.append(p), real(s, p, r, **k))[1])
+    run(*args, "--resume", "-o", tmp_path / "a.json")
+    search = measured[: -(1 + 1)]
+    first, later = measured[:5], search[5:]
+    assert not {p for p in first if p} & {p for p in later[: 12 - 5] if p}
+    monkeypatch.setattr(pipeline, "measure", real)
+    run(*args, "-o", tmp_path / "b.json")
+    assert Plan.load(tmp_path / "a.json") == Plan.load(tmp_path / "b.json")
+
+
+def test_a_killed_run_leaves_the_old_file(tiny, tmp_path, text):
+    model = copy_of(tiny("llama"), tmp_path)
+    before = model.read_bytes()
+    command = [sys.executable, "-m", "kvtuner_gguf.cli", "calibrate", str(model), "-f", str(text), "--chunks", "2", "-t", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    time.sleep(2.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert model.read_bytes() == before or read_plan(model) is not None
+
+
+def test_export_strip_apply_round_trip(tiny, tmp_path):
+    model = copy_of(tiny("llama"), tmp_path)
+    original, sidecar = model.read_bytes(), tmp_path / "plan.json"
+    plan = Plan.uniform(next(iter(Plan.from_json('{"schema_version":1,"type_k":["q8_0"],"type_v":["q4_0"]}').pairs)), 4)
+    plan.save(sidecar)
+    run("apply", model, sidecar)
+    assert read_plan(model) == plan
+    run("export", model, "-o", tmp_path / "again.json")
+    assert Plan.load(tmp_path / "again.json") == plan
+    run("strip", model)
+    assert model.read_bytes() == original
+    assert "holds no plan" in run("export", model, code=1).output
+
+
+def test_evaluate_prints_a_row_for_each_plan(tiny, tmp_path, text):
+    model, sidecar = tiny("llama"), tmp_path / "plan.json"
+    Plan.from_json('{"schema_version":1,"type_k":["q8_0","q4_0","q8_0","f16"],"type_v":["q4_0","q4_0","q8_0","f16"]}').save(sidecar)
+    out = run("evaluate", "-m", model, "-f", text, "--chunks", 2, "-t", 1, "--json", sidecar, "q8_0", "-ctk", "q4_0", "-ctv", "q4_0", "q4_0/q8_0").stdout
+    rows = {row["name"]: row["kld_mean"] for row in json.loads(out)["rows"]}
+    assert list(rows)[1:] == [str(sidecar), "q8_0", "q4_0/q8_0", "q4_0/q4_0"]
+    assert rows["q8_0"] < rows["q4_0/q4_0"]
+
+
+def test_evaluate_refuses_a_plan_of_another_model(tiny, tmp_path, text):
+    sidecar = tmp_path / "plan.json"
+    Plan.from_json('{"schema_version":1,"type_k":["q8_0"],"type_v":["q4_0"]}').save(sidecar)
+    out = run("evaluate", "-m", tiny("llama"), "-f", text, "--chunks", 2, sidecar, code=1).output
+    assert "has 1 layers, the model has 4" in out
+
+
+def test_show_names_a_faulty_plan(tiny):
+    from gguf import GGUFValueType
+
+    model = tiny("llama", extra=(("kvtuner.type_k", GGUFValueType.UINT32, 3),))
+    shown = json.loads(run("show", model, "-c", 256, "--json").stdout)
+    assert shown["source"] == "none" and len(shown["notes"]) == 1
+    assert {layer["type_k"] for layer in shown["layers"]} == {"f16"}
