@@ -337,9 +337,12 @@ def chat(prompt: str | None, system: str | None, max_tokens: int | None, tempera
 
 def _open_llama(model: Path, plan_file: Path | None = None, no_plan: bool = False, n_ctx: int = 8192, threads: int | None = None, n_gpu_layers: int = 0, type_k: str | None = None, type_v: str | None = None) -> Any:
     from .llama import Llama
-    from .runtime import default_threads
+    from .runtime import Session, check_memory, default_threads
 
     plan = False if no_plan else plan_file
+    if n_gpu_layers == 0:
+        with Session(model, no_alloc=True) as session, session.context(n_ctx) as ctx:
+            check_memory(sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers()), n_ctx)
     try:
         return Llama(
             str(model), plan=plan, n_ctx=n_ctx, n_threads=threads or default_threads(), n_gpu_layers=n_gpu_layers,

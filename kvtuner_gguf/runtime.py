@@ -21,6 +21,21 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+MOST_CONTEXT = 16  # times the trained context; beyond it even the cells' bookkeeping fills the memory
+
+
+def check_memory(n_bytes: int, n_ctx: int) -> None:
+    """Raises NativeError if a cache of n_bytes does not fit into the machine's memory, instead of being killed for it."""
+    if not hasattr(os, "sysconf"):
+        return
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if n_bytes > total:
+        raise NativeError(
+            f"context of {n_ctx} tokens: its K/V cache needs {n_bytes / 2**30:.1f} GiB, the machine has {total / 2**30:.1f} GiB. "
+            "Use a smaller -c, or a plan of fewer bits."
+        )
+
+
 class _Log:
     """Takes llama.cpp's log, for the whole process. Keeps the last warnings and errors, so that a failure can be explained."""
 
@@ -204,6 +219,11 @@ class Context:
         tap: Tap | None = None,
     ) -> None:
         """n_ctx: tokens, of all sequences together. Raises NativeError if the context cannot be made."""
+        if n_ctx > MOST_CONTEXT * max(session.n_ctx_train, 8192) * n_seq_max:
+            raise NativeError(
+                f"context of {n_ctx} tokens: more than {MOST_CONTEXT} times the {session.n_ctx_train} that the model was trained for. "
+                "Use a smaller -c."
+            )
         self._session, self._llama = session, session._llama
         lc = self._llama
         params = lc.llama_context_default_params()
