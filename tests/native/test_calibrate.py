@@ -17,7 +17,8 @@ from click.testing import CliRunner
 
 from kvtuner_gguf import Plan
 from kvtuner_gguf.cli import main
-from kvtuner_gguf.gguf_file import read_header, read_plan
+from kvtuner_gguf.gguf_file import read_plan
+from kvtuner_gguf.gguf_header import read_header
 
 pytestmark = pytest.mark.native
 

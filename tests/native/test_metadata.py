@@ -13,7 +13,8 @@ from running import feed, prompt
 
 from kvtuner_gguf import native
 from kvtuner_gguf.errors import NativeError
-from kvtuner_gguf.gguf_file import read_header, weights_hash, write_plan
+from kvtuner_gguf.gguf_file import weights_hash, write_plan
+from kvtuner_gguf.gguf_header import read_header
 from kvtuner_gguf.plan import Pair, Plan
 
 pytestmark = pytest.mark.native

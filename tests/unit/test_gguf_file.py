@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
 
-from kvtuner_gguf import gguf_file
+from kvtuner_gguf import gguf_file, gguf_header
 from kvtuner_gguf.errors import PlanError
-from kvtuner_gguf.gguf_file import read_header, read_metadata, read_plan, weights_hash, write_plan
+from kvtuner_gguf.gguf_file import read_metadata, read_plan, weights_hash, write_plan
+from kvtuner_gguf.gguf_header import read_header
 from kvtuner_gguf.plan import Pair, Plan, Quality
 
 PLAN = Plan(
@@ -410,9 +411,9 @@ def test_weights_hash_names_the_tensor_table(model, tmp_path):
     assert weights_hash(make_model(tmp_path / "other.gguf", n_tensors=2)) != weights_hash(model)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in GGMLQuantizationType if kind in gguf_file._TYPES])
+@pytest.mark.parametrize("kind", [kind for kind in GGMLQuantizationType if kind in gguf_header.TENSOR_TYPES])
 def test_the_type_table_is_that_of_ggml(kind):
-    name, block_size, type_size = gguf_file._TYPES[kind]
+    name, block_size, type_size = gguf_header.TENSOR_TYPES[kind]
     if kind != GGMLQuantizationType.Q8_1:  # the package still has the 40 bytes it once had
         assert (block_size, type_size) == GGML_QUANT_SIZES[kind]
     assert name == re.sub(r"_k$", "_K", kind.name.lower())  # ggml writes q6_K, but iq4_nl and q8_0
