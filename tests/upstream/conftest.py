@@ -30,7 +30,7 @@ def build(name: str, target: str, *options: str) -> Path:
 
 @pytest.fixture(scope="session")
 def patched_bin() -> Path:
-    return build("tools", "kvtuner kvtuner-tools")
+    return build("tools", "kvtuner kvtuner-tests")
 
 
 @pytest.fixture(scope="session")
