@@ -17,13 +17,14 @@ from .. import native
 from ..default_model import cache_dir
 from ..errors import CalibrationError, KvtunerError
 from ..gguf_file import weights_hash
+from ..gguf_header import read_header
 from ..plan import Geometry, Pair, Plan, Quality
 from ..report import Comparison, Row
 from ..runtime import Session
 from .capture import capture
 from .cluster import cluster
 from .error import error_table
-from .evaluate import Chunks, Reference, make_reference, measure
+from .evaluate import N_UBATCH, Chunks, Reference, make_reference, measure
 from .prune import pareto_menus
 from .results import Capture, ErrorTable, Trial, Trials
 from .search import nsga2
@@ -104,7 +105,7 @@ class Outcome:
 
 def work_dir(options: Options) -> Path:
     """Where the stages' records of this calibration are: the same text and model, the same folder."""
-    parts = [weights_hash(options.model), options.model.stat().st_size, options.n_chunk, options.seed]
+    parts = [_weights_sample(options.model), options.n_chunk, options.seed, N_UBATCH, STREAM, SEARCH_CTX]
     if options.text:
         parts.append(hashlib.sha256(options.text.read_bytes()).hexdigest())
     return cache_dir() / "calibrate" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -366,6 +367,17 @@ class _Run:
                 "rotation": "hadamard" if rotated else "none",
             },
         )
+
+
+def _weights_sample(model: Path) -> str:
+    """Hash of the tensor table and of the start of each tensor: the same with and without a plan in the file."""
+    digest = hashlib.sha256(weights_hash(model).encode())
+    tensors = read_header(model).tensors
+    with model.open("rb") as file:
+        for tensor in tensors:
+            file.seek(tensor.offset)
+            digest.update(file.read(min(tensor.n_bytes or 4096, 4096)))
+    return digest.hexdigest()
 
 
 class EvaluationCache:

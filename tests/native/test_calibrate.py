@@ -165,6 +165,22 @@ def test_resume_measures_nothing_twice(tiny, tmp_path, text, monkeypatch):
     assert Plan.load(tmp_path / "a.json") == Plan.load(tmp_path / "b.json")
 
 
+def test_another_goal_reuses_what_was_measured(tiny, tmp_path, text, monkeypatch):
+    """--resume on a file that has its plan by now: text, errors and the runs of equal plans are there."""
+    from kvtuner_gguf.calibrate import pipeline
+
+    model = copy_of(tiny("llama"), tmp_path)
+    calibrate(model, "-f", text, "--bits", 6.0)
+    measured = []
+    real = pipeline.measure
+    monkeypatch.setattr(pipeline, "measure", lambda s, p, r, **k: (measured.append(p), real(s, p, r, **k))[1])
+    monkeypatch.setattr(pipeline, "error_table", None)
+    calibrate(model, "-f", text, "--bits", 6.0, "--resume")
+    assert [p for p in measured if p is not None] == []
+    calibrate(model, "-f", text, "--bits", 7.0, "--resume")
+    assert read_plan(model).bits_per_value <= 7.0
+
+
 def test_a_killed_run_leaves_the_old_file(tiny, tmp_path, text):
     model = copy_of(tiny("llama"), tmp_path)
     before = model.read_bytes()
