@@ -1,0 +1,232 @@
+// Vectors of floats, as wide as the instruction set that this file is compiled for.
+// ggml-cpu is compiled once per instruction set, so all choices are made here, by macros.
+#pragma once
+
+#include "ggml.h"
+#include "ggml-cpu-impl.h"
+#include "simd-mappings.h"
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__GNUC__)
+#define KVT_INLINE inline __attribute__((always_inline))
+#define kvt_prefetch(p) __builtin_prefetch(p)
+#elif defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
+#define KVT_INLINE __forceinline
+#define kvt_prefetch(p) _mm_prefetch((const char *) (p), _MM_HINT_T0)
+#else
+#define KVT_INLINE inline
+#define kvt_prefetch(p) GGML_UNUSED(p)
+#endif
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+
+#define KVT_AVX512
+#define KVT_VW 16
+typedef __m512 vf;
+
+static KVT_INLINE vf   vf_set1 (float x)               { return _mm512_set1_ps(x); }
+static KVT_INLINE vf   vf_load (const float * p)       { return _mm512_loadu_ps(p); }
+static KVT_INLINE void vf_store(float * p, vf a)       { _mm512_storeu_ps(p, a); }
+static KVT_INLINE vf   vf_add  (vf a, vf b)            { return _mm512_add_ps(a, b); }
+static KVT_INLINE vf   vf_sub  (vf a, vf b)            { return _mm512_sub_ps(a, b); }
+static KVT_INLINE vf   vf_mul  (vf a, vf b)            { return _mm512_mul_ps(a, b); }
+static KVT_INLINE vf   vf_div  (vf a, vf b)            { return _mm512_div_ps(a, b); }
+static KVT_INLINE vf   vf_max  (vf a, vf b)            { return _mm512_max_ps(a, b); }
+static KVT_INLINE vf   vf_min  (vf a, vf b)            { return _mm512_min_ps(a, b); }
+static KVT_INLINE vf   vf_fma  (vf a, vf b, vf c)      { return _mm512_fmadd_ps(a, b, c); }
+static KVT_INLINE float vf_hmax(vf a)                  { return _mm512_reduce_max_ps(a); }
+static KVT_INLINE float vf_hsum(vf a)                  { return _mm512_reduce_add_ps(a); }
+static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
+static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
+}
+// a * 2^n, where z = n + 1.5*2^23
+static KVT_INLINE vf   vf_scale2(vf a, vf z) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(z), 23)));
+}
+// a where x > lim, else 0
+static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lim, _CMP_GT_OQ), a); }
+
+static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {
+    __m512 a[16], b[16];
+    for (int i = 0; i < 16; i++) {
+        a[i] = _mm512_loadu_ps(src + i*lds);
+    }
+    for (int i = 0; i < 16; i += 2) {
+        b[i + 0] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i + 0] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b[i + 0]), _mm512_castps_pd(b[i + 2])));
+        a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b[i + 0]), _mm512_castps_pd(b[i + 2])));
+        a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
+        a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(b[i + 1]), _mm512_castps_pd(b[i + 3])));
+    }
+    for (int i = 0; i < 4; i++) {
+        b[i +  0] = _mm512_shuffle_f32x4(a[i +  0], a[i +  4], 0x88);
+        b[i +  4] = _mm512_shuffle_f32x4(a[i +  0], a[i +  4], 0xdd);
+        b[i +  8] = _mm512_shuffle_f32x4(a[i +  8], a[i + 12], 0x88);
+        b[i + 12] = _mm512_shuffle_f32x4(a[i +  8], a[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm512_storeu_ps(dst + (i +  0)*ldd, _mm512_shuffle_f32x4(b[i + 0], b[i +  8], 0x88));
+        _mm512_storeu_ps(dst + (i +  4)*ldd, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0x88));
+        _mm512_storeu_ps(dst + (i +  8)*ldd, _mm512_shuffle_f32x4(b[i + 0], b[i +  8], 0xdd));
+        _mm512_storeu_ps(dst + (i + 12)*ldd, _mm512_shuffle_f32x4(b[i + 4], b[i + 12], 0xdd));
+    }
+}
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+#define KVT_VW 8
+typedef __m256 vf;
+
+static KVT_INLINE vf   vf_set1 (float x)               { return _mm256_set1_ps(x); }
+static KVT_INLINE vf   vf_load (const float * p)       { return _mm256_loadu_ps(p); }
+static KVT_INLINE void vf_store(float * p, vf a)       { _mm256_storeu_ps(p, a); }
+static KVT_INLINE vf   vf_add  (vf a, vf b)            { return _mm256_add_ps(a, b); }
+static KVT_INLINE vf   vf_sub  (vf a, vf b)            { return _mm256_sub_ps(a, b); }
+static KVT_INLINE vf   vf_mul  (vf a, vf b)            { return _mm256_mul_ps(a, b); }
+static KVT_INLINE vf   vf_div  (vf a, vf b)            { return _mm256_div_ps(a, b); }
+static KVT_INLINE vf   vf_max  (vf a, vf b)            { return _mm256_max_ps(a, b); }
+static KVT_INLINE vf   vf_min  (vf a, vf b)            { return _mm256_min_ps(a, b); }
+static KVT_INLINE vf   vf_fma  (vf a, vf b, vf c)      { return _mm256_fmadd_ps(a, b, c); }
+static KVT_INLINE float vf_hmax(vf a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+static KVT_INLINE float vf_hsum(vf a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p)); }
+static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
+}
+static KVT_INLINE vf   vf_scale2(vf a, vf z) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(z), 23)));
+}
+static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) { return _mm256_and_ps(_mm256_cmp_ps(x, lim, _CMP_GT_OQ), a); }
+
+static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i++) {
+        a[i] = _mm256_loadu_ps(src + i*lds);
+    }
+    for (int i = 0; i < 8; i += 2) {
+        b[i + 0] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        a[i + 0] = _mm256_shuffle_ps(b[i + 0], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i + 0], b[i + 2], 0xee);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_storeu_ps(dst + (i + 0)*ldd, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(dst + (i + 4)*ldd, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+    }
+}
+
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+
+#define KVT_VW 4
+typedef float32x4_t vf;
+
+static KVT_INLINE vf   vf_set1 (float x)               { return vdupq_n_f32(x); }
+static KVT_INLINE vf   vf_load (const float * p)       { return vld1q_f32(p); }
+static KVT_INLINE void vf_store(float * p, vf a)       { vst1q_f32(p, a); }
+static KVT_INLINE vf   vf_add  (vf a, vf b)            { return vaddq_f32(a, b); }
+static KVT_INLINE vf   vf_sub  (vf a, vf b)            { return vsubq_f32(a, b); }
+static KVT_INLINE vf   vf_mul  (vf a, vf b)            { return vmulq_f32(a, b); }
+static KVT_INLINE vf   vf_div  (vf a, vf b)            { return vdivq_f32(a, b); }
+static KVT_INLINE vf   vf_max  (vf a, vf b)            { return vmaxq_f32(a, b); }
+static KVT_INLINE vf   vf_min  (vf a, vf b)            { return vminq_f32(a, b); }
+static KVT_INLINE vf   vf_fma  (vf a, vf b, vf c)      { return vfmaq_f32(c, a, b); }
+static KVT_INLINE float vf_hmax(vf a)                  { return vmaxvq_f32(a); }
+static KVT_INLINE float vf_hsum(vf a)                  { return vaddvq_f32(a); }
+static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
+static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
+static KVT_INLINE vf   vf_scale2(vf a, vf z) {
+    return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(a), vshlq_n_u32(vreinterpretq_u32_f32(z), 23)));
+}
+static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) {
+    return vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(x, lim), vreinterpretq_u32_f32(a)));
+}
+
+static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {
+    const float32x4_t a = vld1q_f32(src), b = vld1q_f32(src + lds), c = vld1q_f32(src + 2*lds), d = vld1q_f32(src + 3*lds);
+    const float64x2_t ab0 = vreinterpretq_f64_f32(vtrn1q_f32(a, b)), ab1 = vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+    const float64x2_t cd0 = vreinterpretq_f64_f32(vtrn1q_f32(c, d)), cd1 = vreinterpretq_f64_f32(vtrn2q_f32(c, d));
+    vst1q_f32(dst,         vreinterpretq_f32_f64(vtrn1q_f64(ab0, cd0)));
+    vst1q_f32(dst +   ldd, vreinterpretq_f32_f64(vtrn1q_f64(ab1, cd1)));
+    vst1q_f32(dst + 2*ldd, vreinterpretq_f32_f64(vtrn2q_f64(ab0, cd0)));
+    vst1q_f32(dst + 3*ldd, vreinterpretq_f32_f64(vtrn2q_f64(ab1, cd1)));
+}
+
+#elif defined(__GNUC__)
+
+#define KVT_VW 4
+typedef float    vf __attribute__((vector_size(16)));
+typedef int32_t  vi __attribute__((vector_size(16)));
+
+static KVT_INLINE vf   vf_set1 (float x)               { return vf{x, x, x, x}; }
+static KVT_INLINE vf   vf_load (const float * p)       { vf a; memcpy(&a, p, sizeof(a)); return a; }
+static KVT_INLINE void vf_store(float * p, vf a)       { memcpy(p, &a, sizeof(a)); }
+static KVT_INLINE vf   vf_add  (vf a, vf b)            { return a + b; }
+static KVT_INLINE vf   vf_sub  (vf a, vf b)            { return a - b; }
+static KVT_INLINE vf   vf_mul  (vf a, vf b)            { return a*b; }
+static KVT_INLINE vf   vf_div  (vf a, vf b)            { return a/b; }
+static KVT_INLINE vf   vf_max  (vf a, vf b)            { const vi m = a > b; return (vf) ((m & (vi) a) | (~m & (vi) b)); }
+static KVT_INLINE vf   vf_min  (vf a, vf b)            { const vi m = a < b; return (vf) ((m & (vi) a) | (~m & (vi) b)); }
+static KVT_INLINE vf   vf_fma  (vf a, vf b, vf c)      { return a*b + c; }
+static KVT_INLINE float vf_hmax(vf a)                  { return MAX(MAX(a[0], a[1]), MAX(a[2], a[3])); }
+static KVT_INLINE float vf_hsum(vf a)                  { return (a[0] + a[1]) + (a[2] + a[3]); }
+static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) {
+    return vf{GGML_CPU_FP16_TO_FP32(p[0]), GGML_CPU_FP16_TO_FP32(p[1]), GGML_CPU_FP16_TO_FP32(p[2]), GGML_CPU_FP16_TO_FP32(p[3])};
+}
+static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) {
+    return (vf) (vi{p[0], p[1], p[2], p[3]} << 16);
+}
+static KVT_INLINE vf   vf_scale2(vf a, vf z)           { return (vf) ((vi) a + ((vi) z << 23)); }
+static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) { return (vf) ((x > lim) & (vi) a); }
+
+static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {
+    for (int i = 0; i < 4; i++) {
+        for (int j = 0; j < 4; j++) {
+            dst[j*ldd + i] = src[i*lds + j];
+        }
+    }
+}
+
+#endif
+
+#ifdef KVT_VW
+
+// e^x, about 2 ulp; x is clamped at 88, and 0 is returned below -87. The polynomial is that of ggml_v_expf.
+static KVT_INLINE vf vf_exp(vf x) {
+    const vf lim = vf_set1(-87.0f);
+    const vf y = vf_min(vf_max(x, lim), vf_set1(88.0f));
+    const vf r = vf_set1(12582912.0f);
+    const vf z = vf_fma(y, vf_set1(1.44269502e+0f), r);
+    const vf n = vf_sub(z, r);
+    const vf b = vf_fma(n, vf_set1(-1.42860677e-6f), vf_fma(n, vf_set1(-6.93145752e-1f), y));
+    const vf u = vf_mul(b, b);
+    const vf p = vf_fma(vf_fma(vf_set1(8.24739039e-3f), b, vf_set1(4.18997668e-2f)), u,
+                        vf_fma(vf_set1(1.66683957e-1f), b, vf_set1(4.99991268e-1f)));
+    const vf j = vf_fma(p, u, vf_fma(vf_set1(0.999999404f), b, vf_set1(1.0f)));
+    return vf_where_gt(vf_scale2(j, z), x, lim);
+}
+
+// tanh(x) = 1 - 2/(e^2x + 1)
+static KVT_INLINE vf vf_tanh(vf x) {
+    const vf one = vf_set1(1.0f);
+    return vf_sub(one, vf_div(vf_set1(2.0f), vf_add(vf_exp(vf_add(x, x)), one)));
+}
+
+#endif

@@ -1,0 +1,88 @@
+"""Attention against float64: every pair of types, head size, group of heads, batch, mask and extra."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.native
+
+BLOCKS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+TYPES = ("f32", "f16", "bf16", *BLOCKS)
+
+BOUND = 2e-6
+"""Of the relative error: sums of a few hundred products of floats, and an exponential of 2 ulp."""
+
+PAIRS = [{"k": k, "v": v, "n_q": n_q, "n_kv": 300} for k, v in itertools.product(TYPES, TYPES) for n_q in (1, 33)]
+SHAPES = [
+    {"k": k, "v": v, "dk": d, "dv": d, "n_gqa": n_gqa, "n_q": n_q, "n_kv": n_kv}
+    for (k, v), d, n_gqa, (n_q, n_kv) in itertools.product(
+        (("f16", "f16"), ("q8_0", "q4_0"), ("q5_1", "iq4_nl")), (64, 80, 96, 128, 256), (1, 3, 4, 8), ((1, 517), (4, 70), (33, 161))
+    )
+    if d % 32 == 0 or k == "f16"
+]
+EXTRAS = [
+    {**extra, "k": k, "v": v, "n_q": n_q, "n_kv": 333, "n_stream": n_stream}
+    for extra, (k, v), n_q, n_stream in itertools.product(
+        (
+            {"mask": None}, {"mask": "holes"}, {"sinks": True}, {"softcap": 3.0}, {"max_bias": 8.0, "n_head_kv": 3, "n_gqa": 4},
+            {"dk": 96, "dv": 64}, {"dk": 192, "dv": 128, "v_in_k": True}, {"sinks": True, "softcap": 5.0, "mask": "holes"},
+        ),
+        (("f16", "f16"), ("q8_0", "q8_0"), ("bf16", "q4_1")),
+        (1, 16, 40),
+        (1, 3),
+    )
+    if not (extra.get("v_in_k") and k != v)
+]  # fmt: skip
+ODD = [
+    {"k": k, "v": v, "dk": d, "dv": d, "n_q": n_q, "n_kv": n_kv, "n_threads": n_threads}
+    for (k, v), d, (n_q, n_kv), n_threads in itertools.product((("f16", "f32"), ("bf16", "f16")), (40, 72), ((1, 1), (1, 65), (5, 129)), (1, 2))
+]
+LONG = [
+    {"k": k, "v": v, "n_q": n_q, "n_kv": n_kv, "n_threads": n_threads}
+    for (k, v), (n_q, n_kv), n_threads in itertools.product(
+        (("q8_0", "q8_0"), ("q4_0", "f16")), ((1, 4097), (512, 1000), (512, 512)), (1, 2, 3)
+    )
+]
+
+
+def run(folder: Path, cases: list[dict]) -> list[dict]:
+    """What attention.py says of the cases, with the libraries in this folder."""
+    program = Path(__file__).with_name("attention.py")
+    env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+    done = subprocess.run([sys.executable, str(program), str(folder)], input=json.dumps(cases), capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(cases: list[dict]) -> None:
+    from kvtuner_gguf import native
+
+    for case, result in zip(cases, run(native.lib_dir(), cases), strict=True):
+        assert result["finite"], case
+        assert result["error"] < BOUND, (case, result)
+        assert result["ref"] is None or result["ref"] < 1e-7, (case, result)
+
+
+def test_pairs():
+    check(PAIRS)
+
+
+def test_shapes():
+    check(SHAPES)
+
+
+def test_extras():
+    check([{**case, "ref": case["n_q"] <= 16 and case["n_stream"] == 1} for case in EXTRAS])
+
+
+def test_head_sizes_that_fill_no_vector():
+    check(ODD)
+
+
+def test_long_and_threads():
+    check(LONG)
