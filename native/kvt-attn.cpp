@@ -10,7 +10,7 @@
 #include <cstring>
 #include <numeric>
 
-#ifdef KVT_VW
+#if defined(KVT_VW) && !defined(KVT_STOCK_ATTN)
 
 #include "kvt-attn-unpack.h"
 

@@ -34,5 +34,11 @@ def patched_bin() -> Path:
 
 
 @pytest.fixture(scope="session")
+def plain_bin() -> Path:
+    """Patched, but with stock's CPU attention, so that its numbers are stock's to the bit."""
+    return build("plain", "kvtuner", "-DKVTUNER_CPU_ATTN=OFF")
+
+
+@pytest.fixture(scope="session")
 def stock_bin() -> Path:
     return build("stock", "kvtuner llama-bench test-save-load-state", "-DKVTUNER_STOCK=ON")

@@ -55,8 +55,8 @@ def run(folder, *arguments):
 
 @pytest.mark.parametrize("types", [(1, 1), (8, 2)], ids=["f16", "q8_0/q4_0"])
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "hybrid"])
-def test_without_a_plan_states_are_stock(patched_bin, stock_bin, tiny, tmp_path, arch, types):
-    model, folders = tiny(arch), {"ours": patched_bin, "stock": stock_bin}
+def test_without_a_plan_states_are_stock(plain_bin, stock_bin, tiny, tmp_path, arch, types):
+    model, folders = tiny(arch), {"ours": plain_bin, "stock": stock_bin}
     tokens = range(1, 41)
     logits = {name: run(folder, "save", model, tmp_path / name, *types, *tokens) for name, folder in folders.items()}
     assert logits["ours"] == logits["stock"]

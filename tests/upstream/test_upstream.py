@@ -1,4 +1,7 @@
-"""llama.cpp's own tests pass on the patched tree, and without a plan it is stock: tokens, logits, files."""
+"""llama.cpp's own tests pass on the patched tree, and without a plan it is stock: tokens, logits, files.
+
+To the bit with stock's attention; with ours, which adds in another order, to rounding.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvtuner_gguf import Pair, Plan
+from kvtuner_gguf.calibrate.evaluate import kl_divergence, log_softmax
 from kvtuner_gguf.gguf_file import write_plan
 
 pytestmark = [pytest.mark.upstream, pytest.mark.model]
@@ -33,6 +38,24 @@ print(" ".join(map(str, out)), digest)
 """
 
 
+# logits after each token of a text, with K and V of one type
+LOGITS = """
+import sys
+import llama_cpp, numpy as np
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=1024, n_batch=512, n_threads=2, n_threads_batch=2, flash_attn=sys.argv[4] == "on", logits_all=True, verbose=False, type_k=int(sys.argv[3]), type_v=int(sys.argv[3]))
+llm.eval(llm.tokenize(open(sys.argv[5], "rb").read())[:900])
+np.save(sys.argv[2], llm.scores[: llm.n_tokens])
+"""
+
+
+def logits(bin_dir: Path, model: Path, out: Path, type_number: int, flash_attn: str) -> np.ndarray:
+    """(n_tokens, n_vocab) log-probabilities after each token of the README."""
+    env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(bin_dir)}
+    args = [sys.executable, "-c", LOGITS, str(model), str(out), str(type_number), flash_attn, str(ROOT / "README.md")]
+    subprocess.run(args, env=env, capture_output=True, text=True, check=True)
+    return log_softmax(np.load(out))
+
+
 def greedy(bin_dir: Path, model: Path, *types: int) -> str:
     env = {**os.environ, "LLAMA_CPP_LIB_PATH": str(bin_dir)}
     args = [sys.executable, "-c", GREEDY, str(model), *map(str, types)]
@@ -46,18 +69,28 @@ def run(program: Path, *args: str) -> str:
 
 
 @pytest.mark.parametrize("types", [(), (8, 2)], ids=["f16", "q8_0/q4_0"])
-def test_without_a_plan_tokens_and_logits_are_stock(patched_bin, stock_bin, smol, types):
-    assert greedy(patched_bin, smol, *types) == greedy(stock_bin, smol, *types)
+def test_without_a_plan_tokens_and_logits_are_stock(plain_bin, stock_bin, smol, types):
+    assert greedy(plain_bin, smol, *types) == greedy(stock_bin, smol, *types)
 
 
-def test_a_uniform_plan_gives_the_logits_of_stock_with_those_types(patched_bin, stock_bin, smol, tmp_path):
+def test_a_uniform_plan_gives_the_logits_of_stock_with_those_types(plain_bin, stock_bin, smol, tmp_path):
     planned = write_plan(smol, Plan((Pair("q8_0", "q4_0"),) * 30), tmp_path / "planned.gguf")
-    assert greedy(patched_bin, planned) == greedy(stock_bin, smol, 8, 2)
+    assert greedy(plain_bin, planned) == greedy(stock_bin, smol, 8, 2)
 
 
 def test_stock_loads_a_planned_file_and_ignores_the_plan(stock_bin, smol, tmp_path):
     planned = write_plan(smol, Plan((Pair("q8_0", "q4_0"),) * 30), tmp_path / "planned.gguf")
     assert greedy(stock_bin, planned) == greedy(stock_bin, smol)
+
+
+def test_our_attention_is_stocks_to_rounding(patched_bin, stock_bin, smol, tmp_path):
+    """As close to stock's f16 as stock's two attention kernels are to each other, and no worse than stock with q8_0."""
+    stock = logits(stock_bin, smol, tmp_path / "stock.npy", 1, "on")
+    floor = kl_divergence(stock, logits(stock_bin, smol, tmp_path / "off.npy", 1, "off")).mean()
+    ours = logits(patched_bin, smol, tmp_path / "ours.npy", 1, "on")
+    assert kl_divergence(stock, ours).mean() <= 1.5 * floor
+    q8_0 = {name: logits(folder, smol, tmp_path / f"{name}.npy", 8, "on") for name, folder in (("s", stock_bin), ("o", patched_bin))}
+    assert kl_divergence(stock, q8_0["o"]).mean() <= kl_divergence(stock, q8_0["s"]).mean() + 0.5 * floor
 
 
 def test_quantize_fns_pass(patched_bin):
