@@ -15,7 +15,7 @@ import click
 
 from . import __version__
 from .errors import CalibrationError, KvtunerError, PlanError
-from .plan import Pair, Plan
+from .plan import Pair, Plan, allocated_pairs
 
 MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -203,9 +203,7 @@ def show(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int, as_
             session.set_plan(plan.pairs)
         notes = native.plan_notes(session.model)
         with session.context(n_ctx) as ctx:
-            pairs = [Pair("", "")] * session.n_layer
-            for layer in ctx.layers():
-                pairs[layer.il] = Pair(layer.type_k, layer.type_v or layer.type_k)
+            pairs = allocated_pairs(ctx.layers(), session.n_layer)
             notes += ctx.notes()
         geometry = session.geometry(n_ctx)
     if as_json:
@@ -341,8 +339,11 @@ def _open_llama(model: Path, plan_file: Path | None = None, no_plan: bool = Fals
 
     plan = False if no_plan else plan_file
     if n_gpu_layers == 0:
-        with Session(model, no_alloc=True) as session, session.context(n_ctx) as ctx:
-            check_memory(sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers()), n_ctx)
+        with Session(model, no_alloc=True) as session:
+            if plan is not None:  # else the file's
+                session.set_plan(Plan.load(plan).pairs if plan else None)
+            with session.context(n_ctx, type_k=type_k or "f16", type_v=type_v or "f16") as ctx:
+                check_memory(sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers()), n_ctx)
     try:
         return Llama(
             str(model), plan=plan, n_ctx=n_ctx, n_threads=threads or default_threads(), n_gpu_layers=n_gpu_layers,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import native
 from .errors import PlanError
-from .plan import Pair, Plan
+from .plan import Plan, allocated_pairs
 
 native.library()  # before the first import of llama_cpp
 
@@ -70,10 +70,7 @@ class Llama(llama_cpp.Llama):
     @property
     def plan(self) -> Plan:
         """The pairs that are really allocated, whatever was asked for."""
-        pairs = [Pair("", "")] * native.n_layer(self._model.model)
-        for layer in self.layers:
-            pairs[layer.il] = Pair(layer.type_k, layer.type_v or layer.type_k)
-        return Plan(tuple(pairs))
+        return Plan(allocated_pairs(self.layers, native.n_layer(self._model.model)))
 
     @property
     def plan_notes(self) -> list[str]:

@@ -8,14 +8,14 @@ import os
 import re
 import secrets
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 from .codecs import codec
 from .errors import CodecError, PlanError
@@ -65,6 +65,12 @@ class Pair:
         if len(names) != 2 or not all(names):
             raise PlanError(f"pair '{text}': need K/V, for example q8_0/q4_0, or one type for both.")
         return cls(*names)
+
+
+def allocated_pairs(layers: Iterable[Any], n_layer: int) -> tuple[Pair, ...]:
+    """One pair per layer from what a context has allocated (native.LayerCache); none for a layer without KV of its own."""
+    found = {layer.il: Pair(layer.type_k, layer.type_v or layer.type_k) for layer in layers}
+    return tuple(found.get(il, Pair("", "")) for il in range(n_layer))
 
 
 @dataclass(frozen=True)
