@@ -1,5 +1,9 @@
 // Vectors of floats, as wide as the instruction set that this file is compiled for.
 // ggml-cpu is compiled once per instruction set, so all choices are made here, by macros.
+//
+//   vf  KVT_VW floats
+//   vb  KVT_VW/4 lanes of 16 bytes, each of another row (KVT_BLOCKS: there are some)
+//   vi  KVT_VW int32, with products of pairs of int16 (KVT_DOT: there are some)
 #pragma once
 
 #include "ggml.h"
@@ -12,12 +16,24 @@
 #if defined(__GNUC__)
 #define KVT_INLINE inline __attribute__((always_inline))
 #define kvt_prefetch(p) __builtin_prefetch(p)
+#if defined(__x86_64__) || defined(__i386__)
+#define KVT_KEEP(v) __asm__("" : "+v"(v)) // in a register: it is used more than once
+#elif defined(__aarch64__)
+#define KVT_KEEP(v) __asm__("" : "+w"(v))
+#else
+#define KVT_KEEP(v) GGML_UNUSED(v)
+#endif
+#define KVT_OPAQUE(x) __asm__("" : "+r"(x)) // its multiples are not worth a register each
 #elif defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
 #define KVT_INLINE __forceinline
 #define kvt_prefetch(p) _mm_prefetch((const char *) (p), _MM_HINT_T0)
+#define KVT_KEEP(v) GGML_UNUSED(v)
+#define KVT_OPAQUE(x) GGML_UNUSED(x)
 #else
 #define KVT_INLINE inline
 #define kvt_prefetch(p) GGML_UNUSED(p)
+#define KVT_KEEP(v) GGML_UNUSED(v)
+#define KVT_OPAQUE(x) GGML_UNUSED(x)
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
@@ -78,6 +94,72 @@ static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst,
     }
 }
 
+#define KVT_DOT
+typedef __m512i vi;
+
+static KVT_INLINE vi   vi_set1 (int32_t x)             { return _mm512_set1_epi32(x); }
+static KVT_INLINE vi   vi_load (const int32_t * p)     { return _mm512_loadu_si512(p); }
+static KVT_INLINE void vi_store(int32_t * p, vi a)     { _mm512_storeu_si512(p, a); }
+static KVT_INLINE vf   vi_float(vi a)                  { return _mm512_cvtepi32_ps(a); }
+#ifdef __AVX512VNNI__
+static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm512_dpwssd_epi32(c, a, b); }
+#else
+static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
+#endif
+static KVT_INLINE vi   vi_even (vi a)                  { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
+static KVT_INLINE vi   vi_odd  (vi a)                  { return _mm512_srai_epi16(a, 8); }
+static KVT_INLINE void vf_store_i16(int16_t * p, vf a) { _mm256_storeu_si256((__m256i *) p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a))); }
+
+
+#define KVT_BLOCKS
+typedef __m512i vb;
+
+static KVT_INLINE vb   vb_set1 (int8_t x)              { return _mm512_set1_epi8(x); }
+static KVT_INLINE vb   vb_lut  (const int8_t * p)      { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) p)); }
+static KVT_INLINE vb   vb_and  (vb a, vb b)            { return _mm512_and_si512(a, b); }
+static KVT_INLINE vb   vb_or   (vb a, vb b)            { return _mm512_or_si512(a, b); }
+static KVT_INLINE vb   vb_sub  (vb a, vb b)            { return _mm512_sub_epi8(a, b); }
+static KVT_INLINE vb   vb_shr16(vb a, int n)           { return _mm512_srli_epi16(a, n); }
+static KVT_INLINE vb   vb_look (vb lut, vb i)          { return _mm512_shuffle_epi8(lut, i); }
+static KVT_INLINE vb   vb_test (vb a, vb bits, vb x)   { return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(a, bits), x); }
+// 16 or 4 bytes of each fourth row, nb bytes apart; the 4 fill their lane
+static KVT_INLINE vb   vb_load (const char * p, size_t nb) {
+    __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) p));
+    a = _mm512_mask_broadcast_i32x4(a, 0x00f0, _mm_loadu_si128((const __m128i *) (p +  4*nb)));
+    a = _mm512_mask_broadcast_i32x4(a, 0x0f00, _mm_loadu_si128((const __m128i *) (p +  8*nb)));
+    a = _mm512_mask_broadcast_i32x4(a, 0xf000, _mm_loadu_si128((const __m128i *) (p + 12*nb)));
+    return a;
+}
+static KVT_INLINE vb   vb_load4(const char * p, size_t nb) {
+    int32_t x[4];
+    for (int i = 0; i < 4; i++) {
+        memcpy(x + i, p + 4*i*nb, sizeof(*x));
+    }
+    __m512i a = _mm512_set1_epi32(x[0]);
+    a = _mm512_mask_set1_epi32(a, 0x00f0, x[1]);
+    a = _mm512_mask_set1_epi32(a, 0x0f00, x[2]);
+    return _mm512_mask_set1_epi32(a, 0xf000, x[3]);
+}
+// lane l of a[i] is of row 4*l + i: to 4 bytes of each row in turn
+static KVT_INLINE void vb_transpose(const vb * a, vi * x) {
+    const __m512i b0 = _mm512_unpacklo_epi32(a[0], a[1]), b1 = _mm512_unpackhi_epi32(a[0], a[1]);
+    const __m512i b2 = _mm512_unpacklo_epi32(a[2], a[3]), b3 = _mm512_unpackhi_epi32(a[2], a[3]);
+    x[0] = _mm512_unpacklo_epi64(b0, b2);
+    x[1] = _mm512_unpackhi_epi64(b0, b2);
+    x[2] = _mm512_unpacklo_epi64(b1, b3);
+    x[3] = _mm512_unpackhi_epi64(b1, b3);
+}
+// to pairs of int16, (a, b), 16 per lane, lanes 2*ld apart
+static KVT_INLINE void vb_interleave(vb a, vb b, int32_t * dst, int64_t ld) {
+    const __m512i lo = _mm512_unpacklo_epi8(a, b), hi = _mm512_unpackhi_epi8(a, b);
+    const __m512i x  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1,  8,  9, 2, 3, 10, 11), hi);
+    const __m512i y  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
+    _mm512_storeu_si512(dst,        _mm512_cvtepi8_epi16(_mm512_castsi512_si256(x)));
+    _mm512_storeu_si512(dst + 2*ld, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(x, 1)));
+    _mm512_storeu_si512(dst + 4*ld, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(y)));
+    _mm512_storeu_si512(dst + 6*ld, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(y, 1)));
+}
+
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #define KVT_VW 8
@@ -133,6 +215,62 @@ static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst,
     }
 }
 
+#define KVT_DOT
+typedef __m256i vi;
+
+static KVT_INLINE vi   vi_set1 (int32_t x)             { return _mm256_set1_epi32(x); }
+static KVT_INLINE vi   vi_load (const int32_t * p)     { return _mm256_loadu_si256((const __m256i *) p); }
+static KVT_INLINE void vi_store(int32_t * p, vi a)     { _mm256_storeu_si256((__m256i *) p, a); }
+static KVT_INLINE vf   vi_float(vi a)                  { return _mm256_cvtepi32_ps(a); }
+#ifdef __AVXVNNI__
+static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm256_dpwssd_avx_epi32(c, a, b); }
+#else
+static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+#endif
+static KVT_INLINE vi   vi_even (vi a)                  { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
+static KVT_INLINE vi   vi_odd  (vi a)                  { return _mm256_srai_epi16(a, 8); }
+static KVT_INLINE void vf_store_i16(int16_t * p, vf a) {
+    const __m256i x = _mm256_cvtps_epi32(a);
+    _mm_storeu_si128((__m128i *) p, _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+}
+
+
+#define KVT_BLOCKS
+typedef __m256i vb;
+
+static KVT_INLINE vb   vb_set1 (int8_t x)              { return _mm256_set1_epi8(x); }
+static KVT_INLINE vb   vb_lut  (const int8_t * p)      { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)); }
+static KVT_INLINE vb   vb_and  (vb a, vb b)            { return _mm256_and_si256(a, b); }
+static KVT_INLINE vb   vb_or   (vb a, vb b)            { return _mm256_or_si256(a, b); }
+static KVT_INLINE vb   vb_sub  (vb a, vb b)            { return _mm256_sub_epi8(a, b); }
+static KVT_INLINE vb   vb_shr16(vb a, int n)           { return _mm256_srli_epi16(a, n); }
+static KVT_INLINE vb   vb_look (vb lut, vb i)          { return _mm256_shuffle_epi8(lut, i); }
+static KVT_INLINE vb   vb_test (vb a, vb bits, vb x)   { return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(a, bits), bits), x); }
+static KVT_INLINE vb   vb_load (const char * p, size_t nb) {
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) p)), _mm_loadu_si128((const __m128i *) (p + 4*nb)), 1);
+}
+static KVT_INLINE vb   vb_load4(const char * p, size_t nb) {
+    int32_t x[2];
+    memcpy(x,     p,        sizeof(*x));
+    memcpy(x + 1, p + 4*nb, sizeof(*x));
+    return _mm256_inserti128_si256(_mm256_set1_epi32(x[0]), _mm_set1_epi32(x[1]), 1);
+}
+static KVT_INLINE void vb_transpose(const vb * a, vi * x) {
+    const __m256i b0 = _mm256_unpacklo_epi32(a[0], a[1]), b1 = _mm256_unpackhi_epi32(a[0], a[1]);
+    const __m256i b2 = _mm256_unpacklo_epi32(a[2], a[3]), b3 = _mm256_unpackhi_epi32(a[2], a[3]);
+    x[0] = _mm256_unpacklo_epi64(b0, b2);
+    x[1] = _mm256_unpackhi_epi64(b0, b2);
+    x[2] = _mm256_unpacklo_epi64(b1, b3);
+    x[3] = _mm256_unpackhi_epi64(b1, b3);
+}
+static KVT_INLINE void vb_interleave(vb a, vb b, int32_t * dst, int64_t ld) {
+    const __m256i lo = _mm256_unpacklo_epi8(a, b), hi = _mm256_unpackhi_epi8(a, b);
+    _mm256_storeu_si256((__m256i *) (dst),            _mm256_cvtepi8_epi16(_mm256_castsi256_si128(lo)));
+    _mm256_storeu_si256((__m256i *) (dst + 8),        _mm256_cvtepi8_epi16(_mm256_castsi256_si128(hi)));
+    _mm256_storeu_si256((__m256i *) (dst + 2*ld),     _mm256_cvtepi8_epi16(_mm256_extracti128_si256(lo, 1)));
+    _mm256_storeu_si256((__m256i *) (dst + 2*ld + 8), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(hi, 1)));
+}
+
 #elif defined(__ARM_NEON) && defined(__aarch64__)
 
 #define KVT_VW 4
@@ -145,10 +283,10 @@ static KVT_INLINE vf   vf_add  (vf a, vf b)            { return vaddq_f32(a, b);
 static KVT_INLINE vf   vf_sub  (vf a, vf b)            { return vsubq_f32(a, b); }
 static KVT_INLINE vf   vf_mul  (vf a, vf b)            { return vmulq_f32(a, b); }
 static KVT_INLINE vf   vf_div  (vf a, vf b)            { return vdivq_f32(a, b); }
-static KVT_INLINE vf   vf_max  (vf a, vf b)            { return vmaxq_f32(a, b); }
+static KVT_INLINE vf   vf_max  (vf a, vf b)            { return vmaxnmq_f32(a, b); }
 static KVT_INLINE vf   vf_min  (vf a, vf b)            { return vminq_f32(a, b); }
 static KVT_INLINE vf   vf_fma  (vf a, vf b, vf c)      { return vfmaq_f32(c, a, b); }
-static KVT_INLINE float vf_hmax(vf a)                  { return vmaxvq_f32(a); }
+static KVT_INLINE float vf_hmax(vf a)                  { return vmaxnmvq_f32(a); }
 static KVT_INLINE float vf_hsum(vf a)                  { return vaddvq_f32(a); }
 static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
@@ -167,6 +305,32 @@ static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst,
     vst1q_f32(dst +   ldd, vreinterpretq_f32_f64(vtrn1q_f64(ab1, cd1)));
     vst1q_f32(dst + 2*ldd, vreinterpretq_f32_f64(vtrn2q_f64(ab0, cd0)));
     vst1q_f32(dst + 3*ldd, vreinterpretq_f32_f64(vtrn2q_f64(ab1, cd1)));
+}
+
+#define KVT_BLOCKS
+typedef int8x16_t vb;
+
+static KVT_INLINE vb   vb_set1 (int8_t x)              { return vdupq_n_s8(x); }
+static KVT_INLINE vb   vb_lut  (const int8_t * p)      { return vld1q_s8(p); }
+static KVT_INLINE vb   vb_and  (vb a, vb b)            { return vandq_s8(a, b); }
+static KVT_INLINE vb   vb_or   (vb a, vb b)            { return vorrq_s8(a, b); }
+static KVT_INLINE vb   vb_sub  (vb a, vb b)            { return vsubq_s8(a, b); }
+static KVT_INLINE vb   vb_shr16(vb a, int n)           { return vreinterpretq_s8_u16(vshlq_u16(vreinterpretq_u16_s8(a), vdupq_n_s16((int16_t) -n))); }
+static KVT_INLINE vb   vb_look (vb lut, vb i)          { return vqtbl1q_s8(lut, vreinterpretq_u8_s8(i)); }
+static KVT_INLINE vb   vb_test (vb a, vb bits, vb x)   { return vandq_s8(vreinterpretq_s8_u8(vtstq_s8(a, bits)), x); }
+static KVT_INLINE vb   vb_load (const char * p, size_t) { return vld1q_s8((const int8_t *) p); }
+static KVT_INLINE vb   vb_load4(const char * p, size_t) {
+    int32_t x;
+    memcpy(&x, p, sizeof(x));
+    return vreinterpretq_s8_s32(vdupq_n_s32(x));
+}
+// 16 floats of the 16 bytes
+static KVT_INLINE void vb_floats(vb a, vf * x) {
+    const int16x8_t lo = vmovl_s8(vget_low_s8(a)), hi = vmovl_s8(vget_high_s8(a));
+    x[0] = vcvtq_f32_s32(vmovl_s16(vget_low_s16 (lo)));
+    x[1] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(lo)));
+    x[2] = vcvtq_f32_s32(vmovl_s16(vget_low_s16 (hi)));
+    x[3] = vcvtq_f32_s32(vmovl_s16(vget_high_s16(hi)));
 }
 
 #elif defined(__GNUC__)

@@ -1,5 +1,7 @@
-// What attention must know of a type: one struct with `n` values per step and load(), which turns them into vectors.
-// A new type is a struct here and a row in kvt_attn_types; a type without a row goes through ggml's to_float.
+// What attention must know of a type. A new type is a struct here and a row in kvt_attn_types.
+//   floats  load(): KVT_VW values of a row
+//   blocks  codes(): signed bytes c, d() and, if HAS_MIN, m(): the values are d*c + m
+// A type without a row goes through ggml's to_float.
 #pragma once
 
 #include "kvt-attn-simd.h"
@@ -7,235 +9,23 @@
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
 
+#include <cstddef>
+
 //
 // floats
 //
 
 struct kvt_row_f32 {
-    static const int n = KVT_VW;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) { x[0] = vf_load((const float *) row + i*n); }
+    static KVT_INLINE vf load(const char * row, int64_t i) { return vf_load((const float *) row + i); }
 };
 
 struct kvt_row_f16 {
-    static const int n = KVT_VW;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) { x[0] = vf_load_f16((const uint16_t *) row + i*n); }
+    static KVT_INLINE vf load(const char * row, int64_t i) { return vf_load_f16((const uint16_t *) row + i); }
 };
 
 struct kvt_row_bf16 {
-    static const int n = KVT_VW;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) { x[0] = vf_load_bf16((const uint16_t *) row + i*n); }
+    static KVT_INLINE vf load(const char * row, int64_t i) { return vf_load_bf16((const uint16_t *) row + i); }
 };
-
-//
-// blocks of 32: values 0..15 in the low nibbles, 16..31 in the high ones
-//
-
-#if defined(KVT_AVX512)
-#define KVT_BLOCKS
-
-static KVT_INLINE vf vf_half(const ggml_half * h) {
-    uint16_t bits;
-    memcpy(&bits, h, sizeof(bits));
-    return _mm512_cvtph_ps(_mm256_set1_epi16(bits));
-}
-
-static KVT_INLINE vf vf_iota() {
-    return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-}
-
-// 4 bits look up their value in a register; vpermps takes the low 4 bits of an index
-static KVT_INLINE void vf_lut(const uint8_t * qs, vf lut, vf * x) {
-    const __m512i q = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) qs));
-    x[0] = _mm512_permutexvar_ps(q, lut);
-    x[1] = _mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), lut);
-}
-
-// the fifth bit adds 16 steps
-static KVT_INLINE void vf_fifth(const uint8_t * qh, vf step, vf * x) {
-    uint32_t h;
-    memcpy(&h, qh, sizeof(h));
-    x[0] = _mm512_mask_add_ps(x[0], (__mmask16) h,         x[0], step);
-    x[1] = _mm512_mask_add_ps(x[1], (__mmask16) (h >> 16), x[1], step);
-}
-
-struct kvt_row_q8_0 {
-    static const int n = QK8_0;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        const block_q8_0 * b = (const block_q8_0 *) row + i;
-        const vf d = vf_half(&b->d);
-        x[0] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (b->qs +  0)))), d);
-        x[1] = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) (b->qs + 16)))), d);
-    }
-};
-
-struct kvt_row_q4_0 {
-    static const int n = QK4_0;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        const block_q4_0 * b = (const block_q4_0 *) row + i;
-        vf_lut(b->qs, vf_mul(vf_sub(vf_iota(), vf_set1(8)), vf_half(&b->d)), x);
-    }
-};
-
-struct kvt_row_q4_1 {
-    static const int n = QK4_1;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        const block_q4_1 * b = (const block_q4_1 *) row + i;
-        vf_lut(b->qs, vf_fma(vf_iota(), vf_half(&b->d), vf_half(&b->m)), x);
-    }
-};
-
-struct kvt_row_q5_0 {
-    static const int n = QK5_0;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        const block_q5_0 * b = (const block_q5_0 *) row + i;
-        const vf d = vf_half(&b->d);
-        vf_lut(b->qs, vf_mul(vf_sub(vf_iota(), vf_set1(16)), d), x);
-        vf_fifth(b->qh, vf_mul(d, vf_set1(16)), x);
-    }
-};
-
-struct kvt_row_q5_1 {
-    static const int n = QK5_1;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        const block_q5_1 * b = (const block_q5_1 *) row + i;
-        const vf d = vf_half(&b->d);
-        vf_lut(b->qs, vf_fma(vf_iota(), d, vf_half(&b->m)), x);
-        vf_fifth(b->qh, vf_mul(d, vf_set1(16)), x);
-    }
-};
-
-struct kvt_row_iq4_nl {
-    static const int n = QK4_NL;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        const block_iq4_nl * b = (const block_iq4_nl *) row + i;
-        // kvalues_iq4nl
-        const vf values = _mm512_setr_ps(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
-        vf_lut(b->qs, vf_mul(values, vf_half(&b->d)), x);
-    }
-};
-
-#elif KVT_VW == 8 || (defined(__ARM_NEON) && defined(__aarch64__))
-#define KVT_BLOCKS
-
-// 16 bytes
-#if KVT_VW == 8
-typedef __m128i vb;
-static KVT_INLINE vb vb_set1 (int8_t x)             { return _mm_set1_epi8(x); }
-static KVT_INLINE vb vb_load (const void * p)       { return _mm_loadu_si128((const __m128i *) p); }
-static KVT_INLINE vb vb_low  (vb a)                 { return _mm_and_si128(a, _mm_set1_epi8(15)); }
-static KVT_INLINE vb vb_high (vb a)                 { return _mm_and_si128(_mm_srli_epi16(a, 4), _mm_set1_epi8(15)); }
-static KVT_INLINE vb vb_or   (vb a, vb b)           { return _mm_or_si128(a, b); }
-static KVT_INLINE vb vb_sub  (vb a, vb b)           { return _mm_sub_epi8(a, b); }
-static KVT_INLINE vb vb_look (vb lut, vb i)         { return _mm_shuffle_epi8(lut, i); }
-// 16 in each byte whose bit is set
-static KVT_INLINE vb vb_bits (uint16_t h) {
-    const __m128i bit = _mm_set1_epi64x((long long) 0x8040201008040201ull);
-    const __m128i b   = _mm_shuffle_epi8(_mm_set1_epi16((short) h), _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1));
-    return _mm_and_si128(_mm_cmpeq_epi8(_mm_and_si128(b, bit), bit), _mm_set1_epi8(16));
-}
-// 16 signed bytes times d plus m
-static KVT_INLINE void vb_floats(vb a, vf d, vf m, vf * x) {
-    x[0] = vf_fma(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(a)), d, m);
-    x[1] = vf_fma(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(a, 8))), d, m);
-}
-#else
-typedef int8x16_t vb;
-static KVT_INLINE vb vb_set1 (int8_t x)             { return vdupq_n_s8(x); }
-static KVT_INLINE vb vb_load (const void * p)       { return vld1q_s8((const int8_t *) p); }
-static KVT_INLINE vb vb_low  (vb a)                 { return vandq_s8(a, vdupq_n_s8(15)); }
-static KVT_INLINE vb vb_high (vb a)                 { return vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(a), 4)); }
-static KVT_INLINE vb vb_or   (vb a, vb b)           { return vorrq_s8(a, b); }
-static KVT_INLINE vb vb_sub  (vb a, vb b)           { return vsubq_s8(a, b); }
-static KVT_INLINE vb vb_look (vb lut, vb i)         { return vqtbl1q_s8(lut, vreinterpretq_u8_s8(i)); }
-static KVT_INLINE vb vb_bits (uint16_t h) {
-    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201ull));
-    const uint8x16_t b   = vcombine_u8(vdup_n_u8((uint8_t) h), vdup_n_u8((uint8_t) (h >> 8)));
-    return vreinterpretq_s8_u8(vandq_u8(vtstq_u8(b, bit), vdupq_n_u8(16)));
-}
-static KVT_INLINE void vb_floats(vb a, vf d, vf m, vf * x) {
-    const int16x8_t lo = vmovl_s8(vget_low_s8(a)), hi = vmovl_s8(vget_high_s8(a));
-    x[0] = vf_fma(vcvtq_f32_s32(vmovl_s16(vget_low_s16 (lo))), d, m);
-    x[1] = vf_fma(vcvtq_f32_s32(vmovl_s16(vget_high_s16(lo))), d, m);
-    x[2] = vf_fma(vcvtq_f32_s32(vmovl_s16(vget_low_s16 (hi))), d, m);
-    x[3] = vf_fma(vcvtq_f32_s32(vmovl_s16(vget_high_s16(hi))), d, m);
-}
-#endif
-
-static KVT_INLINE vf vf_half(const ggml_half * h) {
-    return vf_set1(GGML_CPU_FP16_TO_FP32(*h));
-}
-
-static KVT_INLINE void vb_block(vb lo, vb hi, vf d, vf m, vf * x) {
-    vb_floats(lo, d, m, x);
-    vb_floats(hi, d, m, x + 16/KVT_VW);
-}
-
-static KVT_INLINE void vb_fifth(const uint8_t * qh, vb * lo, vb * hi) {
-    uint32_t h;
-    memcpy(&h, qh, sizeof(h));
-    *lo = vb_or(*lo, vb_bits((uint16_t) h));
-    *hi = vb_or(*hi, vb_bits((uint16_t) (h >> 16)));
-}
-
-struct kvt_row_q8_0 {
-    static const int n = QK8_0;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        const block_q8_0 * b = (const block_q8_0 *) row + i;
-        vb_block(vb_load(b->qs), vb_load(b->qs + 16), vf_half(&b->d), vf_set1(0), x);
-    }
-};
-
-struct kvt_row_q4_0 {
-    static const int n = QK4_0;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        const block_q4_0 * b = (const block_q4_0 *) row + i;
-        const vb q = vb_load(b->qs), o = vb_set1(8);
-        vb_block(vb_sub(vb_low(q), o), vb_sub(vb_high(q), o), vf_half(&b->d), vf_set1(0), x);
-    }
-};
-
-struct kvt_row_q4_1 {
-    static const int n = QK4_1;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        const block_q4_1 * b = (const block_q4_1 *) row + i;
-        const vb q = vb_load(b->qs);
-        vb_block(vb_low(q), vb_high(q), vf_half(&b->d), vf_half(&b->m), x);
-    }
-};
-
-struct kvt_row_q5_0 {
-    static const int n = QK5_0;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        const block_q5_0 * b = (const block_q5_0 *) row + i;
-        const vb q = vb_load(b->qs), o = vb_set1(16);
-        vb lo = vb_low(q), hi = vb_high(q);
-        vb_fifth(b->qh, &lo, &hi);
-        vb_block(vb_sub(lo, o), vb_sub(hi, o), vf_half(&b->d), vf_set1(0), x);
-    }
-};
-
-struct kvt_row_q5_1 {
-    static const int n = QK5_1;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        const block_q5_1 * b = (const block_q5_1 *) row + i;
-        const vb q = vb_load(b->qs);
-        vb lo = vb_low(q), hi = vb_high(q);
-        vb_fifth(b->qh, &lo, &hi);
-        vb_block(lo, hi, vf_half(&b->d), vf_half(&b->m), x);
-    }
-};
-
-struct kvt_row_iq4_nl {
-    static const int n = QK4_NL;
-    static KVT_INLINE void load(const char * row, int64_t i, vf * x) {
-        static const int8_t values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}; // kvalues_iq4nl
-        const block_iq4_nl * b = (const block_iq4_nl *) row + i;
-        const vb q = vb_load(b->qs), lut = vb_load(values);
-        vb_block(vb_look(lut, vb_low(q)), vb_look(lut, vb_high(q)), vf_half(&b->d), vf_set1(0), x);
-    }
-};
-
-#endif
 
 // n_rows rows of n values, nb bytes apart, to dst, ld floats apart
 typedef void (*kvt_unpack_t)(const char * src, size_t nb, int n_rows, int64_t n, float * dst, int64_t ld);
@@ -243,35 +33,219 @@ typedef void (*kvt_unpack_t)(const char * src, size_t nb, int n_rows, int64_t n,
 template <typename T>
 static void kvt_unpack(const char * src, size_t nb, int n_rows, int64_t n, float * dst, int64_t ld) {
     for (int r = 0; r < n_rows; r++) {
-        const char * row = src + r*nb;
-        for (int64_t i = 0; i < n/T::n; i++) {
-            vf x[T::n/KVT_VW];
-            T::load(row, i, x);
-            for (int j = 0; j < T::n/KVT_VW; j++) {
-                vf_store(dst + r*ld + i*T::n + j*KVT_VW, x[j]);
+        for (int64_t i = 0; i < n; i += KVT_VW) {
+            vf_store(dst + r*ld + i, T::load(src + r*nb, i));
+        }
+    }
+}
+
+//
+// blocks of KVT_VW/4 rows: the first at p, each next one 4*nb bytes further
+//
+
+#ifdef KVT_BLOCKS
+
+static KVT_INLINE vb vb_shr(vb a, int n) {
+    return vb_and(vb_shr16(a, n), vb_set1((int8_t) (255 >> n)));
+}
+
+// nibbles: values 0..15 in the low ones, 16..31 in the high ones
+static KVT_INLINE void vb_nibbles(const char * qs, size_t nb, vb * c) {
+    const vb q = vb_load(qs, nb);
+    c[0] = vb_and(q, vb_set1(15));
+    c[1] = vb_shr(q, 4);
+}
+
+// 16 more for each of 32 values whose bit is set
+static KVT_INLINE void vb_fifth(const char * qh, size_t nb, vb * c) {
+    static const int8_t bytes[2][16] = { { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 }, { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 } };
+    static const int8_t bits[16] = { 1, 2, 4, 8, 16, 32, 64, -128, 1, 2, 4, 8, 16, 32, 64, -128 };
+    const vb h = vb_load4(qh, nb);
+    for (int i = 0; i < 2; i++) {
+        c[i] = vb_or(c[i], vb_test(vb_look(h, vb_lut(bytes[i])), vb_lut(bits), vb_set1(16)));
+    }
+}
+
+template <typename B, int N, bool M = false>
+struct kvt_row_block {
+    typedef B block;
+    static const int  n = N;
+    static const bool HAS_MIN = M;
+};
+
+#define KVT_AT(FIELD) (p + offsetof(block, FIELD))
+
+struct kvt_row_q8_0 : kvt_row_block<block_q8_0, QK8_0> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        c[0] = vb_load(KVT_AT(qs), nb);
+        c[1] = vb_load(KVT_AT(qs) + 16, nb);
+    }
+};
+
+struct kvt_row_q4_0 : kvt_row_block<block_q4_0, QK4_0> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        vb_nibbles(KVT_AT(qs), nb, c);
+        c[0] = vb_sub(c[0], vb_set1(8));
+        c[1] = vb_sub(c[1], vb_set1(8));
+    }
+};
+
+struct kvt_row_q4_1 : kvt_row_block<block_q4_1, QK4_1, true> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) { vb_nibbles(KVT_AT(qs), nb, c); }
+};
+
+struct kvt_row_q5_0 : kvt_row_block<block_q5_0, QK5_0> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        vb_nibbles(KVT_AT(qs), nb, c);
+        vb_fifth(KVT_AT(qh), nb, c);
+        c[0] = vb_sub(c[0], vb_set1(16));
+        c[1] = vb_sub(c[1], vb_set1(16));
+    }
+};
+
+struct kvt_row_q5_1 : kvt_row_block<block_q5_1, QK5_1, true> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        vb_nibbles(KVT_AT(qs), nb, c);
+        vb_fifth(KVT_AT(qh), nb, c);
+    }
+};
+
+struct kvt_row_iq4_nl : kvt_row_block<block_iq4_nl, QK4_NL> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        static const int8_t values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}; // kvalues_iq4nl
+        vb_nibbles(KVT_AT(qs), nb, c);
+        c[0] = vb_look(vb_lut(values), c[0]);
+        c[1] = vb_look(vb_lut(values), c[1]);
+    }
+};
+
+#endif
+
+#ifdef KVT_DOT
+
+// n_rows rows, a multiple of KVT_VW, of n values, nb bytes apart
+typedef void (*kvt_codes_t)(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld);
+
+// as [n/2][ld]: pairs of int16 of each row, of values 0 and 2, 1 and 3, 4 and 6...
+template <typename T>
+static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
+    for (int r = 0; r < n_rows; r += KVT_VW) {
+        for (int64_t b = 0; b < n/T::n; b++) {
+            const char * p = src + r*nb + b*sizeof(typename T::block);
+            vb c[4][T::n/16];
+            size_t step = nb;
+            for (int i = 0; i < 4; i++) {
+                KVT_OPAQUE(step);
+                T::codes(p, step, c[i]);
+                p += step;
+            }
+            for (int j = 0; j < T::n/16; j++) {
+                const vb a[4] = { c[0][j], c[1][j], c[2][j], c[3][j] };
+                vi x[4];
+                vb_transpose(a, x);
+                int32_t * y = dst + (b*T::n/2 + j*8)*ld + r;
+                for (int i = 0; i < 4; i++) {
+                    vi_store(y + (2*i + 0)*ld, vi_even(x[i]));
+                    vi_store(y + (2*i + 1)*ld, vi_odd (x[i]));
+                }
             }
         }
     }
 }
 
+// as [n_rows/2][ld]: pairs of int16 of rows 2i and 2i + 1
+template <typename T>
+static void kvt_codes_v(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
+    for (int r = 0; r < n_rows; r += KVT_VW) {
+        for (int64_t b = 0; b < n/T::n; b++) {
+            const char * p = src + r*nb + b*sizeof(typename T::block);
+            vb c[4][T::n/16];
+            size_t step = nb;
+            for (int i = 0; i < 4; i++) {
+                KVT_OPAQUE(step);
+                T::codes(p, step, c[i]);
+                p += step;
+            }
+            for (int j = 0; j < T::n/16; j++) {
+                int32_t * y = dst + r/2*ld + b*T::n + j*16;
+                vb_interleave(c[0][j], c[1][j], y,      ld);
+                vb_interleave(c[2][j], c[3][j], y + ld, ld);
+            }
+        }
+    }
+}
+
+// d and, if the type has it, m, f16, as [blocks][ld]
+typedef void (*kvt_scales_t)(const char * src, size_t nb, int n_rows, int64_t n, uint16_t * d, uint16_t * m, int64_t ld);
+
+template <typename T>
+static void kvt_scales(const char * src, size_t nb, int n_rows, int64_t n, uint16_t * d, uint16_t * m, int64_t ld) {
+    typedef typename T::block block;
+    for (int64_t b = 0; b < n/T::n; b++) {
+        for (int r = 0; r < n_rows; r++) {
+            const char * p = src + r*nb + b*sizeof(block);
+            memcpy(d + b*ld + r, KVT_AT(d), sizeof(*d));
+            if (T::HAS_MIN) {
+                memcpy(m + b*ld + r, KVT_AT(d) + sizeof(*d), sizeof(*m));
+            }
+        }
+    }
+}
+
+#elif defined(KVT_BLOCKS)
+
+template <typename T>
+static void kvt_unpack_block(const char * src, size_t nb, int n_rows, int64_t n, float * dst, int64_t ld) {
+    typedef typename T::block block;
+    for (int r = 0; r < n_rows; r++) {
+        for (int64_t b = 0; b < n/T::n; b++) {
+            const char * p = src + r*nb + b*sizeof(block);
+            ggml_half h[2] = { 0, 0 };
+            memcpy(h, KVT_AT(d), T::HAS_MIN ? sizeof(h) : sizeof(*h));
+            const vf d = vf_set1(GGML_CPU_FP16_TO_FP32(h[0])), m = vf_set1(GGML_CPU_FP16_TO_FP32(h[1]));
+            vb c[T::n/16];
+            T::codes(p, nb, c);
+            for (int j = 0; j < T::n/16; j++) {
+                vf x[16/KVT_VW];
+                vb_floats(c[j], x);
+                for (int i = 0; i < 16/KVT_VW; i++) {
+                    vf_store(dst + r*ld + b*T::n + j*16 + i*KVT_VW, vf_fma(x[i], d, m));
+                }
+            }
+        }
+    }
+}
+
+#endif
+
 struct kvt_attn_type {
     ggml_type    type;
-    int          n;      // head sizes must be a multiple of it
-    kvt_unpack_t unpack;
+    int          n;       // values in a block; head sizes must be a multiple of it
+    kvt_unpack_t unpack;  // to floats
+#ifdef KVT_DOT
+    kvt_codes_t  codes_k, codes_v; // for products of integers
+    kvt_scales_t scales;
+    bool         has_min;
+#endif
 };
 
-#define KVT_ROW(TYPE, ROW) { GGML_TYPE_##TYPE, ROW::n, kvt_unpack<ROW> }
+#define KVT_FLOATS(TYPE, ROW) { GGML_TYPE_##TYPE, KVT_VW, kvt_unpack<ROW> }
+#ifdef KVT_DOT
+#define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, nullptr, kvt_codes_k<ROW>, kvt_codes_v<ROW>, kvt_scales<ROW>, ROW::HAS_MIN }
+#else
+#define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, kvt_unpack_block<ROW> }
+#endif
 
 static const kvt_attn_type kvt_attn_types[] = {
-    KVT_ROW(F32,    kvt_row_f32),
-    KVT_ROW(F16,    kvt_row_f16),
-    KVT_ROW(BF16,   kvt_row_bf16),
+    KVT_FLOATS(F32,   kvt_row_f32),
+    KVT_FLOATS(F16,   kvt_row_f16),
+    KVT_FLOATS(BF16,  kvt_row_bf16),
 #ifdef KVT_BLOCKS
-    KVT_ROW(Q8_0,   kvt_row_q8_0),
-    KVT_ROW(Q4_0,   kvt_row_q4_0),
-    KVT_ROW(Q4_1,   kvt_row_q4_1),
-    KVT_ROW(Q5_0,   kvt_row_q5_0),
-    KVT_ROW(Q5_1,   kvt_row_q5_1),
-    KVT_ROW(IQ4_NL, kvt_row_iq4_nl),
+    KVT_BLOCK(Q8_0,   kvt_row_q8_0),
+    KVT_BLOCK(Q4_0,   kvt_row_q4_0),
+    KVT_BLOCK(Q4_1,   kvt_row_q4_1),
+    KVT_BLOCK(Q5_0,   kvt_row_q5_0),
+    KVT_BLOCK(Q5_1,   kvt_row_q5_1),
+    KVT_BLOCK(IQ4_NL, kvt_row_iq4_nl),
 #endif
 };

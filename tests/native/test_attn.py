@@ -15,7 +15,10 @@ BLOCKS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 TYPES = ("f32", "f16", "bf16", *BLOCKS)
 
 BOUND = 2e-6
-"""Of the relative error: sums of a few hundred products of floats, and an exponential of 2 ulp."""
+"""Of the relative error of floats: sums of a few hundred products, and an exponential of 2 ulp."""
+BOUND_BLOCKS = 3e-4
+"""With blocks Q and the weights are rounded to 16 bits: half a step of 1/32767 of the largest one, at worst when all others are small.
+Stock's error there is above 2e-3, as it rounds Q to 8 bits."""
 
 PAIRS = [{"k": k, "v": v, "n_q": n_q, "n_kv": 300} for k, v in itertools.product(TYPES, TYPES) for n_q in (1, 33)]
 SHAPES = [
@@ -64,7 +67,8 @@ def check(cases: list[dict]) -> None:
 
     for case, result in zip(cases, run(native.lib_dir(), cases), strict=True):
         assert result["finite"], case
-        assert result["error"] < BOUND, (case, result)
+        bound = BOUND_BLOCKS if case["k"] in BLOCKS or case["v"] in BLOCKS else BOUND
+        assert result["error"] < bound, (case, result)
         assert result["ref"] is None or result["ref"] < 1e-7, (case, result)
 
 
