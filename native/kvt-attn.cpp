@@ -15,7 +15,6 @@
 
 static const int KVT_ROWS  = 96; // query rows of an item, at most
 static const int KVT_GROUP = 64; // query rows of a group, at most
-static const int KVT_UNITS = 4;  // per thread, of a split KV range
 static const int KVT_RUN   = 512; // bytes that are fetched at once
 
 //
@@ -79,9 +78,9 @@ static kvt_attn kvt_attn_plan(const ggml_tensor * dst, int n_threads) {
     }
     a.n_groups = a.n_items_head*n_head_kv*n_stream/a.n_items_group;
 
-    // few groups, as in decode: split the KV range as well
+    // few groups, as in decode: split the KV range as well, so that each thread has the same number of units
     const int64_t tiles = (a.n_kv + KVT_TILE - 1)/KVT_TILE;
-    a.n_split = a.n_groups < KVT_UNITS*n_threads ? std::min((KVT_UNITS*n_threads + a.n_groups - 1)/a.n_groups, tiles) : 1;
+    a.n_split = a.n_groups < 4*n_threads ? std::min(n_threads/std::gcd<int64_t>(a.n_groups, n_threads), tiles) : 1;
 
     a.n_row     = GGML_PAD(kvt_q_size(a.k) + a.v.Dp + (int64_t) (sizeof(kvt_row)/sizeof(float)), 16);
     a.n_scratch = a.n_items_group*a.n_rows_item*a.n_row + kvt_tile::size(a.k, a.v, a.n_rows_item);
@@ -180,7 +179,7 @@ static kvt_ahead kvt_next(const kvt_attn & a, const kvt_side & s, const kvt_item
         const int64_t i = it.ik2 % a.n_items_group;
         return { p - i*size + i*n*size, KVT_RUN, KVT_RUN, n*(int64_t) size/KVT_RUN, 1 };
     }
-    return { p, nb, size, n, it.n > KVT_MR ? 2 : 8 };
+    return { p, nb, size, n, std::max<int64_t>(1, (s.integer ? 512 : 256)/s.D) };
 }
 
 static void kvt_item_tile(const kvt_attn & a, const kvt_item & it, const kvt_state & s, kvt_tile & tile, int64_t ic, int64_t ic1) {
@@ -318,16 +317,24 @@ bool kvt_attn_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     float * partials = base + nth*a.n_scratch;
     GGML_ASSERT((char *) (partials + a.n_partials()) <= (char *) params->wdata + params->wsize);
 
-    // units are not alike under a mask, nor are threads
-    if (ith == 0) {
-        ggml_threadpool_chunk_set(params->threadpool, nth);
-    }
-    ggml_barrier(params->threadpool);
     const int64_t n_tiles = (a.n_kv + KVT_TILE - 1)/KVT_TILE, n_units = a.n_groups*a.n_split;
-    for (int64_t u = ith; u < n_units; u = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+    const auto compute = [&](int64_t u) {
         const int64_t i = u/a.n_split, s = u % a.n_split;
         const int64_t ic0 = n_tiles*s/a.n_split*KVT_TILE, ic1 = std::min(a.n_kv, n_tiles*(s + 1)/a.n_split*KVT_TILE);
         kvt_attn_unit(a, i, ic0, ic1, scratch, a.n_split > 1 ? partials + u*a.n_items_group*a.n_rows_item*a.n_partial() : nullptr);
+    };
+    if (n_units < 4*nth) {
+        for (int64_t u = n_units*ith/nth; u < n_units*(ith + 1)/nth; u++) {
+            compute(u);
+        }
+    } else { // units are not alike under a mask
+        if (ith == 0) {
+            ggml_threadpool_chunk_set(params->threadpool, nth);
+        }
+        ggml_barrier(params->threadpool);
+        for (int64_t u = ith; u < n_units; u = ggml_threadpool_chunk_add(params->threadpool, 1)) {
+            compute(u);
+        }
     }
     if (a.n_split == 1) {
         return true;
