@@ -28,9 +28,9 @@ struct kvt_ahead {
     }
 };
 
-// one step of the sum: a value of A times a vector of B
+// one step of the sum: a value of A times a vector of B, whose elements may be of a narrower type
 struct kvt_step_float {
-    typedef float value;
+    typedef float value, element;
     typedef vf    vector;
     static KVT_INLINE vf set1(float x)                { return vf_set1(x); }
     static KVT_INLINE vf load(const float * p)        { return vf_load(p); }
@@ -38,9 +38,19 @@ struct kvt_step_float {
     static KVT_INLINE vf sum (vf c)                   { return c; }
 };
 
+struct kvt_step_f16 : kvt_step_float {
+    typedef uint16_t element;
+    static KVT_INLINE vf load(const uint16_t * p)     { return vf_load_f16(p); }
+};
+
+struct kvt_step_bf16 : kvt_step_float {
+    typedef uint16_t element;
+    static KVT_INLINE vf load(const uint16_t * p)     { return vf_load_bf16(p); }
+};
+
 #ifdef KVT_DOT
 struct kvt_step_int {
-    typedef int32_t value;
+    typedef int32_t value, element;
     typedef vi      vector;
     static KVT_INLINE vi set1(int32_t x)              { return vi_set1(x); }
     static KVT_INLINE vi load(const int32_t * p)      { return vi_load(p); }
@@ -69,7 +79,7 @@ template <typename T, typename S>
 struct kvt_gemm_args {
     int64_t m, n, k;
     const typename T::value * A; int64_t lda;
-    const typename T::value * B; int64_t ldb;
+    const typename T::element * B; int64_t ldb;
     float * C; int64_t ldc;
     bool add;
     S scale;
@@ -84,7 +94,8 @@ static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0,
         }
     }
     const int64_t k = g.k, lda = g.lda, ldb = g.ldb, ldc = g.ldc;
-    const typename T::value * A = g.A + i0*lda, * B = g.B + j0;
+    const typename T::value   * A = g.A + i0*lda;
+    const typename T::element * B = g.B + j0;
     for (int64_t l = 0; l < k;) {
         ahead.fetch();
         for (const int64_t end = std::min(l + 4, k); l < end; l++, B += ldb) {

@@ -262,6 +262,10 @@ static void kvt_each_dead(const kvt_tile & tile, int n, int n_rows, F f) {
 //
 
 static void kvt_values_float(const kvt_side & v, const char * src, int n, int n_rows, bool all, float * out, kvt_tile & tile, kvt_ahead & ahead) {
+    if (all && n_rows <= KVT_MR && v.type && v.type->product) {
+        v.type->product(n_rows, tile.S, KVT_TILE, src, v.t->nb[1], n, v.D, out, ahead);
+        return;
+    }
     v.floats(src, n, tile.vt);
     if (!all) {
         kvt_each_dead(tile, n, n_rows, [&](int i) { memset(tile.vt + i*v.Dp, 0, v.Dp*sizeof(float)); });

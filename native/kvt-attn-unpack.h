@@ -1,10 +1,10 @@
 // What attention must know of a type. A new type is a struct here and a row in kvt_attn_types.
-//   floats  load(): KVT_VW values of a row
+//   floats  load(): KVT_VW values of a row (kvt-attn-gemm.h)
 //   blocks  codes(): signed bytes c, d() and, if HAS_MIN, m(): the values are d*c + m
 // A type without a row goes through ggml's to_float.
 #pragma once
 
-#include "kvt-attn-simd.h"
+#include "kvt-attn-gemm.h"
 
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
@@ -15,28 +15,26 @@
 // floats
 //
 
-struct kvt_row_f32 {
-    static KVT_INLINE vf load(const char * row, int64_t i) { return vf_load((const float *) row + i); }
-};
-
-struct kvt_row_f16 {
-    static KVT_INLINE vf load(const char * row, int64_t i) { return vf_load_f16((const uint16_t *) row + i); }
-};
-
-struct kvt_row_bf16 {
-    static KVT_INLINE vf load(const char * row, int64_t i) { return vf_load_bf16((const uint16_t *) row + i); }
-};
-
 // n_rows rows of n values, nb bytes apart, to dst, ld floats apart
 typedef void (*kvt_unpack_t)(const char * src, size_t nb, int n_rows, int64_t n, float * dst, int64_t ld);
 
 template <typename T>
 static void kvt_unpack(const char * src, size_t nb, int n_rows, int64_t n, float * dst, int64_t ld) {
     for (int r = 0; r < n_rows; r++) {
+        const typename T::element * row = (const typename T::element *) (src + r*nb);
         for (int64_t i = 0; i < n; i += KVT_VW) {
-            vf_store(dst + r*ld + i, T::load(src + r*nb, i));
+            vf_store(dst + r*ld + i, T::load(row + i));
         }
     }
+}
+
+// C[n_rows][n] += P[n_rows][ldp] * rows, as kvt_unpack would give them
+typedef void (*kvt_product_t)(int n_rows, const float * P, int64_t ldp, const char * src, size_t nb, int n_kv, int64_t n, float * C, kvt_ahead & ahead);
+
+template <typename T>
+static void kvt_product(int n_rows, const float * P, int64_t ldp, const char * src, size_t nb, int n_kv, int64_t n, float * C, kvt_ahead & ahead) {
+    typedef typename T::element element;
+    kvt_gemm<T, kvt_scale_none>({ n_rows, n, n_kv, P, ldp, (const element *) src, (int64_t) (nb/sizeof(element)), C, n, true, {} }, ahead);
 }
 
 //
@@ -222,6 +220,7 @@ struct kvt_attn_type {
     ggml_type    type;
     int          n;       // values in a block; head sizes must be a multiple of it
     kvt_unpack_t unpack;  // to floats
+    kvt_product_t product; // if rows can be read as they are
 #ifdef KVT_DOT
     kvt_codes_t  codes_k, codes_v; // for products of integers
     kvt_scales_t scales;
@@ -229,17 +228,17 @@ struct kvt_attn_type {
 #endif
 };
 
-#define KVT_FLOATS(TYPE, ROW) { GGML_TYPE_##TYPE, KVT_VW, kvt_unpack<ROW> }
+#define KVT_FLOATS(TYPE, STEP) { GGML_TYPE_##TYPE, KVT_VW, kvt_unpack<STEP>, kvt_product<STEP> }
 #ifdef KVT_DOT
-#define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, nullptr, kvt_codes_k<ROW>, kvt_codes_v<ROW>, kvt_scales<ROW>, ROW::HAS_MIN }
+#define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, nullptr, nullptr, kvt_codes_k<ROW>, kvt_codes_v<ROW>, kvt_scales<ROW>, ROW::HAS_MIN }
 #else
-#define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, kvt_unpack_block<ROW> }
+#define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, kvt_unpack_block<ROW>, nullptr }
 #endif
 
 static const kvt_attn_type kvt_attn_types[] = {
-    KVT_FLOATS(F32,   kvt_row_f32),
-    KVT_FLOATS(F16,   kvt_row_f16),
-    KVT_FLOATS(BF16,  kvt_row_bf16),
+    KVT_FLOATS(F32,   kvt_step_float),
+    KVT_FLOATS(F16,   kvt_step_f16),
+    KVT_FLOATS(BF16,  kvt_step_bf16),
 #ifdef KVT_BLOCKS
     KVT_BLOCK(Q8_0,   kvt_row_q8_0),
     KVT_BLOCK(Q4_0,   kvt_row_q4_0),
