@@ -34,7 +34,7 @@ class Codec:
         return n_values // self.block_size * self.type_size
 
 
-# from the most to the least precise; ggml's names, block sizes and type sizes
+# from the most to the least precise; ggml's names, block sizes and type sizes. qB_N are ours: B bits, blocks of N
 CODECS: dict[str, Codec] = {
     c.name: c
     for c in (
@@ -42,11 +42,16 @@ CODECS: dict[str, Codec] = {
         Codec("f16", 1, 2),
         Codec("bf16", 1, 2),
         Codec("q8_0", 32, 34),
+        Codec("q6_32", 32, 26),
         Codec("q5_1", 32, 24),
         Codec("q5_0", 32, 22),
         Codec("q4_1", 32, 20),
         Codec("q4_0", 32, 18),
         Codec("iq4_nl", 32, 18),
+        Codec("q3_32", 32, 14),
+        Codec("q3_64", 64, 26),
+        Codec("q2_32", 32, 10),
+        Codec("q2_64", 64, 18),
     )
 }
 

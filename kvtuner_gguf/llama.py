@@ -86,9 +86,8 @@ class Llama(llama_cpp.Llama):
 def _type_number(name: int | str | None) -> int | None:
     """A type as llama_cpp takes it."""
     from .codecs import codec
-    from .runtime import ggml_type
 
-    return ggml_type(codec(name).name) if isinstance(name, str) else name
+    return native.type_number(codec(name).name) if isinstance(name, str) else name
 
 
 def _plan_overrides(plan: Plan | bool | None) -> dict[str, str | bool]:

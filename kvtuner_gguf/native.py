@@ -77,6 +77,7 @@ _SIGNATURES = {
     "kvt_build_id": (_str, []),
     "kvt_last_error": (_str, []),
     "kvt_type_name": (_str, [_i32]),
+    "kvt_type_number": (_i32, [_str]),
     "kvt_row_bytes": (_i64, [_str, _i64]),
     "kvt_encode": (_i32, [_str, _ptr, _i64, _i64, _ptr]),
     "kvt_decode": (_i32, [_str, _ptr, _i64, _i64, _ptr]),
@@ -149,6 +150,11 @@ def type_names() -> tuple[str, ...]:
         names.append(name.decode())
         i += 1
     return tuple(names)
+
+
+def type_number(name: str) -> int:
+    """ggml's number of a cache type, for llama_cpp's type_k and type_v. Raises CodecError."""
+    return check(library().kvt_type_number(name.encode()))
 
 
 def encode(type_name: str, x: np.ndarray) -> np.ndarray:

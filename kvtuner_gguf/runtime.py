@@ -230,7 +230,7 @@ class Context:
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_ctx, n_ubatch, n_seq_max
         params.n_threads = params.n_threads_batch = session.n_threads
         params.flash_attn_type = lc.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lc.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        params.type_k, params.type_v = ggml_type(type_k), ggml_type(type_v)
+        params.type_k, params.type_v = native.type_number(type_k), native.type_number(type_v)
         params.swa_full = swa_full
         if tap:
             address = ctypes.cast(native.library().kvt_tap_eval, ctypes.c_void_p).value
@@ -298,13 +298,6 @@ class Context:
             out = self.decode([(t, start + i, 0) for i, t in enumerate(part)], wanted)
             if len(out):
                 yield out
-
-
-def ggml_type(name: str) -> int:
-    """llama_cpp's number of a type name."""
-    from llama_cpp import llama_cpp
-
-    return 30 if name == "bf16" else getattr(llama_cpp, f"GGML_TYPE_{name.upper()}")  # llama_cpp 0.3.36 lacks bf16
 
 
 class Tap:

@@ -153,7 +153,7 @@ int32_t kvt_state_type(ggml_type type, bool rot, bool rot_default) {
 void kvt_state_refused(const char * side, uint32_t il, int32_t have, int32_t want) {
     const auto name = [](int32_t id) {
         const int32_t type = id & ~KVT_STATE_UNROTATED;
-        if (type < 0 || type >= GGML_TYPE_COUNT) {
+        if (type < 0 || type >= GGML_TYPE_COUNT || !ggml_type_name((ggml_type) type)) {
             return format("unknown type %d", type);
         }
         return format("%s%s", ggml_type_name((ggml_type) type), id & KVT_STATE_UNROTATED ? " (not rotated)" : "");

@@ -1,6 +1,7 @@
 // kvt-plan.cpp - the plan of a model: from metadata, from override keys, or set through kvt.h
 #include "kvt.h"
 #include "kvt-plan.h"
+#include "kvt-quants.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -14,19 +15,16 @@
 static const uint32_t KVT_SCHEMA_VERSION = 1;
 
 // the types that a plan may hold, from the most to the least precise
-static const ggml_type KVT_TYPES[] = {
-    GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16,
-    GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL,
-};
+static const ggml_type kvt_cache_types_all[] = { KVT_CACHE_TYPES(KVT_CACHE_TYPE_ITEM) };
 
-static const int32_t KVT_N_TYPES = sizeof(KVT_TYPES)/sizeof(KVT_TYPES[0]);
+static const int32_t KVT_N_TYPES = sizeof(kvt_cache_types_all)/sizeof(kvt_cache_types_all[0]);
 
 const char * kvt_type_name(int32_t i) {
-    return i >= 0 && i < KVT_N_TYPES ? ggml_type_name(KVT_TYPES[i]) : nullptr;
+    return i >= 0 && i < KVT_N_TYPES ? ggml_type_name(kvt_cache_types_all[i]) : nullptr;
 }
 
 ggml_type kvt_type_from_name(const char * name) {
-    for (const ggml_type type : KVT_TYPES) {
+    for (const ggml_type type : kvt_cache_types_all) {
         if (strcmp(name, ggml_type_name(type)) == 0) {
             return type;
         }
@@ -294,6 +292,11 @@ void kvt_plan_flash_attn(const llama_model & model, llama_context_params & param
 //
 // kvt.h
 //
+
+int32_t kvt_type_number(const char * name) {
+    const ggml_type type = name ? kvt_type_from_name(name) : KVT_TYPE_NONE;
+    return type != KVT_TYPE_NONE ? (int32_t) type : kvt_error(KVT_E_TYPE, format("'%s' is not the name of a cache type", name ? kvt_printable(name).c_str() : "(null)"));
+}
 
 int32_t kvt_model_n_layer(const llama_model * model) {
     return model ? (int32_t) model->hparams.n_layer_all : kvt_error(KVT_E_ARG, "kvt_model_n_layer: model is null");

@@ -30,6 +30,9 @@ LLAMA_API const char * kvt_last_error(void);
 // the types that a plan may hold, from the most to the least precise; NULL past the end
 LLAMA_API const char * kvt_type_name(int32_t i);
 
+// ggml's number of one of them, for type_k and type_v of llama_context_params
+LLAMA_API int32_t kvt_type_number(const char * type);
+
 // the run time's own codec, as the CPU writes and reads the cache. x and y: [n_rows, n_per_row], row-major
 // kvt_encode writes n_rows*kvt_row_bytes() bytes to dst
 LLAMA_API int64_t kvt_row_bytes(const char * type, int64_t n_per_row);

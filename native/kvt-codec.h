@@ -1,0 +1,331 @@
+// kvt-codec.h - how a block of each type is written and read: one struct per type, the reference of every faster version
+//
+// Only + - * / sqrt and comparisons of floats, in one order (sums add halves onto halves), to be compiled without
+// contraction: the bytes are the same from every compiler and instruction set. Values are kept within f16's range,
+// and a NaN counts as 0, so that a scale is always finite.
+#pragma once
+
+#include "ggml.h"
+#include "kvt-types.h"
+
+#include <cmath>
+#include <cstring>
+
+// (v[0] + v[n/2]) + ..., halves onto halves
+template <int n>
+static inline float kvt_sum(const float * v) {
+    if constexpr (n == 1) {
+        return v[0];
+    } else {
+        float t[n/2];
+        for (int j = 0; j < n/2; j++) {
+            t[j] = v[j] + v[j + n/2];
+        }
+        return kvt_sum<n/2>(t);
+    }
+}
+
+template <int n>
+static inline float kvt_max(const float * v) {
+    if constexpr (n == 1) {
+        return v[0];
+    } else {
+        float t[n/2];
+        for (int j = 0; j < n/2; j++) {
+            t[j] = v[j] > v[j + n/2] ? v[j] : v[j + n/2];
+        }
+        return kvt_max<n/2>(t);
+    }
+}
+
+// |x| within f16's range
+template <int N>
+static inline void kvt_abs(const float * x, float * a) {
+    for (int i = 0; i < N; i++) {
+        const float v = x[i] > 0.0f ? x[i] : 0.0f - x[i]; // +0 for both zeros
+        const float w = v < 65504.0f ? v : 65504.0f; // NaN is not less, ...
+        a[i] = v == v ? w : 0.0f;                    // ... and not itself
+    }
+}
+
+// a scale, and by how much it lowers the squared error: the larger, the better
+struct kvt_fit {
+    float d;
+    float gain;
+};
+
+//
+// symmetric levels: B::level, the positive half, ascending
+//
+
+// the level of |x|, given the thresholds t between neighbours
+template <typename B>
+static inline float kvt_nearest(float a, const float * t) {
+    float m = B::level[0];
+    for (int k = 0; k + 1 < B::n_level; k++) {
+        m += a > t[k] ? B::level[k + 1] - B::level[k] : 0.0f;
+    }
+    return m;
+}
+
+template <typename B>
+static inline void kvt_thresholds(float d, float * t) {
+    for (int k = 0; k + 1 < B::n_level; k++) {
+        t[k] = d*(0.5f*(B::level[k] + B::level[k + 1]));
+    }
+}
+
+// rounds of: each value to its nearest level, then the scale with the least squared error for these levels
+template <typename B, int N>
+static inline kvt_fit kvt_refit(const float * a, float d, int n_round) {
+    kvt_fit res = { d, 0.0f };
+    for (int r = 0; r < n_round; r++) {
+        float t[B::n_level];
+        kvt_thresholds<B>(res.d, t);
+        float am[N];
+        float mm[N];
+        for (int i = 0; i < N; i++) {
+            const float m = kvt_nearest<B>(a[i], t);
+            am[i] = a[i]*m;
+            mm[i] = m*m;
+        }
+        const float sum_am = kvt_sum<N>(am);
+        const float sum_mm = kvt_sum<N>(mm);
+        res = { sum_am/sum_mm, sum_am*(sum_am/sum_mm) };
+    }
+    return res;
+}
+
+// codes of the values under a scale as it is stored; 2*n_level codes, ascending with the level
+template <typename B, int N>
+static inline void kvt_codes(const float * x, const float * a, float d, uint8_t * c) {
+    float t[B::n_level];
+    kvt_thresholds<B>(d, t);
+    for (int i = 0; i < N; i++) {
+        int m = 0;
+        for (int k = 0; k + 1 < B::n_level; k++) {
+            m += a[i] > t[k];
+        }
+        c[i] = x[i] < 0.0f ? B::n_level - 1 - m : B::n_level + m;
+    }
+}
+
+struct kvt_levels_q2 {
+    static const int n_level = 2;
+    static constexpr float  level[]  = { 3, 10 };
+    static constexpr int8_t levels[] = KVT_LEVELS_Q2;
+
+    // from where the scale of a normal distribution is best: its outer level is at 1.51 standard deviations (Lloyd, Max)
+    template <int N> static inline float fit(const float * a) {
+        float aa[N];
+        for (int i = 0; i < N; i++) {
+            aa[i] = a[i]*a[i];
+        }
+        return kvt_refit<kvt_levels_q2, N>(a, sqrtf(kvt_sum<N>(aa)/N)*(1.51f/10), 3).d;
+    }
+};
+
+struct kvt_levels_q3 {
+    static const int n_level = 4;
+    static constexpr float  level[]  = { 14, 45, 79, 127 };
+    static constexpr int8_t levels[] = KVT_LEVELS_Q3;
+
+    // eight levels have several minima, and the best is near the maximum: two starts below it
+    template <int N> static inline float fit(const float * a) {
+        const float top = kvt_max<N>(a);
+        const kvt_fit lo = kvt_refit<kvt_levels_q3, N>(a, top*(0.75f/127), 2);
+        const kvt_fit hi = kvt_refit<kvt_levels_q3, N>(a, top*(0.95f/127), 2);
+        return hi.gain > lo.gain ? hi.d : lo.d;
+    }
+};
+
+// codes of 2 bits, as in kvt-types.h
+template <int N>
+static inline void kvt_pack2(const uint8_t * c, uint8_t * qs) {
+    const int n = N/4;
+    for (int i = 0; i < n; i++) {
+        qs[i] = (c[i] & 3) | (c[i + n] & 3) << 2 | (c[i + 2*n] & 3) << 4 | (c[i + 3*n] & 3) << 6;
+    }
+}
+
+template <int N>
+static inline void kvt_unpack2(const uint8_t * qs, uint8_t * c) {
+    const int n = N/4;
+    for (int j = 0; j < 4; j++) {
+        for (int i = 0; i < n; i++) {
+            c[j*n + i] = (qs[i] >> 2*j) & 3;
+        }
+    }
+}
+
+// the integer level of a code, as a sum of steps: no table, so that compilers vectorise it
+template <typename B>
+static inline int8_t kvt_level(uint8_t c) {
+    uint8_t l = (uint8_t) B::levels[0]; // modulo 256
+    for (int k = 1; k < 2*B::n_level; k++) {
+        l += c >= k ? (uint8_t) (B::levels[k] - B::levels[k - 1]) : (uint8_t) 0;
+    }
+    return (int8_t) l;
+}
+
+//
+// the types: encode, and the levels of a block, which times d are its values
+//
+
+template <typename block, int N>
+struct kvt_codec_q2 {
+    static const int n = N;
+    typedef block block_t;
+
+    static void encode(const float * x, block * y) {
+        float a[N];
+        uint8_t c[N];
+        kvt_abs<N>(x, a);
+        y->d = ggml_fp32_to_fp16(kvt_levels_q2::fit<N>(a));
+        kvt_codes<kvt_levels_q2, N>(x, a, ggml_fp16_to_fp32(y->d), c);
+        kvt_pack2<N>(c, y->qs);
+    }
+
+    static void levels(const block * x, int8_t * l) {
+        uint8_t c[N];
+        kvt_unpack2<N>(x->qs, c);
+        for (int i = 0; i < N; i++) {
+            l[i] = kvt_level<kvt_levels_q2>(c[i]);
+        }
+    }
+};
+
+template <typename block, int N>
+struct kvt_codec_q3 {
+    static const int n = N;
+    typedef block block_t;
+
+    static void encode(const float * x, block * y) {
+        float a[N];
+        uint8_t c[N];
+        kvt_abs<N>(x, a);
+        y->d = ggml_fp32_to_fp16(kvt_levels_q3::fit<N>(a));
+        kvt_codes<kvt_levels_q3, N>(x, a, ggml_fp16_to_fp32(y->d), c);
+        kvt_pack2<N>(c, y->qs);
+        for (int i = 0; i < N/8; i++) {
+            int h = 0;
+            for (int j = 0; j < 8; j++) {
+                h |= (c[8*i + j] >> 2) << j;
+            }
+            y->qh[i] = h;
+        }
+    }
+
+    static void levels(const block * x, int8_t * l) {
+        uint8_t c[N];
+        kvt_unpack2<N>(x->qs, c);
+        uint8_t h[N], bit[N];
+        for (int i = 0; i < N/8; i++) {
+            memset(h + 8*i, x->qh[i], 8);
+        }
+        for (int i = 0; i < N; i++) {
+            bit[i] = (uint8_t) (1 << i%8);
+        }
+        for (int i = 0; i < N; i++) {
+            c[i] |= (h[i] & bit[i]) ? 4 : 0;
+        }
+        for (int i = 0; i < N; i++) {
+            l[i] = kvt_level<kvt_levels_q3>(c[i]);
+        }
+    }
+};
+
+struct kvt_codec_q6_32 {
+    static const int n = 32;
+    typedef kvt_block_q6_32 block_t;
+
+    // x/d to the nearest of -32..31; d = 0 gives 0
+    static inline void round(const float * x, float d, float * q) {
+        const float inv = d > 1e-30f || d < -1e-30f ? 1.0f/d : 0.0f;
+        for (int i = 0; i < n; i++) {
+            float v = x[i]*inv;
+            v = v > -32.0f ? v : -32.0f;
+            v = v <  31.0f ? v :  31.0f;
+            q[i] = (v + 12582912.0f) - 12582912.0f; // 1.5*2^23
+        }
+    }
+
+    static inline kvt_fit refit(const float * x, float d) {
+        float q[n];
+        round(x, d, q);
+        float xq[n];
+        float qq[n];
+        for (int i = 0; i < n; i++) {
+            xq[i] = x[i]*q[i];
+            qq[i] = q[i]*q[i];
+        }
+        const float sum_xq = kvt_sum<n>(xq);
+        const float sum_qq = kvt_sum<n>(qq);
+        return sum_qq > 0.0f ? kvt_fit { sum_xq/sum_qq, sum_xq*(sum_xq/sum_qq) } : kvt_fit { 0.0f, 0.0f };
+    }
+
+    // the largest value is given one of the two lowest codes, the sign of d follows from it
+    static void encode(const float * x, kvt_block_q6_32 * y) {
+        float a[n], v[n], q[n];
+        kvt_abs<n>(x, a);
+        for (int i = 0; i < n; i++) {
+            v[i] = x[i] < 0.0f ? -a[i] : a[i];
+        }
+        const float top = kvt_max<n>(a);
+        const float end = kvt_max<n>(v) == top ? top : -top;
+        const kvt_fit lo = refit(v, end/-32);
+        const kvt_fit hi = refit(v, end/-31);
+        y->d = ggml_fp32_to_fp16(hi.gain > lo.gain ? hi.d : lo.d);
+        round(v, ggml_fp16_to_fp32(y->d), q);
+
+        uint8_t c[n];
+        for (int i = 0; i < n; i++) {
+            c[i] = (uint8_t) ((int) q[i] + 32);
+        }
+        for (int i = 0; i < 16; i++) {
+            y->ql[i] = (c[i] & 15) | (c[i + 16] & 15) << 4;
+        }
+        for (int i = 0; i < n; i++) {
+            c[i] >>= 4;
+        }
+        kvt_pack2<n>(c, y->qh);
+    }
+
+    static void levels(const kvt_block_q6_32 * x, int8_t * l) {
+        uint8_t h[n];
+        kvt_unpack2<n>(x->qh, h);
+        for (int i = 0; i < 16; i++) {
+            l[i]      = (int8_t) (((x->ql[i] & 15) | h[i]      << 4) - 32);
+            l[i + 16] = (int8_t) (((x->ql[i] >> 4) | h[i + 16] << 4) - 32);
+        }
+    }
+};
+
+typedef kvt_codec_q2<kvt_block_q2_64, 64> kvt_codec_q2_64;
+typedef kvt_codec_q2<kvt_block_q2_32, 32> kvt_codec_q2_32;
+typedef kvt_codec_q3<kvt_block_q3_64, 64> kvt_codec_q3_64;
+typedef kvt_codec_q3<kvt_block_q3_32, 32> kvt_codec_q3_32;
+
+//
+// rows
+//
+
+template <typename C>
+static inline void kvt_encode_row(const float * x, void * y, int64_t k) {
+    for (int64_t ib = 0; ib < k/C::n; ib++) {
+        C::encode(x + ib*C::n, (typename C::block_t *) y + ib);
+    }
+}
+
+template <typename C>
+static inline void kvt_decode_row(const void * x, float * y, int64_t k) {
+    for (int64_t ib = 0; ib < k/C::n; ib++) {
+        const typename C::block_t * b = (const typename C::block_t *) x + ib;
+        const float d = ggml_fp16_to_fp32(b->d);
+        int8_t l[C::n];
+        C::levels(b, l);
+        for (int i = 0; i < C::n; i++) {
+            y[ib*C::n + i] = d*l[i];
+        }
+    }
+}
