@@ -28,13 +28,14 @@ from .evaluate import N_UBATCH, Chunks, Reference, make_reference, measure
 from .prune import pareto_menus
 from .results import Capture, ErrorTable, Trial, Trials
 from .search import nsga2
-from .solve import Additive, cheapest, fit, fitted_search, solve
+from .solve import Additive, cheapest, fit, fitted_search, near, solve
 from .text import Text, chunks_of, read_text, write_text
 
 STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
 SEARCH_CTX = 512  # tokens of a chunk that plans are tried on
-DEFAULT_TYPES = ("f16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-PAPER_TYPES = ("q8_0", "q4_0")  # KVTuner's 8 and 4 bits
+DEFAULT_TYPES = ("f16", "q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q3_64", "q3_32", "q2_64", "q2_32")
+PAPER_TYPES = ("q8_0", "q4_0", "q2_64", "q2_32")  # KVTuner's 8, 4 and 2 bits
+IN_PLACE_OF = {"q3_32": "q3_64", "q2_32": "q2_64"}  # by default only where a head is no multiple of the wider block
 DEFAULT_BITS = 6.0
 N_TRIALS = {"fitted": 32, "paper": 100}
 
@@ -164,17 +165,29 @@ class _Run:
         return text
 
     def errors(self, text: Text) -> ErrorTable:
-        path = self.work / f"errors-{'-'.join(self.options.candidate_types)}.json"
+        types = self.types_of_layers()
+        names = dict.fromkeys(name for sides in types.values() for side in sides for name in side)
+        path = self.work / f"errors-{'-'.join(names)}.json"
         if path.exists():
             return ErrorTable.load(path)
         captured = self.captured(text)
-        types = self.session.supported(tuple(dict.fromkeys(("f16", *self.options.candidate_types))))
         if any("f16" not in k or "f16" not in v for k, v in types.values()):
             raise CalibrationError("some layers cannot be set to f16. This model is not supported.")
         with self.progress.bar("error: K and V after each type", len(captured.il) * captured.n_sample) as advance:
             errors = error_table(captured, types, native.round_trip, lambda done, total: advance(1))
         errors.save(path)
         return errors
+
+    def types_of_layers(self) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
+        """il -> K types and V types to choose from. Those that were not asked for by name are dropped where a cheaper one does."""
+        types = self.session.supported(tuple(dict.fromkeys(("f16", *self.options.candidate_types))))
+        if self.options.types:
+            return types
+
+        def kept(side: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(t for t in side if IN_PLACE_OF.get(t) not in side)
+
+        return {il: (kept(k), kept(v)) for il, (k, v) in types.items()}
 
     def captured(self, text: Text) -> Capture:
         path = self.work / "capture"
@@ -281,7 +294,8 @@ class _Run:
             ranked = sorted(within, key=lambda p: (float(sums[p] @ weight), p))
             chosen |= dict.fromkeys(ranked[:2])
         if everywhere:
-            chosen[min(everywhere, key=lambda p: (sizes[p], p))] = None
+            goal = 8 * self.max_bytes / sum(sum(v) for v in (self.geometry.values_k, self.geometry.values_v)) if self.max_bytes else 0.0
+            chosen[min(near(everywhere, goal), key=lambda p: (sizes[p], p))] = None
             best = max(everywhere, key=lambda p: (sizes[p], p))
             if self.max_bytes is None:
                 chosen.pop(best, None)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..codecs import codec
 from ..errors import CalibrationError
 from ..plan import Geometry, Pair
 from .results import ErrorTable, Trial, Trials
@@ -21,6 +22,7 @@ from .results import ErrorTable, Trial, Trials
 Evaluate = Callable[[tuple[Pair, ...]], float]
 
 PRIOR_SPREAD = 1.0  # how far a layer's x may lie from its side's mean, relative: one standard deviation
+FIT_REACH = 2.75  # bits per value around the goal, within which types are run to fit the model: far off it is not additive
 NOISE = 0.1  # how far a measured KLD may lie from the model, relative
 
 
@@ -149,6 +151,12 @@ def fit(model: Additive, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
     return found[:-1], float(found[-1])
 
 
+def near(pairs: Sequence[Pair], bits: float) -> list[Pair]:
+    """The pairs of types within FIT_REACH of so many bits per value; all if none is, but f16 only where it must be."""
+    quantized = [p for p in pairs if "f16" not in vars(p).values()] or list(pairs)
+    return [p for p in quantized if all(abs(codec(t).bits_per_value - bits) < FIT_REACH for t in vars(p).values())] or quantized
+
+
 def fitted_search(
     model: Additive,
     start: Sequence[tuple[Pair, ...]],
@@ -181,7 +189,7 @@ def fitted_search(
         run(pairs)
     n_contrast = len(tried) + max(0, n_trials - len(tried)) // 3
     for _ in range(n_contrast - len(tried)):
-        run(contrast(model, rng))
+        run(contrast(model, geometry, max_bytes, rng))
     stale = 0
     while len(tried) < n_trials - 1 and stale < 10:
         x, _ = fit(model, list(tried.values()))
@@ -194,18 +202,20 @@ def fitted_search(
     return Trials(tuple(tried.values())), best
 
 
-def contrast(model: Additive, rng: np.random.Generator) -> tuple[Pair, ...]:
-    """Half of the layers at their worst pair, half at their best but f16, K and V apart where a layer can: a plan for fitting."""
+def contrast(model: Additive, geometry: Geometry, max_bytes: int, rng: np.random.Generator) -> tuple[Pair, ...]:
+    """Half of the layers at their worst pair near the goal, half at their best, K and V apart where a layer can: a plan for fitting."""
+    bits = 8 * max_bytes / (sum(geometry.values_k) + sum(geometry.values_v))
     pairs = [Pair("", "")] * model.n_layer
     n = len(model.il)
     low_k, low_v = rng.permutation(n) < n / 2, rng.permutation(n) < n / 2
     for row, il in enumerate(model.il):
-        allowed = [i for i in range(len(model.pairs)) if not np.isnan(model.sq_k[row, i]) and "f16" not in vars(model.pairs[i]).values()]
+        held = {pair: i for i, pair in enumerate(model.pairs) if not np.isnan(model.sq_k[row, i])}
+        allowed = [held[pair] for pair in near(list(held), bits)]
         size = model.n_bytes[row]
 
         def preference(i: int) -> float:
             k, v = model.sq_k[row, i], model.sq_v[row, i]
             return (-k if low_k[row] else k) + (-v if low_v[row] else v)
 
-        pairs[il] = model.pairs[min(allowed, key=lambda i: (preference(i), size[i]))] if allowed else Pair("f16", "f16")
+        pairs[il] = model.pairs[min(allowed, key=lambda i: (preference(i), size[i]))]
     return tuple(pairs)

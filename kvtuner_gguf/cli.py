@@ -101,7 +101,7 @@ def main() -> None:
 @click.option("--max-kld", type=float, help="Goal: the least memory whose mean KLD stays within this, in nats.")
 @click.option("--method", type=click.Choice(["fitted", "paper"]), default="fitted", show_default=True, help="How to search: 'fitted' is ours, 'paper' is KVTuner's.")
 @click.option("--trials", "n_trials", type=click.IntRange(8, 10000), help="Real runs of the search. [default: 32, paper 100]")
-@click.option("--types", help="Cache types to choose from, comma-separated. [default: f16,q8_0,q5_1,q5_0,q4_1,q4_0,iq4_nl; paper: q8_0,q4_0]")
+@click.option("--types", help="Cache types to choose from, comma-separated. [default: all but f32 and bf16, and blocks of 32 only where 64 does not fit; paper: q8_0,q4_0,q2_64]")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration of this model stopped, or reuse what it measured.")
 @shared("c", "f", "chunks", "seed", "t", "ngl", "json")
 def calibrate(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:

@@ -108,7 +108,23 @@ def test_paper_method_stays_with_its_types(tiny, tmp_path, text):
     calibrate(model, "-f", text, "--method", "paper", "--bits", 6.5)
     plan = read_plan(model)
     assert plan.calibration["method"] == "paper"
-    assert {t for p in plan.pairs for t in (p.type_k, p.type_v)} <= {"q8_0", "q4_0"}
+    assert {t for p in plan.pairs for t in (p.type_k, p.type_v)} <= {"q8_0", "q4_0", "q2_64"}
+
+
+@pytest.mark.parametrize(("head_dim", "block"), [(64, "64"), (96, "32")])
+def test_low_bits_take_the_widest_block_that_the_heads_allow(tiny, tmp_path, text, head_dim, block):
+    out = tmp_path / "plan.json"
+    calibrate(tiny("llama", head_dim=head_dim), "-f", text, "--bits", 3.25, "-o", out)
+    plan = Plan.load(out)
+    assert plan.bits_per_value <= 3.25
+    low = {t for p in plan.pairs for t in (p.type_k, p.type_v) if t[:2] in ("q2", "q3")}
+    assert low and all(t.endswith(f"_{block}") for t in low)
+
+
+def test_types_that_are_named_are_taken_as_they_are(tiny, tmp_path, text):
+    out = tmp_path / "plan.json"
+    calibrate(tiny("llama"), "-f", text, "--bits", 3.0, "--types", "q3_32,q2_32,q2_64", "-o", out)
+    assert {t for p in Plan.load(out).pairs for t in (p.type_k, p.type_v)} <= {"q3_32", "q2_32", "q2_64"}
 
 
 def test_memory_goal_is_kept_at_the_context(tiny, tmp_path, text):
@@ -128,7 +144,7 @@ def test_kld_goal_gives_less_memory_for_a_looser_one(tiny, tmp_path, text):
 
 
 def test_a_goal_out_of_reach_names_what_is_needed(tiny, text):
-    out = calibrate(tiny("llama"), "-f", text, "--bits", 3, code=1).output
+    out = calibrate(tiny("llama"), "-f", text, "--bits", 2, code=1).output
     assert "Error: goal of" in out and "the cheapest plan needs" in out
     out = calibrate(tiny("llama"), "-f", text, "--max-kld", "1e-12", code=1).output
     assert "the best plan tried has" in out

@@ -32,7 +32,7 @@ def test_a_uniform_plan_is_the_cache_type(load, tiny, arch, name):
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "hybrid"])
-@pytest.mark.parametrize("pair", ["q8_0/q4_0", "f16/q8_0", "q4_0/f16", "bf16/iq4_nl"])
+@pytest.mark.parametrize("pair", ["q8_0/q4_0", "f16/q8_0", "q4_0/f16", "bf16/iq4_nl", "q3_64/q2_64", "q6_32/q3_32"])
 def test_a_uniform_pair_is_the_two_cache_types(load, tiny, arch, pair):
     session = load(tiny(arch))
     type_k, type_v = pair.split("/")
@@ -47,7 +47,7 @@ def test_a_uniform_plan_is_the_cache_type_for_other_heads(load, tiny, arguments)
     assert np.array_equal(planned, run(session, type_k="q8_0", type_v="q4_0"))
 
 
-@pytest.mark.parametrize("name", ["q8_0", "q4_0", "bf16"])
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "bf16", "q6_32", "q3_64", "q2_64"])
 def test_a_uniform_k_is_the_cache_type_without_flash_attention(load, tiny, name):
     session = load(tiny("llama"))
     planned = run(session, uniform(f"{name}/f16", session.n_layer), flash_attn=False)

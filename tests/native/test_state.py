@@ -71,6 +71,18 @@ def test_a_state_comes_back_exactly(load, tiny, arch, kind, flash_attn):
         assert np.array_equal(feed(ctx, [77], N_TOKENS), want)
 
 
+@every_kind
+@pytest.mark.parametrize("pair", ["q2_64/q3_64", "q3_64/q2_32", "q6_32/q3_32"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "hybrid"])
+def test_a_state_of_our_types_comes_back_exactly(load, tiny, arch, pair, kind):
+    session = load(tiny(arch))
+    session.set_plan(uniform(pair, session.n_layer))
+    state, want = saved(session, kind)
+    with session.context(256) as ctx:
+        assert restore(ctx, kind, state) == len(state)
+        assert np.array_equal(feed(ctx, [77], N_TOKENS), want)
+
+
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "mla"])
 def test_a_sequence_moves_to_another_sequence(load, tiny, arch):
     session = load(tiny(arch))
@@ -104,6 +116,7 @@ def test_a_copied_sequence_goes_on_like_the_first(load, tiny, arch):
     [
         ("f16", "layer 0: the state has K q8_0, this context has f16"),
         ("q4_0/q4_0", "layer 0: the state has K q8_0, this context has q4_0"),
+        ("q3_64/q4_0", "layer 0: the state has K q8_0, this context has q3_64"),
         ("q8_0/q8_0", "layer 0: the state has V q4_0, this context has q8_0"),
         ("q8_0/f16", "layer 0: the state has V q4_0, this context has f16"),
     ],
