@@ -163,7 +163,7 @@ template <typename B>
 static inline int8_t kvt_level(uint8_t c) {
     uint8_t l = (uint8_t) B::levels[0]; // modulo 256
     for (int k = 1; k < 2*B::n_level; k++) {
-        l += c >= k ? (uint8_t) (B::levels[k] - B::levels[k - 1]) : (uint8_t) 0;
+        l += (uint8_t) -(c >= k) & (uint8_t) (B::levels[k] - B::levels[k - 1]);
     }
     return (int8_t) l;
 }
