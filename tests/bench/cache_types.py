@@ -1,16 +1,17 @@
 """What each cache type costs, at real bits: error on normal values, of the attention output, and KLD; as a Markdown table.
 
-python tests/bench/codecs.py MODEL.gguf [-f TEXT] [--tokens 1024] [--chunks 4] [--only q2_64,q3_64]
+python tests/bench/cache_types.py MODEL.gguf [-f TEXT] [--tokens 1024] [--chunks 4] [--only q2_64,q3_64]
 Attention output: relative Frobenius error with K, or V, alone through the type, mean over layers; raw, and rotated as the run
 time would. "K bias" adds to K, before the type, a constant on two channels of each head, 30 times K's RMS, as the bias of K in
 Qwen2.5 does: it moves all scores of a query alike, so exact attention does not change. KLD: a real run with K and V of the
-type, from an f16 cache. The rows in brackets are no types of ours or of llama.cpp: what else the bits could buy.
+type, from an f16 cache. Encode: nanoseconds per value of one thread. The rows in brackets are no types of ours or of llama.cpp: what else the bits could buy.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -137,6 +138,18 @@ def normal_error(row: Row) -> float:
     return float(np.sqrt(np.square(x - row.round_trip(x)).sum() / np.square(x).sum()))
 
 
+def encode_ns(row: Row) -> float:
+    """Nanoseconds per value, the best of ten runs over what stays in the processor's cache."""
+    x = np.random.default_rng(0).standard_normal((64, 256), dtype=np.float32)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        for _ in range(20):
+            native.encode(row.name, x)
+        times.append((time.perf_counter() - start) / (20 * x.size))
+    return 1e9 * min(times)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -158,17 +171,18 @@ def main() -> None:
         sample = captured.sample(captured.il[0], 0)
         floor = measure(session, None, reference, flash_attn=False)
         print(f"{options.model.name}, {text.name}; KLD over {floor.n_positions} positions, noise floor {floor.kld_mean:.4f}\n")
-        print("| type | bits | N(0,1) | K raw | K | K bias | V raw | V | KLD |\n|---|---|---|---|---|---|---|---|---|")
+        print("| type | bits | N(0,1) | K raw | K | K bias | V raw | V | KLD | encode |\n|---|---|---|---|---|---|---|---|---|---|")
         for row in rows(sample.k.shape[-1]):
             errors = layer_errors(captured, row) if not only or row.name in only else None
             if errors is None:
                 continue
-            kld = ""
+            measured = " | "
             if row.name in CODECS:
                 has_kv = [il in captured.il for il in range(session.n_layer)]
-                kld = f"{measure(session, Plan.uniform(Pair(row.name, row.name), session.n_layer, has_kv).pairs, reference).kld_mean:.4f}"
+                plan = Plan.uniform(Pair(row.name, row.name), session.n_layer, has_kv)
+                measured = f"{measure(session, plan.pairs, reference).kld_mean:.4f} | {encode_ns(row):.1f}"
             cells = [f"{e:.4f}" for e in (normal_error(row), *errors)]
-            print(f"| {row.name} | {row.bits_per_value:g} | {' | '.join(cells)} | {kld} |", flush=True)
+            print(f"| {row.name} | {row.bits_per_value:g} | {' | '.join(cells)} | {measured} |", flush=True)
 
 
 if __name__ == "__main__":
