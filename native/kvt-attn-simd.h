@@ -122,7 +122,7 @@ static KVT_INLINE vb   vb_sub  (vb a, vb b)            { return _mm512_sub_epi8(
 static KVT_INLINE vb   vb_shr16(vb a, int n)           { return _mm512_srli_epi16(a, n); }
 static KVT_INLINE vb   vb_look (vb lut, vb i)          { return _mm512_shuffle_epi8(lut, i); }
 static KVT_INLINE vb   vb_test (vb a, vb bits, vb x)   { return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(a, bits), x); }
-// 16 or 4 bytes of each fourth row, nb bytes apart; the 4 fill their lane
+// 16, 8 or 4 bytes of each fourth row, nb bytes apart; the 8 or 4 fill their lane
 static KVT_INLINE vb   vb_load (const char * p, size_t nb) {
     __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) p));
     a = _mm512_mask_broadcast_i32x4(a, 0x00f0, _mm_loadu_si128((const __m128i *) (p +  4*nb)));
@@ -139,6 +139,13 @@ static KVT_INLINE vb   vb_load4(const char * p, size_t nb) {
     a = _mm512_mask_set1_epi32(a, 0x00f0, x[1]);
     a = _mm512_mask_set1_epi32(a, 0x0f00, x[2]);
     return _mm512_mask_set1_epi32(a, 0xf000, x[3]);
+}
+static KVT_INLINE vb   vb_load8(const char * p, size_t nb) {
+    int64_t x[4];
+    for (int i = 0; i < 4; i++) {
+        memcpy(x + i, p + 4*i*nb, sizeof(*x));
+    }
+    return _mm512_setr_epi64(x[0], x[0], x[1], x[1], x[2], x[2], x[3], x[3]);
 }
 // lane l of a[i] is of row 4*l + i: to 4 bytes of each row in turn
 static KVT_INLINE void vb_transpose(const vb * a, vi * x) {
@@ -255,6 +262,12 @@ static KVT_INLINE vb   vb_load4(const char * p, size_t nb) {
     memcpy(x + 1, p + 4*nb, sizeof(*x));
     return _mm256_inserti128_si256(_mm256_set1_epi32(x[0]), _mm_set1_epi32(x[1]), 1);
 }
+static KVT_INLINE vb   vb_load8(const char * p, size_t nb) {
+    int64_t x[2];
+    memcpy(x,     p,        sizeof(*x));
+    memcpy(x + 1, p + 4*nb, sizeof(*x));
+    return _mm256_setr_epi64x(x[0], x[0], x[1], x[1]);
+}
 static KVT_INLINE void vb_transpose(const vb * a, vi * x) {
     const __m256i b0 = _mm256_unpacklo_epi32(a[0], a[1]), b1 = _mm256_unpackhi_epi32(a[0], a[1]);
     const __m256i b2 = _mm256_unpacklo_epi32(a[2], a[3]), b3 = _mm256_unpackhi_epi32(a[2], a[3]);
@@ -324,6 +337,7 @@ static KVT_INLINE vb   vb_load4(const char * p, size_t) {
     memcpy(&x, p, sizeof(x));
     return vreinterpretq_s8_s32(vdupq_n_s32(x));
 }
+static KVT_INLINE vb   vb_load8(const char * p, size_t) { return vcombine_s8(vld1_s8((const int8_t *) p), vld1_s8((const int8_t *) p)); }
 // 16 floats of the 16 bytes
 static KVT_INLINE void vb_floats(vb a, vf * x) {
     const int16x8_t lo = vmovl_s8(vget_low_s8(a)), hi = vmovl_s8(vget_high_s8(a));

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kvt-attn-gemm.h"
+#include "kvt-types.h"
 
 #define GGML_COMMON_DECL_C
 #include "ggml-common.h"
@@ -54,13 +55,38 @@ static KVT_INLINE void vb_nibbles(const char * qs, size_t nb, vb * c) {
     c[1] = vb_shr(q, 4);
 }
 
-// 16 more for each of 32 values whose bit is set
-static KVT_INLINE void vb_fifth(const char * qh, size_t nb, vb * c) {
-    static const int8_t bytes[2][16] = { { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 }, { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 } };
+// x for each of 16*n values whose bit is set: the bits are at qh, 16 to a vector
+template <int n>
+static KVT_INLINE void vb_add_bits(const char * qh, size_t nb, int8_t x, vb * c) {
     static const int8_t bits[16] = { 1, 2, 4, 8, 16, 32, 64, -128, 1, 2, 4, 8, 16, 32, 64, -128 };
-    const vb h = vb_load4(qh, nb);
-    for (int i = 0; i < 2; i++) {
-        c[i] = vb_or(c[i], vb_test(vb_look(h, vb_lut(bytes[i])), vb_lut(bits), vb_set1(16)));
+    static const int8_t bytes[16] = { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 };
+    const vb h = n == 2 ? vb_load4(qh, nb) : vb_load8(qh, nb);
+    for (int i = 0; i < n; i++) {
+        c[i] = vb_or(c[i], vb_test(vb_look(h, vb_or(vb_lut(bytes), vb_set1((int8_t) (2*i)))), vb_lut(bits), vb_set1(x)));
+    }
+}
+
+// 2 bits of 64 values, in 16 bytes: bits 2j, 2j + 1 of byte i are those of value i + 16*j
+static KVT_INLINE void vb_quarters64(const char * qs, size_t nb, vb * c) {
+    const vb q = vb_load(qs, nb);
+    for (int j = 0; j < 4; j++) {
+        c[j] = vb_and(vb_shr16(q, 2*j), vb_set1(3));
+    }
+}
+
+// of 32 values, in 8 bytes: of value i + 8*j
+static KVT_INLINE void vb_quarters32(const char * qs, size_t nb, vb * c) {
+    static const int8_t even[16] = { 3, 3, 3, 3, 3, 3, 3, 3 }, odd[16] = { 0, 0, 0, 0, 0, 0, 0, 0, 3, 3, 3, 3, 3, 3, 3, 3 };
+    const vb q = vb_load8(qs, nb);
+    for (int j = 0; j < 2; j++) {
+        c[j] = vb_or(vb_and(vb_shr16(q, 4*j), vb_lut(even)), vb_and(vb_shr16(q, 4*j + 2), vb_lut(odd)));
+    }
+}
+
+template <int n>
+static KVT_INLINE void vb_levels(const int8_t * levels, vb * c) {
+    for (int j = 0; j < n; j++) {
+        c[j] = vb_look(vb_lut(levels), c[j]);
     }
 }
 
@@ -95,7 +121,7 @@ struct kvt_row_q4_1 : kvt_row_block<block_q4_1, QK4_1, true> {
 struct kvt_row_q5_0 : kvt_row_block<block_q5_0, QK5_0> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         vb_nibbles(KVT_AT(qs), nb, c);
-        vb_fifth(KVT_AT(qh), nb, c);
+        vb_add_bits<2>(KVT_AT(qh), nb, 16, c);
         c[0] = vb_sub(c[0], vb_set1(16));
         c[1] = vb_sub(c[1], vb_set1(16));
     }
@@ -104,7 +130,7 @@ struct kvt_row_q5_0 : kvt_row_block<block_q5_0, QK5_0> {
 struct kvt_row_q5_1 : kvt_row_block<block_q5_1, QK5_1, true> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         vb_nibbles(KVT_AT(qs), nb, c);
-        vb_fifth(KVT_AT(qh), nb, c);
+        vb_add_bits<2>(KVT_AT(qh), nb, 16, c);
     }
 };
 
@@ -112,8 +138,53 @@ struct kvt_row_iq4_nl : kvt_row_block<block_iq4_nl, QK4_NL> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         static const int8_t values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}; // kvalues_iq4nl
         vb_nibbles(KVT_AT(qs), nb, c);
-        c[0] = vb_look(vb_lut(values), c[0]);
-        c[1] = vb_look(vb_lut(values), c[1]);
+        vb_levels<2>(values, c);
+    }
+};
+
+struct kvt_row_q6_32 : kvt_row_block<kvt_block_q6_32, 32> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        static const int8_t high[16] = { 0, 16, 32, 48 };
+        vb h[2];
+        vb_quarters32(KVT_AT(qh), nb, h);
+        vb_levels<2>(high, h);
+        vb_nibbles(KVT_AT(ql), nb, c);
+        for (int j = 0; j < 2; j++) {
+            c[j] = vb_sub(vb_or(c[j], h[j]), vb_set1(32));
+        }
+    }
+};
+
+static const int8_t kvt_levels_q2[16] = KVT_LEVELS_Q2;
+static const int8_t kvt_levels_q3[16] = KVT_LEVELS_Q3;
+
+struct kvt_row_q2_64 : kvt_row_block<kvt_block_q2_64, 64> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        vb_quarters64(KVT_AT(qs), nb, c);
+        vb_levels<4>(kvt_levels_q2, c);
+    }
+};
+
+struct kvt_row_q2_32 : kvt_row_block<kvt_block_q2_32, 32> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        vb_quarters32(KVT_AT(qs), nb, c);
+        vb_levels<2>(kvt_levels_q2, c);
+    }
+};
+
+struct kvt_row_q3_64 : kvt_row_block<kvt_block_q3_64, 64> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        vb_quarters64(KVT_AT(qs), nb, c);
+        vb_add_bits<4>(KVT_AT(qh), nb, 4, c);
+        vb_levels<4>(kvt_levels_q3, c);
+    }
+};
+
+struct kvt_row_q3_32 : kvt_row_block<kvt_block_q3_32, 32> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        vb_quarters32(KVT_AT(qs), nb, c);
+        vb_add_bits<2>(KVT_AT(qh), nb, 4, c);
+        vb_levels<2>(kvt_levels_q3, c);
     }
 };
 
@@ -246,5 +317,10 @@ static const kvt_attn_type kvt_attn_types[] = {
     KVT_BLOCK(Q5_0,   kvt_row_q5_0),
     KVT_BLOCK(Q5_1,   kvt_row_q5_1),
     KVT_BLOCK(IQ4_NL, kvt_row_iq4_nl),
+    KVT_BLOCK(Q6_32,  kvt_row_q6_32),
+    KVT_BLOCK(Q3_64,  kvt_row_q3_64),
+    KVT_BLOCK(Q3_32,  kvt_row_q3_32),
+    KVT_BLOCK(Q2_64,  kvt_row_q2_64),
+    KVT_BLOCK(Q2_32,  kvt_row_q2_32),
 #endif
 };

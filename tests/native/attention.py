@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import reference
 
-TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20}
+TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20,
+         "q2_64": 200, "q2_32": 201, "q3_64": 202, "q3_32": 203, "q6_32": 204}  # fmt: skip
 
 DEFAULT = {
     "k": "f16", "v": "f16", "dk": 64, "dv": 64, "n_head_kv": 2, "n_gqa": 3, "n_q": 1, "n_kv": 256, "n_stream": 1, "mask": "causal",
@@ -72,6 +74,8 @@ class Ggml:
             return data, data.view(np.float16).astype(np.float32)
         if name == "bf16":
             return data, (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        if TYPES[name] >= 200:  # ours
+            return data, reference.dequantize(name, data.reshape(-1, data.shape[-1])).reshape(x.shape)
         from gguf import GGMLQuantizationType, dequantize
 
         return data, dequantize(data, GGMLQuantizationType[name.upper()]).astype(np.float32)

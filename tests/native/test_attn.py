@@ -11,7 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.native
 
-BLOCKS = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+BLOCKS = ("q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q3_32", "q3_64", "q2_32", "q2_64")
 TYPES = ("f32", "f16", "bf16", *BLOCKS)
 
 BOUND = 2e-6
@@ -24,9 +24,9 @@ PAIRS = [{"k": k, "v": v, "n_q": n_q, "n_kv": 300} for k, v in itertools.product
 SHAPES = [
     {"k": k, "v": v, "dk": d, "dv": d, "n_gqa": n_gqa, "n_q": n_q, "n_kv": n_kv}
     for (k, v), d, n_gqa, (n_q, n_kv) in itertools.product(
-        (("f16", "f16"), ("q8_0", "q4_0"), ("q5_1", "iq4_nl")), (64, 80, 96, 128, 256), (1, 3, 4, 8), ((1, 517), (4, 70), (33, 161))
+        (("f16", "f16"), ("q8_0", "q4_0"), ("q5_1", "iq4_nl"), ("q6_32", "q3_32"), ("q3_64", "q2_64")), (64, 80, 96, 128, 256), (1, 3, 4, 8), ((1, 517), (4, 70), (33, 161))
     )
-    if d % 32 == 0 or k == "f16"
+    if d % (64 if k == "q3_64" else 32) == 0 or k == "f16"
 ]
 EXTRAS = [
     {**extra, "k": k, "v": v, "n_q": n_q, "n_kv": 333, "n_stream": n_stream}
