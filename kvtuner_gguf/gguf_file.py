@@ -18,6 +18,7 @@ from .gguf_header import ARRAY, SCALARS, STRING, Header, Parser, StrPath, opened
 from .plan import PREFIX, Plan, atomic_file, blamed_on
 
 _CHUNK = 16 << 20
+_NUMBERS = {"u32": 4, "f32": 6}  # of GGUF's value types
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
@@ -155,10 +156,13 @@ def _n_bytes(parts: list[bytes | tuple[int, int]]) -> int:
 def _encoded(key: str, kind: str, value: object) -> bytes:
     if kind == "arr_str":
         body = struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_encoded_str, value))
+    elif kind.startswith("arr_"):
+        number = _NUMBERS[kind[4:]]
+        body = struct.pack(f"<IIQ{len(value)}{SCALARS[number]}", ARRAY, number, len(value), *value)
     elif kind == "str":
         body = struct.pack("<I", STRING) + _encoded_str(value)
     else:
-        number = {"u32": 4, "f32": 6}[kind]
+        number = _NUMBERS[kind]
         body = struct.pack("<I" + SCALARS[number], number, value)
     return _encoded_str(key) + body
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import native
 from .errors import PlanError
 from .plan import Plan, allocated_pairs
+from .runtime import put_in_force
 
 native.library()  # before the first import of llama_cpp
 
@@ -44,6 +45,7 @@ class Llama(llama_cpp.Llama):
             raise PlanError("plan=True: need None (the plan in the file), a Plan, the path of a sidecar, or False.")
         if isinstance(plan, (str, os.PathLike)):
             plan = Plan.load(plan)
+        self._asked = plan
         super().__init__(
             str(model_path),
             flash_attn=flash_attn,
@@ -55,6 +57,17 @@ class Llama(llama_cpp.Llama):
         )
         if isinstance(plan, Plan):
             self._check_fits(plan)
+
+    @property
+    def _model(self) -> Any:
+        """llama_cpp's model. It is set between loading it and making a context: where vectors of K, too many for overrides, go in."""
+        return self.__dict__["_model"]
+
+    @_model.setter
+    def _model(self, model: Any) -> None:
+        self.__dict__["_model"] = model
+        if isinstance(self._asked, Plan) and self._asked.k_vectors and self._asked.n_layer == native.n_layer(model.model):
+            put_in_force(model.model, self._asked.pairs, self._asked.k_vectors)
 
     def _check_fits(self, plan: Plan) -> None:
         n_layer = native.n_layer(self._model.model)

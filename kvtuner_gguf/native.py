@@ -17,6 +17,7 @@ from .errors import CodecError, NativeError
 LLAMA_CPP_COMMIT = "0c1e57098"  # of the pinned source
 
 _KVT_E_TYPE, _KVT_E_NONE = -2, -3
+_K_MEAN, _K_SCALE = 1, 2
 
 
 def _package_lib_dir() -> Path | None:
@@ -83,11 +84,13 @@ _SIGNATURES = {
     "kvt_decode": (_i32, [_str, _ptr, _i64, _i64, _ptr]),
     "kvt_model_n_layer": (_i32, [_ptr]),
     "kvt_model_set_plan": (_i32, [_ptr, _strs, _strs, _i32]),
+    "kvt_model_set_k_vectors": (_i32, [_ptr, _i32, _ptr, _ptr, _i32]),
     "kvt_model_clear_plan": (_i32, [_ptr]),
     "kvt_model_plan_source": (_str, [_ptr]),
     "kvt_model_plan_layer": (_i32, [_ptr, _i32, _strs, _strs]),
     "kvt_model_plan_notes": (_i32, [_ptr, _ptr, _i32]),
     "kvt_ctx_layer": (_i32, [_ptr, _i32, _strs, _strs, *[_ptr] * 5]),
+    "kvt_ctx_k_cond": (_i32, [_ptr, _i32]),
     "kvt_ctx_buffer_bytes": (ctypes.c_uint64, [_ptr]),
     "kvt_ctx_notes": (_i32, [_ptr, _ptr, _i32]),
     "kvt_tap_new": (_ptr, [TapCallback, _ptr, _i32]),
@@ -194,6 +197,7 @@ class LayerCache:
 
     bytes_k bytes_v  of the tensors     n_cells  cells, all streams
     rot_k rot_v      block of the Hadamard rotation, 0 = not rotated
+    k_mean k_scale   whether a mean is taken off K, and a scale
     """
 
     il: int
@@ -204,6 +208,8 @@ class LayerCache:
     n_cells: int
     rot_k: int
     rot_v: int
+    k_mean: bool = False
+    k_scale: bool = False
 
 
 def n_layer(model: int) -> int:
@@ -216,6 +222,15 @@ def set_plan(model: int, type_k: Sequence[str], type_v: Sequence[str]) -> None:
     array = ctypes.c_char_p * len(type_k)
     names_k, names_v = array(*(t.encode() for t in type_k)), array(*(t.encode() for t in type_v))
     check(library().kvt_model_set_plan(model, names_k, names_v, len(type_k)))
+
+
+def set_k_vectors(model: int, il: int, mean: Sequence[float], scale: Sequence[float]) -> None:
+    """Mean and scale of a layer's K, () = none, in the plan that is set already. Raises NativeError."""
+    sides = [np.array(x, dtype=np.float32) for x in (mean, scale)]
+    if len({x.size for x in sides if x.size}) > 1:
+        raise NativeError(f"layer {il}: {len(mean)} means of K, {len(scale)} scales, need as many of both, or none.")
+    pointers = [x.ctypes.data if x.size else None for x in sides]
+    check(library().kvt_model_set_k_vectors(model, il, *pointers, max(x.size for x in sides)))
 
 
 def clear_plan(model: int) -> None:
@@ -255,9 +270,9 @@ def ctx_layers(model: int, ctx: int) -> list[LayerCache]:
         if code == _KVT_E_NONE:
             continue
         check(code)
-        layers.append(
-            LayerCache(il, k.value.decode(), v.value.decode(), bytes_k.value, bytes_v.value, n_cells.value, rot_k.value, rot_v.value)
-        )
+        cond = check(library().kvt_ctx_k_cond(ctx, il))
+        numbers = (x.value for x in (bytes_k, bytes_v, n_cells, rot_k, rot_v))
+        layers.append(LayerCache(il, k.value.decode(), v.value.decode(), *numbers, bool(cond & _K_MEAN), bool(cond & _K_SCALE)))
     return layers
 
 

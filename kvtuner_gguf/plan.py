@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import accumulate, chain, groupby, zip_longest
 from numbers import Integral, Real
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +28,10 @@ _FIELDS = (
     ("schema_version", "u32", "schema_version"),
     ("type_k", "arr_str", "type_k"),
     ("type_v", "arr_str", "type_v"),
+    ("k_mean", "arr_f32", "k_mean"),
+    ("k_mean.n_values", "arr_u32", "k_mean_n_values"),
+    ("k_scale", "arr_f32", "k_scale"),
+    ("k_scale.n_values", "arr_u32", "k_scale_n_values"),
     ("bits_per_value", "f32", "bits_per_value"),
     *((key, kind, f"quality.{key}") for key, kind in _QUALITY),
     ("rival", "str", "rival"),
@@ -38,7 +42,8 @@ _CALIBRATION = "calibration."
 _CALIBRATION_KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _LAYERS = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?:(\w+)", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # would garble a terminal, or has no UTF-8
-_MAX_JSON_BYTES = 16 << 20  # a plan of a thousand layers is 30 KB
+_MAX_JSON_BYTES = 16 << 20  # a plan of a thousand layers is 30 KB, the vectors of K of a 70B model 2 MB
+K_SCALE_RANGE = (1e-4, 1e4)  # the run time's
 
 
 @dataclass(frozen=True, order=True)
@@ -71,6 +76,30 @@ def allocated_pairs(layers: Iterable[Any], n_layer: int) -> tuple[Pair, ...]:
     """One pair per layer from what a context has allocated (native.LayerCache); none for a layer without KV of its own."""
     found = {layer.il: Pair(layer.type_k, layer.type_v or layer.type_k) for layer in layers}
     return tuple(found.get(il, Pair("", "")) for il in range(n_layer))
+
+
+@dataclass(frozen=True)
+class KVectors:
+    """How one layer's K is conditioned: cached as (K - mean) / scale, after RoPE, and Q multiplied by scale. See native/kvt-cond.h.
+
+    mean scale  n_head_kv * head_dim values each, head after head, kept as f32; () = none
+    Raises PlanError for lengths that differ, a value that is no finite number, a scale out of K_SCALE_RANGE.
+    """
+
+    mean: tuple[float, ...] = ()
+    scale: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for key in ("mean", "scale"):
+            object.__setattr__(self, key, tuple(_checked(f"k_{key}", "arr_f32", list(getattr(self, key)))))
+        if self.mean and self.scale and len(self.mean) != len(self.scale):
+            raise PlanError(f"k_mean: got {len(self.mean)} values, k_scale has {len(self.scale)}, need the same. Calibrate again.")
+        low, high = K_SCALE_RANGE
+        if self.scale and not (min(self.scale) >= low and max(self.scale) <= high):
+            raise PlanError(f"k_scale: got {min(self.scale):g} to {max(self.scale):g}, need {low:g} to {high:g}. Calibrate again.")
+
+    def __bool__(self) -> bool:
+        return bool(self.mean or self.scale)
 
 
 @dataclass(frozen=True)
@@ -135,6 +164,7 @@ class Plan:
     bits_per_value  real bits, scales included, averaged over the cached values at the calibrated context
     quality         measured on held-out text
     rival ...       the best uniform pair at the same bytes, its quality, its bits per value
+    k_vectors       how each layer's K is conditioned, one per layer; () = no layer's is
     calibration     how it was made (text, text_sha256, tokens, n_ctx, seed, version, ...), str or u32; read-only
 
     Floats are kept as f32, so that a plan is equal to itself read back from either form.
@@ -149,10 +179,12 @@ class Plan:
     rival_quality: Quality | None = None
     rival_bits: float | None = None
     calibration: Mapping[str, str | int] = field(default_factory=dict, hash=False)
+    k_vectors: tuple[KVectors, ...] = ()
     schema_version: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "pairs", tuple(self.pairs))
+        object.__setattr__(self, "k_vectors", tuple(self.k_vectors) if any(self.k_vectors) else ())
         for key in ("bits_per_value", "rival_bits"):
             if getattr(self, key) is not None:
                 object.__setattr__(self, key, _checked(key, "f32", getattr(self, key)))
@@ -169,6 +201,8 @@ class Plan:
         for il, pair in enumerate(self.pairs):
             if bool(pair.type_k) != bool(pair.type_v):
                 raise PlanError(f"layer {il}: got '{pair}', need a type on both sides or on none. Add the other type.")
+        if self.k_vectors and len(self.k_vectors) != self.n_layer:
+            raise PlanError(f"k_vectors: got {len(self.k_vectors)} layers, the plan has {self.n_layer}. Calibrate again.")
         if self.rival is None and (self.rival_quality is not None or self.rival_bits is not None):
             raise PlanError("rival: got its figures without its pair, need both. Name the pair, or drop the figures.")
         if self.rival is not None and not (self.rival.type_k and self.rival.type_v):
@@ -188,6 +222,31 @@ class Plan:
     @property
     def type_v(self) -> tuple[str, ...]:
         return tuple(pair.type_v for pair in self.pairs)
+
+    @property
+    def k_mean(self) -> tuple[float, ...] | None:
+        """The means of all layers, one after another; None if there are none."""
+        return _joined(v.mean for v in self.k_vectors)
+
+    @property
+    def k_scale(self) -> tuple[float, ...] | None:
+        """The scales of all layers, one after another; None if there are none."""
+        return _joined(v.scale for v in self.k_vectors)
+
+    @property
+    def k_mean_n_values(self) -> tuple[int, ...] | None:
+        """How many values of k_mean each layer has, 0 = none."""
+        return tuple(len(v.mean) for v in self.k_vectors) if self.k_mean else None
+
+    @property
+    def k_scale_n_values(self) -> tuple[int, ...] | None:
+        """How many values of k_scale each layer has, 0 = none."""
+        return tuple(len(v.scale) for v in self.k_vectors) if self.k_scale else None
+
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of the vectors of K, which bits_per_value counts too."""
+        return vector_bytes(self.k_vectors)
 
     @classmethod
     def uniform(cls, pair: Pair, n_layer: int, has_kv: Sequence[bool] | None = None) -> Plan:
@@ -227,14 +286,14 @@ class Plan:
         return [(group[0][0], group[-1][0], group[0][1]) for group in groups]
 
     def to_metadata(self) -> list[tuple[str, str, object]]:
-        """The plan as GGUF metadata: (key, kind, value), kind one of u32, f32, str, arr_str."""
+        """The plan as GGUF metadata: (key, kind, value), kind one of u32, f32, str, arr_str, arr_f32, arr_u32."""
         rows = []
         for key, kind, where in _FIELDS:
             value: object = self
             for name in where.split("."):
                 value = getattr(value, name, None)
             if value is not None:
-                rows.append((key, kind, str(value) if kind == "str" else list(value) if kind == "arr_str" else value))
+                rows.append((key, kind, str(value) if kind == "str" else list(value) if kind.startswith("arr_") else value))
         rows += ((_CALIBRATION + key, _calibration_kind(value), value) for key, value in self.calibration.items())
         return [(PREFIX + key, kind, value) for key, kind, value in rows]
 
@@ -264,6 +323,7 @@ class Plan:
             rival=rival,
             rival_quality=_quality(found, "rival_quality"),
             rival_bits=found.get("rival_bits"),
+            k_vectors=_k_vectors(found),
             calibration={k[len(_CALIBRATION) :]: v for k, v in values.items() if k.startswith(_CALIBRATION)},
         )
 
@@ -319,6 +379,40 @@ def _pairs(type_k: list[str] | None, type_v: list[str] | None) -> tuple[Pair, ..
     return tuple(map(Pair, type_k, type_v))
 
 
+def _k_vectors(found: Mapping[str, Any]) -> tuple[KVectors, ...]:
+    sides: list[list[list[float]]] = []
+    for key in ("k_mean", "k_scale"):
+        values, n_values = found.get(key), found.get(f"{key}_n_values")
+        if (values is None) != (n_values is None):
+            raise PlanError(f"{key}: got it without its n_values or the other way round, need both. Calibrate again.")
+        if values is not None and sum(n_values) != len(values):
+            raise PlanError(f"{key}: got {len(values)} values, {key}.n_values adds up to {sum(n_values)}. Calibrate again.")
+        ends = list(accumulate(n_values or ()))
+        sides.append([values[end - n : end] for n, end in zip(n_values or (), ends)])
+    mean, scale = sides
+    if mean and scale and len(mean) != len(scale):
+        raise PlanError(f"k_scale.n_values: got {len(scale)} layers, k_mean.n_values has {len(mean)}, need the same. Calibrate again.")
+    vectors = []
+    for il, (m, s) in enumerate(zip_longest(mean, scale, fillvalue=())):
+        with blamed_on(f"layer {il}"):
+            vectors.append(KVectors(tuple(m), tuple(s)))
+    return tuple(vectors)
+
+
+def _joined(parts: Iterable[tuple[float, ...]]) -> tuple[float, ...] | None:
+    return tuple(chain.from_iterable(parts)) or None
+
+
+def vector_bytes(k_vectors: Iterable[KVectors]) -> int:
+    """Bytes of the vectors as a plan stores them."""
+    return 4 * sum(len(v.mean) + len(v.scale) for v in k_vectors)
+
+
+def where_quantized(k_vectors: Sequence[KVectors], pairs: Sequence[Pair]) -> tuple[KVectors, ...]:
+    """The vectors of the layers whose K is quantized; elsewhere they would cost time and change nothing."""
+    return tuple(v if p.type_k and codec(p.type_k).block_size > 1 else KVectors() for v, p in zip(k_vectors, pairs))
+
+
 @contextmanager
 def blamed_on(where: object) -> Iterator[None]:
     """Turns a CodecError or PlanError of the block into a PlanError that starts with where."""
@@ -344,6 +438,10 @@ def _checked(key: str, kind: str, value: object) -> object:
     """The value as it is stored, or PlanError if it is not of this kind."""
     if kind == "arr_str" and isinstance(value, (list, tuple)) and all(map(_is_text, value)):
         return list(value)
+    if kind == "arr_f32" and isinstance(value, (list, tuple)):
+        return [_checked(key, "f32", x) for x in value]
+    if kind == "arr_u32" and isinstance(value, (list, tuple)):
+        return [_checked(key, "u32", x) for x in value]
     if kind == "str" and _is_text(value):
         return value
     if kind == "u32" and isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < 1 << 32:
@@ -352,7 +450,7 @@ def _checked(key: str, kind: str, value: object) -> object:
         with suppress(OverflowError):
             if math.isfinite(value):
                 return _shortest_f32(float(value))
-    need = {"arr_str": "an array of strings", "str": "one line of text", "f32": "a finite 32-bit float"}
+    need = {"arr_str": "an array of strings", "arr_f32": "an array of floats", "arr_u32": "an array of whole numbers", "str": "one line of text", "f32": "a finite 32-bit float"}
     raise PlanError(f"{key}: got {_brief(value)}, need {need.get(kind, 'a whole number below 2^32')}. Calibrate again.")
 
 

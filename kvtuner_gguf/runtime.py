@@ -13,7 +13,7 @@ import numpy as np
 
 from . import native
 from .errors import NativeError
-from .plan import Geometry, Pair
+from .plan import Geometry, KVectors, Pair
 
 
 def default_threads() -> int:
@@ -34,6 +34,17 @@ def check_memory(n_bytes: int, n_ctx: int) -> None:
             f"context of {n_ctx} tokens: its K/V cache needs {n_bytes / 2**30:.1f} GiB, the machine has {total / 2**30:.1f} GiB. "
             "Use a smaller -c, or a plan of fewer bits."
         )
+
+
+def put_in_force(model: int, pairs: Sequence[Pair] | None, k_vectors: Sequence[KVectors] = ()) -> None:
+    """The plan of contexts that are made of the model from now on; None = no plan. Raises NativeError, CodecError."""
+    if pairs is None:
+        native.clear_plan(model)
+        return
+    native.set_plan(model, [p.type_k for p in pairs], [p.type_v for p in pairs])
+    for il, vectors in enumerate(k_vectors):
+        if vectors:
+            native.set_k_vectors(model, il, vectors.mean, vectors.scale)
 
 
 class _Log:
@@ -114,12 +125,9 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def set_plan(self, pairs: Sequence[Pair] | None) -> None:
-        """The plan of contexts opened from now on; None = all f16."""
-        if pairs is None:
-            native.clear_plan(self.model)
-        else:
-            native.set_plan(self.model, [p.type_k for p in pairs], [p.type_v for p in pairs])
+    def set_plan(self, pairs: Sequence[Pair] | None, k_vectors: Sequence[KVectors] = ()) -> None:
+        """The plan of contexts opened from now on, and how its K is conditioned; None = all f16."""
+        put_in_force(self.model, pairs, k_vectors)
 
     @contextmanager
     def context(self, n_ctx: int, **kwargs: object) -> Iterator[Context]:

@@ -6,7 +6,9 @@
 
 #include "ggml-cpp.h"
 
-static const int32_t KVT_STATE_UNROTATED = 1 << 16; // tag in a state file's type id, far above any ggml_type
+// tags in a state file's type id, far above any ggml_type
+static const int32_t KVT_STATE_UNROTATED   = 1 << 16;
+static const int32_t KVT_STATE_CONDITIONED = 1 << 17; // the hash of the vectors follows
 
 kvt_cache::kvt_cache(const llama_model & model, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v, bool v_trans, bool offload) :
     model(model), hparams(hparams), plan(model.kvt), type_k(type_k), type_v(type_v), v_trans(v_trans), offload(offload) {
@@ -118,10 +120,48 @@ kvt_cache_types kvt_cache::types(uint32_t il) {
     return res;
 }
 
+const kvt_cond_layer * kvt_cache::cond(uint32_t il, ggml_backend_buffer_type_t buft) {
+    if (!plan_k || plan->k_vectors.empty() || plan->k_vectors[il].empty() || hparams.n_head_kv(il) == 0) {
+        return nullptr;
+    }
+    if (hparams.n_lora_kv > 0 || hparams.is_mla()) {
+        k_refused["K cannot be conditioned with MLA: it is cached as it is"].push_back(il);
+        return nullptr;
+    }
+    if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
+        k_refused["K cannot be conditioned where heads are split over devices (-sm tensor): it is cached as it is"].push_back(il);
+        return nullptr;
+    }
+
+    kvt_k_vectors vectors = plan->k_vectors[il];
+
+    // the mean shifts all scores of a query alike, which softmax ignores: unless they are capped, or compete with a sink
+    const bool capped = hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK;
+    const bool sinks  = il < model.layers.size() && model.layers[il].attn_sinks;
+    if (!vectors.mean.empty() && (capped || sinks)) {
+        k_refused[format("the mean of K is left in, since the attention has %s; its scale applies", sinks ? "sinks" : "a soft cap")].push_back(il);
+        vectors.mean.clear();
+    }
+    return vectors.empty() ? nullptr : k_cond.add(il, vectors, hparams.n_head_kv(il), buft);
+}
+
+void kvt_cache::cond_alloc() {
+    k_cond.alloc(hparams.no_alloc);
+}
+
+void kvt_cache::cond_memory(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const {
+    for (const auto & [buft, size] : k_cond.memory()) {
+        sizes[buft] += size;
+    }
+}
+
 std::vector<std::string> kvt_cache::notes() const {
     std::vector<std::string> res;
     for (const auto & [reason, il] : fallbacks) {
         res.push_back(format("layers %s: %s: f16 there", kvt_layer_ranges(il).c_str(), reason.c_str()));
+    }
+    for (const auto & [reason, il] : k_refused) {
+        res.push_back(format("layers %s: %s", kvt_layer_ranges(il).c_str(), reason.c_str()));
     }
     return res;
 }
@@ -146,18 +186,20 @@ std::string kvt_type_names(const std::vector<ggml_type> & types) {
     return res;
 }
 
-int32_t kvt_state_type(ggml_type type, bool rot, bool rot_default) {
-    return (int32_t) type | (ggml_is_quantized(type) && rot_default && !rot ? KVT_STATE_UNROTATED : 0);
+int32_t kvt_state_type(ggml_type type, bool rot, bool rot_default, bool cond) {
+    return (int32_t) type |
+        (ggml_is_quantized(type) && rot_default && !rot ? KVT_STATE_UNROTATED   : 0) |
+        (cond                                           ? KVT_STATE_CONDITIONED : 0);
 }
 
 void kvt_state_refused(const char * side, uint32_t il, int32_t have, int32_t want) {
     const auto name = [](int32_t id) {
-        const int32_t type = id & ~KVT_STATE_UNROTATED;
+        const int32_t type = id & ~(KVT_STATE_UNROTATED | KVT_STATE_CONDITIONED);
         if (type < 0 || type >= GGML_TYPE_COUNT || !ggml_type_name((ggml_type) type)) {
             return format("unknown type %d", type);
         }
-        return format("%s%s", ggml_type_name((ggml_type) type), id & KVT_STATE_UNROTATED ? " (not rotated)" : "");
+        return format("%s%s%s", ggml_type_name((ggml_type) type), id & KVT_STATE_UNROTATED ? " (not rotated)" : "", id & KVT_STATE_CONDITIONED ? " (conditioned)" : "");
     };
-    LLAMA_LOG_ERROR("%s: layer %u: the state has %s %s, this context has %s: it was saved under another plan, cache type or rotation. Load it where it was saved, or process the prompt again\n",
+    LLAMA_LOG_ERROR("%s: layer %u: the state has %s %s, this context has %s: it was saved under another plan, cache type, rotation or conditioning. Load it where it was saved, or process the prompt again\n",
             __func__, il, side, name(want).c_str(), name(have).c_str());
 }

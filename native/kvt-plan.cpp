@@ -153,8 +153,10 @@ static bool kvt_enabled(const llama_model_loader & ml, std::vector<std::string> 
     return true;
 }
 
-static void kvt_read_file(const llama_model_loader & ml, uint32_t n_layer, kvt_plan & plan) {
+static void kvt_read_file(const llama_model_loader & ml, const llama_hparams & hparams, kvt_plan & plan) {
     const gguf_context * gguf = ml.metadata;
+
+    const uint32_t n_layer = hparams.n_layer_all;
 
     if (gguf_find_key(gguf, "kvtuner.type_k") < 0 && gguf_find_key(gguf, "kvtuner.type_v") < 0) {
         return;
@@ -183,6 +185,8 @@ static void kvt_read_file(const llama_model_loader & ml, uint32_t n_layer, kvt_p
     plan.source = "file";
     plan.type_k = std::move(type_k);
     plan.type_v = std::move(type_v);
+
+    kvt_cond_read(ml, hparams, plan);
 
     const int64_t kid_hash = gguf_find_key(gguf, "kvtuner.calibration.weights");
     if (kid_hash >= 0 && gguf_get_kv_type(gguf, kid_hash) != GGUF_TYPE_STRING) {
@@ -213,12 +217,15 @@ static void kvt_read_overrides(const llama_model_loader & ml, uint32_t n_layer, 
         if (key.compare(0, 8, "kvtuner.") != 0 || key == "kvtuner.enabled") {
             continue;
         }
+        if (kvt_cond_override(key, o, plan)) {
+            continue;
+        }
         const int64_t il_k = kvt_override_layer(key, "kvtuner.type_k.");
         const int64_t il_v = kvt_override_layer(key, "kvtuner.type_v.");
         const int64_t il   = il_k >= 0 ? il_k : il_v;
 
         if (il < 0 || il >= n_layer) {
-            plan.notes.push_back(format("override %s: need kvtuner.enabled, kvtuner.type_k.N or kvtuner.type_v.N with N from 0 to %u: it is ignored", kvt_printable(key.c_str()).c_str(), n_layer - 1));
+            plan.notes.push_back(format("override %s: need kvtuner.enabled, kvtuner.k_mean, kvtuner.k_scale, kvtuner.type_k.N or kvtuner.type_v.N with N from 0 to %u: it is ignored", kvt_printable(key.c_str()).c_str(), n_layer - 1));
             continue;
         }
         const ggml_type type = o.tag == LLAMA_KV_OVERRIDE_TYPE_STR ? kvt_type_from_name(o.val_str) : KVT_TYPE_NONE;
@@ -257,7 +264,7 @@ void kvt_plan_load(llama_model & model, const llama_model_loader & ml) {
 
     // without its hparams a model has no layers, and no context to plan for
     if (!model.hparams.vocab_only && kvt_enabled(ml, plan->notes)) {
-        kvt_read_file     (ml, model.hparams.n_layer_all, *plan);
+        kvt_read_file     (ml, model.hparams, *plan);
         kvt_read_overrides(ml, model.hparams.n_layer_all, *plan);
     }
 

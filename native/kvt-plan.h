@@ -4,6 +4,8 @@
 #include "llama.h"
 #include "ggml.h"
 
+#include "kvt-cond.h"
+
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -23,6 +25,7 @@ struct kvt_plan {
 
     std::vector<ggml_type>   type_k; // [n_layer], empty if no plan is in force
     std::vector<ggml_type>   type_v;
+    std::vector<kvt_k_vectors> k_vectors; // [n_layer], empty if no layer's K is conditioned
     std::vector<std::string> notes;  // what was wrong with the metadata
 
     bool in_force() const { return !type_k.empty(); }
@@ -72,6 +75,15 @@ struct kvt_cache {
     // whether a layer's side is rotated; attn_rot: whether the cache rotates at all
     bool rotated(bool attn_rot, ggml_type type) const { return attn_rot && (!in_force() || ggml_is_quantized(type)); }
 
+    // the vectors of layer il's K, in buft; null if K is cached as it is
+    const kvt_cond_layer * cond(uint32_t il, ggml_backend_buffer_type_t buft);
+
+    // once all layers are known
+    void cond_alloc();
+
+    // add what the vectors take to the bytes of each buffer type
+    void cond_memory(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
+
     // one warning per reason
     void warn() const;
 
@@ -98,6 +110,10 @@ private:
 
     std::map<std::string, std::vector<uint32_t>> fallbacks; // reason -> layers
 
+    std::map<std::string, std::vector<uint32_t>> k_refused; // why K is not conditioned -> layers
+
+    kvt_cond k_cond;
+
     ggml_type accept(uint32_t il, const char * side, ggml_type type, uint32_t head_dim, bool needs_fa);
 };
 
@@ -105,8 +121,8 @@ private:
 std::string kvt_type_names(const std::vector<ggml_type> & types);
 
 // the type id of a layer in a state file. differs from ggml's only where the data is not rotated though the default rule
-// would rotate it, so that such a state is never read as rotated data, and all others stay as stock writes them
-int32_t kvt_state_type(ggml_type type, bool rot, bool rot_default);
+// would rotate it, or is conditioned, so that such a state is never read as other data, and all others stay as stock writes them
+int32_t kvt_state_type(ggml_type type, bool rot, bool rot_default, bool cond = false);
 
 // log why a state is refused
 void kvt_state_refused(const char * side, uint32_t il, int32_t have, int32_t want);

@@ -89,6 +89,19 @@ int32_t kvt_ctx_layer(
     return kvt_error(KVT_E_NONE, format("layer %d has no KV of its own in this context", il));
 }
 
+int32_t kvt_ctx_k_cond(const llama_context * ctx, int32_t il) {
+    if (!ctx) {
+        return kvt_error(KVT_E_ARG, "kvt_ctx_k_cond: ctx is null");
+    }
+    for (const llama_kv_cache * kv : kvt_query::caches(ctx)) {
+        const auto * l = kvt_query::layer(*kv, il);
+        if (l && !ggml_is_empty(l->k)) {
+            return l->cond ? (l->cond->mean ? KVT_K_MEAN : 0) | (l->cond->scale ? KVT_K_SCALE : 0) : 0;
+        }
+    }
+    return kvt_error(KVT_E_NONE, format("layer %d has no KV of its own in this context", il));
+}
+
 uint64_t kvt_ctx_buffer_bytes(const llama_context * ctx) {
     uint64_t res = 0;
     for (const llama_kv_cache * kv : kvt_query::caches(ctx)) {

@@ -50,6 +50,10 @@ LLAMA_API int32_t kvt_model_n_layer(const struct llama_model * model);
 // type_k, type_v: n_layer names, "" where a layer is left at f16 or has no KV of its own
 LLAMA_API int32_t kvt_model_set_plan(struct llama_model * model, const char * const * type_k, const char * const * type_v, int32_t n_layer);
 
+// mean and scale of a layer's K, n_values = n_head_kv*head_dim each, NULL = none: K is cached as (K - mean)/scale, and Q
+// multiplied by scale. Part of the plan in force, which kvt_model_set_plan starts without them (KVT_E_STATE if there is none)
+LLAMA_API int32_t kvt_model_set_k_vectors(struct llama_model * model, int32_t il, const float * mean, const float * scale, int32_t n_values);
+
 // no plan for contexts that are created from now on
 LLAMA_API int32_t kvt_model_clear_plan(struct llama_model * model);
 
@@ -76,6 +80,11 @@ LLAMA_API int32_t kvt_ctx_layer(
         const char ** type_k, const char ** type_v,
         uint64_t * bytes_k, uint64_t * bytes_v,
         uint32_t * n_cells, int32_t * rot_k, int32_t * rot_v);
+
+// how the K of layer il is conditioned in this context: 0, or KVT_K_MEAN and KVT_K_SCALE together. KVT_E_NONE as above
+#define KVT_K_MEAN  1
+#define KVT_K_SCALE 2
+LLAMA_API int32_t kvt_ctx_k_cond(const struct llama_context * ctx, int32_t il);
 
 // bytes of the buffers behind all attention caches of the context (with the buffers' padding; 0 with no_alloc)
 LLAMA_API uint64_t kvt_ctx_buffer_bytes(const struct llama_context * ctx);

@@ -73,11 +73,12 @@ class _Writer:
         """`name.weight`, n ones."""
         self.tensor(f"{name}.weight", np.ones(n, dtype=np.float32))
 
-    def ends(self, n_embd: int, *, embd_std: float = 1.0, norm: str = "output_norm") -> None:
-        """Token embedding, last norm and output matrix. Logits have a std near 2: neither flat nor one-hot."""
+    def ends(self, n_embd: int, *, embd_std: float = 1.0, norm: str = "output_norm", tied: bool = False) -> None:
+        """Token embedding, last norm and output matrix, which is the embedding again if tied. Logits have a std near 2: neither flat nor one-hot."""
         self.tensor("token_embd.weight", self.normal(len(TOKENS), n_embd, std=embd_std).astype(np.float16))
         self.norm(norm, n_embd)
-        self.matrix("output", len(TOKENS), n_embd, gain=2.0)
+        if not tied:
+            self.matrix("output", len(TOKENS), n_embd, gain=2.0)
 
     def attention(self, at: str, n_embd: int, n_q: int, n_kv: int, *, qk_gain: float = 1.5, out: str = "attn_output") -> None:
         """Norm, Q, K, V and output matrix under the prefix `at`; n_q, n_kv: values of one token over all heads."""
@@ -171,6 +172,74 @@ def tiny_gemma3(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extr
         w.norm(f"blk.{il}.post_attention_norm", n_embd)
         w.ffn(f"blk.{il}.", n_embd, n_ff)
         w.norm(f"blk.{il}.post_ffw_norm", n_embd)
+    return w.save(extra)
+
+
+def tiny_gemma2(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extra = ()) -> Path:
+    """gemma2: the scores of attention go through a soft cap of 2, near enough to bend them; else as tiny_gemma3 without norms.
+
+    Sliding window of n_swa tokens in layers 0 2, full attention in layers 1 3. Per layer K and V of 2 heads * 64.
+    """
+    n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim = 4, 128, 128, 4, 2, 64
+    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head) | {
+        "attention.head_count_kv": n_head_kv,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.sliding_window": n_swa,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 30.0,
+    }
+    w = _Writer(path, "gemma2", seed, keys)
+    w.ends(n_embd, embd_std=n_embd**-0.5, tied=True)  # the graph multiplies by sqrt(n_embd)
+    for il in range(n_layer):
+        w.attention(f"blk.{il}.", n_embd, n_head * head_dim, n_head_kv * head_dim)
+        w.norm(f"blk.{il}.post_attention_norm", n_embd)
+        w.ffn(f"blk.{il}.", n_embd, n_ff)
+        w.norm(f"blk.{il}.post_ffw_norm", n_embd)
+    return w.save(extra)
+
+
+def tiny_gpt_oss(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extra = ()) -> Path:
+    """gpt-oss: every head has a sink, a logit that competes with the tokens'; two experts, both used.
+
+    Sliding window of n_swa tokens in layers 0 2, full attention in layers 1 3. Per layer K and V of 2 heads * 64.
+    """
+    n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_expert = 4, 128, 64, 4, 2, 64, 2
+    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head) | {
+        "attention.head_count_kv": n_head_kv,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.sliding_window": n_swa,
+        "rope.dimension_count": head_dim,
+        "expert_feed_forward_length": n_ff,
+        "expert_count": n_expert,
+        "expert_used_count": n_expert,
+    }
+    w = _Writer(path, "gpt-oss", seed, keys)
+    w.ends(n_embd)
+    for il in range(n_layer):
+        at = f"blk.{il}."
+        w.attention(at, n_embd, n_head * head_dim, n_head_kv * head_dim)
+        w.tensor(f"{at}attn_output.bias", w.normal(n_embd, std=0.1))
+        w.tensor(f"{at}attn_sinks.weight", w.normal(n_head, std=1.0) + np.float32(2.0))
+        w.norm(f"{at}post_attention_norm", n_embd)
+        w.matrix(f"{at}ffn_gate_inp", n_expert, n_embd)
+        w.tensor(f"{at}ffn_gate_inp.bias", w.normal(n_expert, std=0.1))
+        for name, n_out, n_in in (("gate", n_ff, n_embd), ("up", n_ff, n_embd), ("down", n_embd, n_ff)):
+            w.matrix(f"{at}ffn_{name}_exps", n_expert, n_out, n_in)
+            w.tensor(f"{at}ffn_{name}_exps.bias", w.normal(n_expert, n_out, std=0.1))
+    return w.save(extra)
+
+
+def tiny_refact(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
+    """refact: no RoPE, ALiBi in its place; 4 layers, K and V of 2 heads * 64."""
+    n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim = 4, 256, 128, 4, 2, 64
+    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head) | {"attention.head_count_kv": n_head_kv}
+    w = _Writer(path, "refact", seed, keys)
+    w.ends(n_embd)
+    for il in range(n_layer):
+        w.attention(f"blk.{il}.", n_embd, n_head * head_dim, n_head_kv * head_dim)
+        w.ffn(f"blk.{il}.", n_embd, n_ff)
     return w.save(extra)
 
 

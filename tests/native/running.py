@@ -9,7 +9,7 @@ import numpy as np
 from gguf import GGUFValueType
 from models import BOS, FIRST_BYTE
 
-from kvtuner_gguf.plan import Pair, Plan
+from kvtuner_gguf.plan import KVectors, Pair, Plan
 
 if TYPE_CHECKING:
     from kvtuner_gguf.runtime import Context
@@ -42,3 +42,10 @@ def metadata(pairs: Sequence[Pair]) -> list[tuple[str, GGUFValueType, object]]:
     """The plan as `extra` of a tiny model."""
     kinds = {"u32": GGUFValueType.UINT32, "arr_str": GGUFValueType.ARRAY}
     return [(key, kinds[kind], value) for key, kind, value in Plan(tuple(pairs)).to_metadata()]
+
+
+def vectors(il: int, n_head_kv: int = 2, head_dim: int = 64, *, mean: bool = True, scale: bool = True) -> KVectors:
+    """A mean and a scale as large as real ones, of a layer: means up to several std of K, scales from 1/4 to 4."""
+    rng, n = np.random.default_rng(il), n_head_kv * head_dim
+    means, scales = 2 * rng.standard_normal(n), 4.0 ** rng.uniform(-1, 1, n)
+    return KVectors(tuple(means.tolist()) if mean else (), tuple(scales.tolist()) if scale else ())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvtuner_gguf.errors import PlanError
-from kvtuner_gguf.plan import PREFIX, Pair, Plan, Quality, atomic_file
+from kvtuner_gguf.plan import PREFIX, KVectors, Pair, Plan, Quality, atomic_file, where_quantized
 
 Q8, Q4, NONE = Pair("q8_0", "q4_0"), Pair("q4_0", "q4_0"), Pair("", "")
 QUALITY = Quality(kld_mean=0.0123, kld_p999=1.25, same_top=0.975, n_positions=4096)
@@ -45,7 +45,14 @@ def fault(call, *parts):
     return message
 
 
-@pytest.mark.parametrize("plan", [full_plan(), Plan((Q8,)), Plan((Q8, Q4), calibration={"text": ""})])
+VECTORS = (KVectors((0.1, -2.0), (1.0, 1 / 3)), KVectors(), KVectors(scale=(0.5, 2.0, 1.0)))
+
+
+def conditioned(k_vectors=VECTORS):
+    return Plan((Q8, NONE, Q4), k_vectors=k_vectors)
+
+
+@pytest.mark.parametrize("plan", [full_plan(), Plan((Q8,)), Plan((Q8, Q4), calibration={"text": ""}), conditioned(), conditioned((KVectors(),) * 3)])
 def test_both_forms_round_trip_exactly(plan, tmp_path):
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_metadata({key: value for key, _, value in plan.to_metadata()}) == plan
@@ -239,7 +246,7 @@ def test_metadata_without_a_plan_is_no_plan():
 
 
 def test_keys_of_a_later_version_are_left_out():
-    assert Plan.from_json(json.dumps(values(k_mean=[0.5], type_k__7="q8_0"))) == full_plan()
+    assert Plan.from_json(json.dumps(values(v_scale=[0.5], type_k__7="q8_0"))) == full_plan()
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
@@ -284,3 +291,56 @@ def test_atomic_file_syncs_before_it_renames(tmp_path, monkeypatch):
         assert not (tmp_path / "x").exists()
     assert (tmp_path / "x").read_bytes() == b"data"
     assert steps[:2] == ["fsync", "replace"]
+
+
+# ---- vectors of K
+
+
+def test_vectors_are_stored_one_layer_after_another():
+    rows = {key: (kind, value) for key, kind, value in conditioned().to_metadata()}
+    assert rows["kvtuner.k_mean"] == ("arr_f32", [0.1, -2.0])
+    assert rows["kvtuner.k_mean.n_values"] == ("arr_u32", [2, 0, 0])
+    assert rows["kvtuner.k_scale"] == ("arr_f32", [1.0, 0.33333334, 0.5, 2.0, 1.0])
+    assert rows["kvtuner.k_scale.n_values"] == ("arr_u32", [2, 0, 3])
+    assert conditioned().vector_bytes == 4 * 7
+    only_means = conditioned((KVectors((1.0,)), KVectors(), KVectors()))
+    assert not any(key.startswith("kvtuner.k_scale") for key, _, _ in only_means.to_metadata())
+
+
+def test_no_vectors_are_no_keys():
+    for plan in (conditioned(()), conditioned((KVectors(),) * 3)):
+        assert plan.k_vectors == () and not any(".k_" in key for key, _, _ in plan.to_metadata())
+
+
+def test_only_a_quantized_k_keeps_its_vectors():
+    v = KVectors((1.0,))
+    pairs = (Q8, NONE, Pair.parse("f16/q8_0"), Pair.parse("bf16/q8_0"), Q4)
+    assert where_quantized((v,) * 5, pairs) == (v, KVectors(), KVectors(), KVectors(), v)
+
+
+def test_faulty_vectors_are_refused():
+    for value in (float("nan"), float("inf"), "1", None, True):
+        fault(lambda: KVectors(mean=(1.0, value)), "k_mean")
+    for value in (0.0, -1.0, 1e-5, 1e5):
+        fault(lambda: KVectors(scale=(1.0, value)), "k_scale", f"{value:g}", "0.0001 to 10000")
+    fault(lambda: KVectors((1.0,), (1.0, 2.0)), "1 values", "2")
+    fault(lambda: conditioned(VECTORS[:2]), "2 layers", "3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"k_mean": 1.0}, ["k_mean: got 1.0", "an array of floats"]),
+        ({"k_mean": ["1"]}, ["k_mean: got '1'"]),
+        ({"k_mean": None}, ["k_mean", "n_values"]),
+        ({"k_scale.n_values": None}, ["k_scale", "n_values"]),
+        ({"k_scale.n_values": [2, 0, 2]}, ["k_scale: got 5 values", "adds up to 4"]),
+        ({"k_scale.n_values": [2, -1, 4]}, ["k_scale.n_values: got -1"]),
+        ({"k_scale.n_values": [2, 3]}, ["2 layers", "3"]),
+        ({"k_mean.n_values": [1, 0, 1]}, ["layer 0", "1 values", "2"]),
+        ({"k_scale": [1.0, 0.0, 0.5, 2.0, 1.0]}, ["layer 0", "k_scale", "0"]),
+    ],
+)
+def test_faulty_stored_vectors_are_refused(changes, parts):
+    stored = {k: v for k, v in (json.loads(conditioned().to_json()) | changes).items() if v is not None}
+    fault(lambda: Plan.from_json(json.dumps(stored)), *parts)

@@ -1,0 +1,79 @@
+// kvt-cond.h - conditioning of K: what is done to it between RoPE and the cache, and to Q to match (C++, inside libllama only)
+//
+//   K becomes (K - mean)/scale, Q becomes Q*scale. The scale cancels in Q*K; the mean shifts all scores of a query by the
+//   same Q*mean, which softmax ignores. So attention is the same, of a K that is easier to quantize.
+#pragma once
+
+#include "ggml.h"
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+struct kvt_plan;
+struct llama_hparams;
+struct llama_io_read_i;
+struct llama_io_write_i;
+struct llama_model_kv_override;
+struct llama_model_loader;
+
+// the vectors of one layer, n_embd_k_gqa values each; empty = none
+struct kvt_k_vectors {
+    std::vector<float> mean;
+    std::vector<float> scale;
+
+    bool empty() const { return mean.empty() && scale.empty(); }
+};
+
+// the same as tensors [head_dim, n_head_kv] beside the layer's cache; null = none
+struct kvt_cond_layer {
+    ggml_tensor * mean      = nullptr;
+    ggml_tensor * scale     = nullptr;
+    ggml_tensor * scale_inv = nullptr;
+
+    uint64_t hash = 0; // of the vectors: a state tells by it how its K was conditioned
+};
+
+// the vectors of one cache, in the buffer types of its layers
+struct kvt_cond {
+    // tensors for a layer; no data before alloc()
+    const kvt_cond_layer * add(uint32_t il, const kvt_k_vectors & vectors, int64_t n_head_kv, ggml_backend_buffer_type_t buft);
+
+    // one buffer per type, filled. no_alloc: sizes only
+    void alloc(bool no_alloc);
+
+    const std::map<ggml_backend_buffer_type_t, size_t> & memory() const { return sizes; }
+
+private:
+    ggml_context * ctx_for(ggml_backend_buffer_type_t buft);
+
+    std::map<uint32_t, kvt_cond_layer> layers; // nodes stay where they are
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
+    std::vector<ggml_backend_buffer_ptr> bufs;
+    std::map<ggml_backend_buffer_type_t, size_t> sizes;
+    std::vector<std::pair<ggml_tensor *, std::vector<float>>> data; // until alloc()
+};
+
+// graph operations; cond or k may be null, which changes nothing
+//   k [head_dim, n_head_kv, n_tokens], q [head_dim, n_head, n_tokens]
+ggml_tensor * kvt_cond_k     (ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * k);
+ggml_tensor * kvt_cond_k_undo(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * k);
+ggml_tensor * kvt_cond_q     (ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * q);
+
+// what is wrong with a layer's vectors ("" = nothing)
+std::string kvt_k_vectors_fault(const kvt_k_vectors & vectors, const llama_hparams & hparams, uint32_t il);
+
+// kvtuner.k_mean and kvtuner.k_scale of the file; any fault is a note, and K as it is
+void kvt_cond_read(const llama_model_loader & ml, const llama_hparams & hparams, kvt_plan & plan);
+
+// true if the override is one of ours (kvtuner.k_mean, kvtuner.k_scale: false switches it off)
+bool kvt_cond_override(const std::string & key, const llama_model_kv_override & o, kvt_plan & plan);
+
+// the hash in a state file, after the type id of a conditioned K; the read is false, with an error in the log, if it is another
+void kvt_cond_state_write(llama_io_write_i & io, const kvt_cond_layer * cond);
+bool kvt_cond_state_read (llama_io_read_i  & io, const kvt_cond_layer * cond, uint32_t il);

@@ -1,0 +1,447 @@
+"""K conditioned before it is cached: attention stays what it was, the cache is another, and nothing mistakes one for the other."""
+
+import struct
+from functools import partial
+
+import numpy as np
+import pytest
+from running import feed, mixture, prompt, uniform, vectors
+from test_metadata import F32, U32, array, entry, text, with_entries
+from test_shift import next_logits
+from test_state import assert_refused, every_kind, restore, save, saved
+
+from kvtuner_gguf import native
+from kvtuner_gguf.errors import NativeError, PlanError
+from kvtuner_gguf.gguf_file import read_plan, write_plan
+from kvtuner_gguf.plan import KVectors, Pair, Plan
+
+pytestmark = pytest.mark.native
+
+# how a model's K is cached: arch, arguments, heads and head size of its K, which layers have any
+MODELS = {
+    "llama": ("llama", {}, (2, 64)),
+    "heads of 96, never rotated": ("llama", {"head_dim": 96}, (2, 96)),
+    "heads of 128": ("llama", {"head_dim": 128}, (2, 128)),
+    "one KV head": ("llama", {"n_head_kv": 1}, (1, 64)),
+    "as many KV heads": ("llama", {"n_head_kv": 4}, (4, 64)),
+    "RoPE on half of a head": ("llama", {"rope_dim": 32}, (2, 64)),
+    "RoPE of far pairs": ("qwen2", {}, (2, 64)),
+    "sliding window": ("gemma3", {}, (2, 64)),
+    "hybrid": ("hybrid", {}, (1, 64)),
+    "ALiBi": ("refact", {}, (2, 64)),
+}
+every_model = pytest.mark.parametrize("model", MODELS)
+N_TOKENS = 96  # more than a window
+# Greatest difference of a logit (std 2), conditioned less not: the rounding of another cache. Measured at worst: f32 .014 (flash
+# attention reads it as f16, without it .006), f16 .018, bf16 .10. Without the scale on Q, or the mean at a shift, it is above 1.
+MOST = {"f32": 0.04, "f16": 0.05, "bf16": 0.3}
+
+
+def layers_with_kv(session):
+    session.set_plan(None)
+    with session.context(256) as ctx:
+        return [layer.il for layer in ctx.layers()]
+
+
+def all_vectors(session, shape, **sides):
+    """Vectors for every layer that has K of its own."""
+    il = layers_with_kv(session)
+    return [vectors(i, *shape, **sides) if i in il else KVectors() for i in range(session.n_layer)]
+
+
+def run(session, pairs, k_vectors=(), **arguments):
+    """(N_TOKENS + 4, n_vocab) logits of a prompt and of single tokens after it."""
+    session.set_plan(pairs, k_vectors)
+    tokens = prompt(N_TOKENS + 4)
+    with session.context(256, **arguments) as ctx:
+        parts = [feed(ctx, tokens[:N_TOKENS])]
+        parts += [feed(ctx, [token], N_TOKENS + i) for i, token in enumerate(tokens[N_TOKENS:])]
+    return np.concatenate(parts)
+
+
+def conditioned(ctx):
+    return [(layer.k_mean, layer.k_scale) for layer in ctx.layers()]
+
+
+# ---- the same attention
+
+
+@every_model
+@pytest.mark.parametrize("sides", [{"scale": False}, {"mean": False}, {}], ids=["mean", "scale", "both"])
+@pytest.mark.parametrize("name", ["f16", "f32"])
+def test_a_cache_that_is_not_quantized_gives_the_same_logits(load, tiny, model, sides, name):
+    arch, arguments, shape = MODELS[model]
+    session = load(tiny(arch, **arguments))
+    pairs = uniform(name, session.n_layer)
+    k_vectors = all_vectors(session, shape, **sides)
+    for flash_attn in (True, False):
+        want = run(session, pairs, flash_attn=flash_attn)
+        have = run(session, pairs, k_vectors, flash_attn=flash_attn)
+        assert not np.array_equal(have, want)
+        assert np.abs(have - want).max() < MOST[name]
+
+
+def test_greedy_tokens_are_the_same(load, tiny):
+    session = load(tiny("llama"))
+
+    def greedy(k_vectors):
+        session.set_plan(uniform("f16", 4), k_vectors)
+        tokens = prompt(8)
+        with session.context(512) as ctx:
+            logits = feed(ctx, tokens)[-1]
+            for pos in range(8, 200):
+                tokens.append(int(logits.argmax()))
+                logits = feed(ctx, tokens[-1:], pos)[-1]
+        return tokens
+
+    assert greedy(all_vectors(session, (2, 64))) == greedy(())
+
+
+@pytest.mark.parametrize("n_seq_max", [1, 3])
+def test_sequences_do_not_mix(load, tiny, n_seq_max):
+    session = load(tiny("gemma3"))
+    k_vectors = all_vectors(session, (2, 64))
+
+    def last(k_vectors):
+        session.set_plan(uniform("f16", 6), k_vectors)
+        with session.context(256 * n_seq_max, n_seq_max=n_seq_max) as ctx:
+            rows = [(token, pos, seq) for seq in range(n_seq_max) for pos, token in enumerate(prompt(32, seed=seq))]
+            return ctx.decode(rows, [True] * len(rows)).copy()
+
+    assert np.abs(last(k_vectors) - last(())).max() < MOST["f16"]
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q5_1", "q4_0"])
+def test_the_mean_of_k_takes_its_outliers_off(load, tiny, name):
+    session = load(tiny("qwen2", k_outlier=40.0, outlier_layers=range(4)))
+    mean = np.zeros((2, 64))
+    mean[:, [30, 31, 62, 63]] = 40.0 * np.array([1, -1, 1, -1])
+    k_vectors = [KVectors(tuple(mean.reshape(-1).tolist()))] * 4
+    pairs = uniform(f"{name}/f16", 4)
+    want = run(session, uniform("f16", 4))
+    plain, centred = (np.square(run(session, pairs, v) - want).mean() for v in ((), k_vectors))
+    assert centred < 0.2 * plain
+
+
+def test_no_vectors_are_no_plan_of_vectors(load, tiny):
+    session = load(tiny("llama"))
+    pairs = mixture(4)
+    want = run(session, pairs)
+    assert np.array_equal(run(session, pairs, [KVectors()] * 4), want)
+    session.set_plan(pairs, all_vectors(session, (2, 64)))
+    session.set_plan(pairs)  # a new plan starts without
+    with session.context(256) as ctx:
+        assert conditioned(ctx) == [(False, False)] * 4
+
+
+# ---- attention that is not plain softmax
+
+
+@pytest.mark.parametrize(("arch", "why"), [("gemma2", "a soft cap"), ("gpt_oss", "sinks")])
+def test_where_the_mean_would_matter_it_is_left_in(load, tiny, arch, why):
+    session = load(tiny(arch))
+    pairs = uniform("f16", 4)
+    want = run(session, pairs)
+    assert np.abs(run(session, pairs, all_vectors(session, (2, 64))) - want).max() < MOST["f16"]
+    session.set_plan(pairs, all_vectors(session, (2, 64)))
+    with session.context(256) as ctx:
+        assert conditioned(ctx) == [(False, True)] * 4
+        note = f"the mean of K is left in, since the attention has {why}; its scale applies"
+        assert ctx.notes() == [f"layers 1,3: {note}", f"layers 0,2: {note}"]  # of the full cache, then of the window's
+    session.set_plan(pairs, all_vectors(session, (2, 64), scale=False))
+    with session.context(256) as ctx:
+        assert conditioned(ctx) == [(False, False)] * 4
+
+
+def test_mla_is_cached_as_it_is(load, tiny):
+    session = load(tiny("mla"))
+    pairs = uniform("q8_0", 3)
+    want = run(session, pairs)
+    assert np.array_equal(run(session, pairs, [vectors(il, 1, 192) for il in range(3)]), want)
+    with session.context(256) as ctx:
+        assert conditioned(ctx) == [(False, False)] * 3
+        assert ctx.notes() == ["layers 0-2: K cannot be conditioned with MLA: it is cached as it is"]
+
+
+def test_an_explicit_k_type_takes_k_out_of_the_plan(load, tiny):
+    session = load(tiny("llama"))
+    session.set_plan(uniform("q4_0", 4), all_vectors(session, (2, 64)))
+    with session.context(256, type_k="q8_0") as ctx:
+        assert conditioned(ctx) == [(False, False)] * 4
+    with session.context(256, type_v="q8_0") as ctx:
+        assert conditioned(ctx) == [(True, True)] * 4
+
+
+def test_a_dry_session_tells_the_same(load, tiny):
+    path = tiny("gemma3")
+    real, dry = load(path), load(path, no_alloc=True)
+    for session in (real, dry):
+        session.set_plan(mixture(6), [vectors(il) for il in range(6)])
+    with real.context(512) as a, dry.context(512) as b:
+        assert a.layers() == b.layers() and conditioned(b) == [(True, True)] * 6
+
+
+# ---- context shift
+
+
+@every_model
+@pytest.mark.parametrize("name", ["f16", "f32", "bf16", "q8_0"])
+def test_a_shift_keeps_the_logits(load, tiny, model, name):
+    """As without vectors: after a shift the logits are those of the same K, moved. f16 and f32 to rounding."""
+    arch, arguments, shape = MODELS[model]
+    session = load(tiny(arch, **arguments))
+    pairs = uniform(f"{name}/f16", session.n_layer)
+    k_vectors = all_vectors(session, shape)
+
+    def shifted(k_vectors):
+        session.set_plan(pairs, k_vectors)
+        with session.context(256) as ctx:
+            return next_logits(ctx, shifted=True)
+
+    want, have = shifted(()), shifted(k_vectors)
+    if name in MOST:
+        assert np.abs(have - want).max() < MOST[name]
+    assert np.corrcoef(have, want)[0, 1] > (0.9995 if name in MOST else 0.99)
+
+
+# ---- states
+
+
+@every_kind
+@pytest.mark.parametrize("model", ["llama", "sliding window", "hybrid"])
+@pytest.mark.parametrize("name", ["f16", "q8_0"])
+def test_a_state_belongs_to_its_vectors(load, tiny, kind, model, name):
+    arch, arguments, shape = MODELS[model]
+    session = load(tiny(arch, **arguments))
+    pairs = uniform(name, session.n_layer)
+    k_vectors = all_vectors(session, shape)
+    session.set_plan(pairs, k_vectors)
+    state, want = saved(session, kind)
+    with session.context(256) as ctx:
+        assert restore(ctx, kind, state) == len(state)
+        assert np.array_equal(feed(ctx, [77], 40), want)
+    session.set_plan(pairs)
+    assert_refused(session, kind, state, f"the state has K {name} (conditioned), this context has {name}: it was saved under")
+    plain, _ = saved(session, kind)
+    il = layers_with_kv(session)[-1]
+    other = KVectors(k_vectors[il].mean, (1.01 * k_vectors[il].scale[0], *k_vectors[il].scale[1:]))
+    session.set_plan(pairs, [*k_vectors[:il], other, *k_vectors[il + 1 :]])
+    assert_refused(session, kind, state, f"layer {il}: the state's K has a mean or scale of ")
+    assert_refused(session, kind, plain, f"the state has K {name}, this context has {name} (conditioned)")
+
+
+@every_kind
+def test_means_are_not_taken_for_scales(load, tiny, kind):
+    session = load(tiny("llama"))
+    ones = (1.0,) * 128
+    session.set_plan(uniform("f16", 4), [KVectors(mean=ones)] * 4)
+    state, _ = saved(session, kind)
+    session.set_plan(uniform("f16", 4), [KVectors(scale=ones)] * 4)
+    assert_refused(session, kind, state, "layer 0: the state's K has a mean or scale of ")
+
+
+def test_a_state_without_vectors_is_stocks(load, tiny):
+    session = load(tiny("llama"))
+    session.set_plan(uniform("q8_0", 4), [KVectors(), KVectors(), KVectors(), vectors(3)])
+    one, _ = saved(session, "whole")
+    session.set_plan(uniform("q8_0", 4))
+    none, _ = saved(session, "whole")
+    assert len(one) == len(none) + 8  # the hash of one layer
+    with session.context(256, type_k="q8_0", type_v="q8_0") as ctx:
+        feed(ctx, prompt(40))
+        assert len(save(ctx, "whole")) == len(none)
+
+
+# ---- from the file
+
+
+def planned(tiny, tmp_path, pairs, k_vectors, arch="llama", name="planned.gguf"):
+    return write_plan(tiny(arch), Plan(tuple(pairs), k_vectors=tuple(k_vectors)), tmp_path / name)
+
+
+def test_the_file_carries_the_vectors(load, tiny, tmp_path):
+    pairs, k_vectors = mixture(4), [vectors(0), KVectors(), vectors(2, mean=False), vectors(3, scale=False)]
+    path = planned(tiny, tmp_path, pairs, k_vectors)
+    assert read_plan(path).k_vectors == tuple(k_vectors)
+    session = load(path)
+    assert native.plan_notes(session.model) == []
+    with session.context(256) as ctx:
+        assert conditioned(ctx) == [(True, True), (False, False), (False, True), (True, False)]
+        have = feed(ctx, prompt(N_TOKENS))
+    other = load(tiny("llama"))
+    other.set_plan(pairs, k_vectors)
+    with other.context(256) as ctx:
+        assert np.array_equal(have, feed(ctx, prompt(N_TOKENS)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "want"),
+    [
+        ({"kvtuner.enabled": False}, (False, False)),
+        ({"kvtuner.k_mean": False}, (False, True)),
+        ({"kvtuner.k_scale": False}, (True, False)),
+        ({"kvtuner.k_mean": False, "kvtuner.k_scale": False}, (False, False)),
+        ({"kvtuner.k_mean": True}, (True, True)),
+        ({"kvtuner.type_k.0": "q5_1"}, (True, True)),
+    ],
+)
+def test_overrides_switch_it_off(load, tiny, tmp_path, overrides, want):
+    session = load(planned(tiny, tmp_path, uniform("q8_0", 4), [vectors(il) for il in range(4)]), overrides=overrides)
+    assert native.plan_notes(session.model) == []
+    with session.context(256) as ctx:
+        assert conditioned(ctx) == [want] * 4
+
+
+def test_an_override_that_is_no_bool_is_ignored(load, tiny, tmp_path):
+    session = load(planned(tiny, tmp_path, uniform("q8_0", 4), [vectors(il) for il in range(4)]), overrides={"kvtuner.k_mean": "off"})
+    assert native.plan_notes(session.model) == ["override kvtuner.k_mean is not a bool: it is ignored"]
+    with session.context(256) as ctx:
+        assert conditioned(ctx) == [(True, True)] * 4
+
+
+def test_llama_takes_them_from_a_sidecar(tiny, tmp_path):
+    from kvtuner_gguf.llama import Llama
+
+    plan = Plan(tuple(uniform("q8_0", 4)), k_vectors=tuple(vectors(il) for il in range(4)))
+    plan.save(tmp_path / "plan.json")
+    llm = Llama(str(tiny("llama")), plan=tmp_path / "plan.json", n_ctx=256, verbose=False)
+    assert [(layer.k_mean, layer.k_scale) for layer in llm.layers] == [(True, True)] * 4
+    assert llm.plan.pairs == plan.pairs and llm.plan_notes == []
+    llm.close()
+
+
+MEAN, SCALE = "kvtuner.k_mean", "kvtuner.k_scale"
+N = 4 * 128
+
+
+def floats(key, values):
+    return array(key, F32, len(values), struct.pack(f"<{len(values)}f", *values))
+
+
+def counts(key, values, kind=U32):
+    return array(f"{key}.n_values", kind, len(values), struct.pack(f"<{len(values)}I", *values))
+
+
+def good():
+    return {k: e for key in (MEAN, SCALE) for k, e in ((key, floats(key, [1.0] * N)), (f"{key}.n_values", counts(key, [128] * 4)))}
+
+
+def spoiled(key, value, at=130):
+    return {key: floats(key, [value if i == at else 1.0 for i in range(N)])}
+
+
+# what is wrong -> (entries in place of the good ones, None = left out; what the note says)
+FAULTS = {
+    "mean text": ({MEAN: entry(MEAN, 8, text(b"0"))}, "kvtuner.k_mean is not an array of f32"),
+    "mean one number": ({MEAN: entry(MEAN, F32, struct.pack("<f", 1))}, "kvtuner.k_mean is not an array of f32"),
+    "mean f64": ({MEAN: array(MEAN, 12, N, bytes(8 * N))}, "kvtuner.k_mean is not an array of f32"),
+    "scale u32": ({SCALE: array(SCALE, U32, N, bytes(4 * N))}, "kvtuner.k_scale is not an array of f32"),
+    "scale strings": ({SCALE: array(SCALE, 8, 1, text(b"1"))}, "kvtuner.k_scale is not an array of f32"),
+    "mean missing": ({MEAN: None}, "kvtuner.k_mean is missing"),
+    "scale's counts missing": ({f"{SCALE}.n_values": None}, "kvtuner.k_scale.n_values is missing"),
+    "counts i32": ({f"{MEAN}.n_values": counts(MEAN, [128] * 4, 5)}, "kvtuner.k_mean.n_values is not an array of u32"),
+    "counts of 3 layers": ({f"{MEAN}.n_values": counts(MEAN, [128] * 3)}, "kvtuner.k_mean.n_values has 3 entries, the model has 4 layers"),
+    "no counts": ({f"{MEAN}.n_values": counts(MEAN, [])}, "kvtuner.k_mean.n_values has 0 entries, the model has 4 layers"),
+    "mean short": ({MEAN: floats(MEAN, [0.0] * (N - 1))}, "kvtuner.k_mean has 511 values, kvtuner.k_mean.n_values adds up to 512"),
+    "mean empty": ({MEAN: floats(MEAN, [])}, "kvtuner.k_mean has 0 values"),
+    "counts huge": ({f"{SCALE}.n_values": counts(SCALE, [2**32 - 1] * 4)}, "adds up to 17179869180"),
+    "a head too few": ({f"{MEAN}.n_values": counts(MEAN, [64, 192, 128, 128])}, "layer 0: mean of K has 64 values, the layer's K has 128"),
+    "nan": (spoiled(MEAN, np.nan), "layer 1: mean of K in channel 2 is nan, need a finite number"),
+    "inf": (spoiled(MEAN, np.inf), "layer 1: mean of K in channel 2 is inf, need a finite number"),
+    "scale nan": (spoiled(SCALE, np.nan), "layer 1: scale of K in channel 2 is nan, need a finite number"),
+    "scale 0": (spoiled(SCALE, 0.0), "layer 1: scale of K in channel 2 is 0, need 0.0001 to 10000"),
+    "scale negative": (spoiled(SCALE, -1.0, 511), "layer 3: scale of K in channel 127 is -1, need 0.0001 to 10000"),
+    "scale denormal": (spoiled(SCALE, 1e-40), "layer 1: scale of K in channel 2 is"),
+}
+
+
+@pytest.fixture
+def file_with(tiny, tmp_path):
+    """file_with(changes) -> a planned model with the good entries, some replaced or left out."""
+
+    def write(changes):
+        planned = write_plan(tiny("llama"), Plan(tuple(uniform("q8_0", 4))), tmp_path / "types.gguf")
+        entries = [e for e in (good() | changes).values() if e is not None]
+        return with_entries(planned, tmp_path / "model.gguf", entries)
+
+    return write
+
+
+def test_the_good_entries_are_vectors(load, file_with):
+    session = load(file_with({}))
+    assert native.plan_notes(session.model) == []
+    with session.context(256) as ctx:
+        assert conditioned(ctx) == [(True, True)] * 4
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_faulty_vectors_are_ignored_with_one_note(load, file_with, case):
+    changes, want = FAULTS[case]
+    path = file_with(changes)
+    session = load(path)
+    (note,) = native.plan_notes(session.model)
+    assert want in note and note.endswith(": K is not conditioned. Calibrate again") and note.isprintable()
+    with session.context(256) as ctx:
+        assert conditioned(ctx) == [(False, False)] * 4
+        assert [(layer.type_k, layer.type_v) for layer in ctx.layers()] == [("q8_0", "q8_0")] * 4
+        assert np.isfinite(feed(ctx, prompt(8))).all()
+    if case not in ("counts i32", "mean f64", "a head too few"):  # to Python numbers are numbers, and it does not know the heads
+        with pytest.raises(PlanError):
+            read_plan(path)
+
+
+def test_a_layer_without_k_takes_none(load, tiny, tmp_path):
+    session = load(planned(tiny, tmp_path, mixture(6), [vectors(il, 1) for il in range(6)], arch="hybrid"))
+    (note,) = native.plan_notes(session.model)
+    assert note.startswith("layer 0: mean of K has 64 values, the layer's K has 0")
+    with session.context(256) as ctx:
+        assert conditioned(ctx) == [(False, False)] * 2
+
+
+# ---- kvt.h
+
+
+def test_the_setter_refuses_what_does_not_fit(load, tiny):
+    session = load(tiny("llama"))
+    lib = native.library()
+    with pytest.raises(NativeError, match="no plan is in force. Set the types first"):
+        native.set_k_vectors(session.model, 0, [0.0] * 128, ())
+    session.set_plan(uniform("q8_0", 4))
+    for il in (-1, 4, 2**31 - 1):
+        with pytest.raises(NativeError, match=f"layer {il} is not one of it"):
+            native.set_k_vectors(session.model, il, [0.0] * 128, ())
+    wrong = partial(native.set_k_vectors, session.model, 2)
+    with pytest.raises(NativeError, match="layer 2: mean of K has 64 values, the layer's K has 128"):
+        wrong([0.0] * 64, ())
+    with pytest.raises(NativeError, match="layer 2: scale of K in channel 5 is 0, need"):
+        wrong((), [1.0] * 5 + [0.0] + [1.0] * 122)
+    with pytest.raises(NativeError, match="128 means of K, 64 scales"):
+        wrong([0.0] * 128, [1.0] * 64)
+    assert lib.kvt_model_set_k_vectors(None, 0, None, None, 0) == -1
+    assert lib.kvt_ctx_k_cond(None, 0) == -1 and "ctx is null" in native.last_error()
+    with session.context(256) as ctx:
+        assert conditioned(ctx) == [(False, False)] * 4
+        assert lib.kvt_ctx_k_cond(ctx.ctx, 7) == -3
+
+
+def test_contexts_keep_the_vectors_they_were_made_under(load, tiny):
+    session = load(tiny("llama"))
+    pairs, k_vectors = uniform("q8_0", 4), all_vectors(session, (2, 64))
+    session.set_plan(pairs, k_vectors)
+    with session.context(256) as old:
+        session.set_plan(pairs)
+        with session.context(256) as new:
+            session.set_plan(None)
+            assert conditioned(old) == [(True, True)] * 4 and conditioned(new) == [(False, False)] * 4
+            assert not np.array_equal(feed(old, prompt(8)), feed(new, prompt(8)))
+
+
+def test_clearing_the_data_keeps_the_vectors(load, tiny):
+    from llama_cpp import llama_cpp
+
+    session = load(tiny("llama"))
+    session.set_plan(uniform("q8_0", 4), all_vectors(session, (2, 64)))
+    with session.context(256) as ctx:
+        want = feed(ctx, prompt(32))
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx.ctx), True)
+        assert np.array_equal(feed(ctx, prompt(32)), want)
