@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CalibrationError
+from .. import native
 from ..native import TapNode
 from ..runtime import Session, Tap
 from .evaluate import N_UBATCH, Chunks
@@ -31,7 +32,7 @@ def capture(session: Session, chunks: Chunks, path: Path, progress: Callable[[in
     def on_node(node: TapNode) -> None:
         if (node.il, sample) not in seen:  # layers that read another layer's KV come later
             seen.add((node.il, sample))
-            save_sample(path, sample, _sample(node, rotation.get(node.il, (0, 0))))
+            save_sample(path, sample, _sample(node, rotation.get(node.il, (0, 0)), native.rope(session.model, node.il)))
 
     tap = Tap(on_node, N_Q)
     try:
@@ -66,7 +67,7 @@ def _share(il: tuple[int, ...], shares: dict[int, list[float]]) -> tuple[float, 
     return tuple(means.get(i, typical) for i in il)
 
 
-def _sample(node: TapNode, rotation: tuple[int, int]) -> LayerSample:
+def _sample(node: TapNode, rotation: tuple[int, int], rope: tuple[int, bool]) -> LayerSample:
     """A copy of the node's data, which lives during the callback only."""
 
     def copy(pointer: ctypes._Pointer, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray | None:
@@ -87,5 +88,7 @@ def _sample(node: TapNode, rotation: tuple[int, int]) -> LayerSample:
         sinks=copy(node.sinks, (node.n_head,)),
         rot_k=rotation[0],
         rot_v=rotation[1],
+        n_rot=min(rope[0], node.head_dim_k),
+        far_pairs=rope[1],
         output=copy(node.out, (node.n_head, node.n_q, node.head_dim_v)),
     )

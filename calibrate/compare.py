@@ -53,7 +53,9 @@ def compare(
                 rows = [Row("f16 (noise floor)", 16.0, geometry.bytes(f16), measure(session, None, reference, flash_attn=False))]
                 advance(1)
                 for name, pairs in plans.items():
-                    rows.append(Row(name, geometry.bits_per_value(pairs), geometry.bytes(pairs), measure(session, pairs, reference)))
+                    k_vectors = named[name].k_vectors if isinstance(named[name], Plan) else ()
+                    bits, n_bytes = geometry.bits_per_value(pairs, k_vectors), geometry.bytes(pairs, k_vectors)
+                    rows.append(Row(name, bits, n_bytes, measure(session, pairs, reference, k_vectors=k_vectors)))
                     advance(1)
     return Comparison(source.name, chunks.n_positions, chunks.n_ctx, n_ctx, tuple(rows))
 

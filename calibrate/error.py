@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ..codecs import codec
-from ..plan import Pair
+from ..plan import KVectors, Pair
 from .results import Capture, ErrorTable, LayerSample
 
 TypesOfLayer = tuple[Sequence[str], Sequence[str]]  # of K, of V
@@ -127,14 +127,21 @@ def rotate(x: np.ndarray, n: int) -> np.ndarray:
     return (x.reshape(*x.shape[:-1], -1, n) @ hadamard(n)).reshape(x.shape)
 
 
-def after_codec(x: np.ndarray, type_name: str, n_rot: int, round_trip: RoundTrip) -> np.ndarray:
+def after_codec(x: np.ndarray, type_name: str, n_rot: int, round_trip: RoundTrip, vectors: KVectors = KVectors()) -> np.ndarray:
     """K or V as attention reads it from a cache of this type; x itself if the type changes nothing.
 
-    x      (n_head_kv, n_kv, head_dim) float32
-    n_rot  rotation that the run time puts around a quantized type
+    x        (n_head_kv, n_kv, head_dim) float32
+    n_rot    rotation that the run time puts around a quantized type
+    vectors  mean and scale that it takes off K before, and that are put on again here, where the run time has them on Q
     """
     if codec(type_name).block_size == 1:
         n_rot = 0
+    elif vectors:
+        mean, scale = (np.array(v, np.float32).reshape(len(x), 1, -1) if v else None for v in (vectors.mean, vectors.scale))
+        centred = x if mean is None else x - mean
+        x_hat = after_codec(centred if scale is None else centred / scale, type_name, n_rot, round_trip)
+        x_hat = x_hat if scale is None else x_hat * scale
+        return x_hat if mean is None else x_hat + mean
     n_head_kv, n_kv, head_dim = x.shape
     rows = rotate(x, n_rot).transpose(1, 0, 2).reshape(n_kv, -1)  # a row of the cache is one token, all heads
     rows_hat = round_trip(type_name, rows).reshape(n_kv, n_head_kv, head_dim)
@@ -147,6 +154,7 @@ def error_table(
     types: Mapping[int, TypesOfLayer] | Callable[[int], TypesOfLayer],
     round_trip: RoundTrip,
     progress: Callable[[int, int], None] | None = None,
+    k_vectors: Sequence[KVectors] = (),
 ) -> ErrorTable:
     """The errors of every pair that each captured layer may have, mean over samples.
 
@@ -154,6 +162,7 @@ def error_table(
                 only where V lies in K's rows
     round_trip  (type name, float32 rows (n_kv, n_head_kv*head_dim)) -> the rows after quantize and dequantize
     progress    called with (samples done, samples in all)
+    k_vectors   how each layer of the model conditions a quantized K; () = none does
     """
     types_of_layer = types if callable(types) else types.__getitem__
     n_total = len(capture.il) * capture.n_sample
@@ -162,7 +171,7 @@ def error_table(
         types_k, types_v = types_of_layer(il)
         samples = []
         for i in range(capture.n_sample):
-            samples.append(sample_errors(capture.sample(il, i), types_k, types_v, round_trip))
+            samples.append(sample_errors(capture.sample(il, i), types_k, types_v, round_trip, k_vectors[il] if k_vectors else KVectors()))
             if progress:
                 progress(row * capture.n_sample + i + 1, n_total)
         layers.append({pair: _mean([errors[pair] for errors in samples]) for pair in samples[0]})
@@ -174,7 +183,7 @@ def error_table(
 
 
 def sample_errors(
-    sample: LayerSample, types_k: Sequence[str], types_v: Sequence[str], round_trip: RoundTrip
+    sample: LayerSample, types_k: Sequence[str], types_v: Sequence[str], round_trip: RoundTrip, vectors: KVectors = KVectors()
 ) -> dict[Pair, dict[str, float]]:
     """Every measure of every pair of these types in one sample.
 
@@ -188,7 +197,7 @@ def sample_errors(
     of_values = {t: _measures("value", sample.v, v_hat) for t, v_hat in values.items()}
     errors = {}
     for type_k in types_k:
-        k_hat = after_codec(sample.k, type_k, sample.rot_k, round_trip)
+        k_hat = after_codec(sample.k, type_k, sample.rot_k, round_trip, vectors)
         a_hat = a if k_hat is sample.k else attention_scores(sample, k_hat)
         of_key = _measures("key", sample.k, k_hat) | _measures("score", a_visible, a_hat[:, visible])
         if v_in_k:
@@ -198,6 +207,12 @@ def sample_errors(
             o_hat = o if a_hat is a and v_hat is sample.v else attention_output(a_hat, v_hat)
             errors[Pair(type_k, type_v)] = of_key | of_values[type_v] | _measures("output", o, o_hat)
     return errors
+
+
+def k_error(sample: LayerSample, type_k: str, vectors: KVectors, round_trip: RoundTrip) -> float:
+    """output_nrmse of one sample with K in this type, conditioned by these vectors, and V as it is."""
+    k_hat = after_codec(sample.k, type_k, sample.rot_k, round_trip, vectors)
+    return output_nrmse(attention(sample, sample.k, sample.v)[1], attention(sample, k_hat, sample.v)[1])
 
 
 def _values_in_keys(sample: LayerSample, k_hat: np.ndarray, type_k: str) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CalibrationError
-from ..plan import Pair, Quality
+from ..plan import KVectors, Pair, Quality
 from ..runtime import Context, Session
 
 N_UBATCH = 512  # of all runs that are compared
@@ -96,12 +96,14 @@ def measure(
     pairs: Sequence[Pair] | None,
     reference: Reference,
     *,
+    k_vectors: Sequence[KVectors] = (),
     flash_attn: bool = True,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Quality:
     """Quality of a plan on the reference's text: a real run on the real cache.
 
     pairs       one per layer; None = f16
+    k_vectors   how each layer's K is conditioned; () = none is
     flash_attn  False with pairs=None: the noise floor. The same f16 cache by another attention kernel, so that the
                 difference is rounding alone, as the model's other roundings amplify it
     Raises CalibrationError if the run time did not allocate what was asked for.
@@ -109,7 +111,7 @@ def measure(
     base, chunks = reference.open(), reference.chunks
     kld, same_top = np.empty(chunks.n_positions), np.empty(chunks.n_positions, bool)
     at = 0
-    session.set_plan(pairs)
+    session.set_plan(pairs, k_vectors)
     with session.context(chunks.n_ctx, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
         if pairs is not None and ctx.notes():
             raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")

@@ -1,4 +1,4 @@
-"""All stages in order: text, capture, error, prune, cluster, search, prove, write. The only file that imports a stage."""
+"""All stages in order: text, capture, condition, error, prune, cluster, search, prove, write. The only file that imports a stage."""
 
 from __future__ import annotations
 
@@ -18,15 +18,17 @@ from ..default_model import cache_dir
 from ..errors import CalibrationError, KvtunerError
 from ..gguf_file import weights_hash
 from ..gguf_header import read_header
-from ..plan import Geometry, Pair, Plan, Quality
+from ..codecs import codec
+from ..plan import Geometry, KVectors, Pair, Plan, Quality, vector_bytes, where_quantized
 from ..report import Comparison, Row
 from ..runtime import Session
 from .capture import capture
 from .cluster import cluster
-from .error import error_table
+from .condition import condition
+from .error import error_table, k_error
 from .evaluate import N_UBATCH, Chunks, Reference, make_reference, measure
 from .prune import pareto_menus
-from .results import Capture, ErrorTable, Trial, Trials
+from .results import Capture, Conditions, ErrorTable, Trial, Trials
 from .search import nsga2
 from .solve import Additive, cheapest, fit, fitted_search, near, solve
 from .text import Text, chunks_of, read_text, write_text
@@ -77,6 +79,14 @@ class Options:
     n_gpu_layers: int = 0
     resume: bool = False
     types: tuple[str, ...] = ()
+    k_mean: bool | None = None
+    k_scale: bool | None = None
+
+    @property
+    def conditioning(self) -> tuple[bool, bool]:
+        """Whether K's mean may be taken off, and K scaled: the paper knows neither."""
+        default = self.method != "paper"
+        return tuple(default if x is None else x for x in (self.k_mean, self.k_scale))
 
     @property
     def candidate_types(self) -> tuple[str, ...]:
@@ -144,6 +154,7 @@ class _Run:
         self.max_bytes = options.goal.max_bytes(self.geometry)
         self.n_trials = options.n_trials or N_TRIALS[options.method]
         self.cache = EvaluationCache(work / "evaluations.jsonl")
+        self.k_vectors: tuple[KVectors, ...] = ()
 
     # text, capture, error
 
@@ -164,17 +175,37 @@ class _Run:
         part.replace(path)
         return text
 
+    def conditions(self, text: Text) -> Conditions:
+        """How each layer's K is conditioned, by what the coarsest type within reach of the goal does to it."""
+        mean, scale = self.options.conditioning
+        if not (mean or scale):
+            return Conditions((KVectors(),) * self.session.n_layer, {})
+        quantized = {il: [Pair(t, t) for t in k if codec(t).block_size > 1] for il, (k, _) in self.types_of_layers().items()}
+        coarsest = {
+            il: min((p.type_k for p in near(pairs, self.goal_bits)), key=lambda t: codec(t).bits_per_value)
+            for il, pairs in quantized.items()
+            if pairs
+        }
+        path = self.work / f"conditions-{mean:d}{scale:d}-{'-'.join(dict.fromkeys(coarsest.values()))}.json"
+        if path.exists():
+            return Conditions.load(path)
+        captured = self.captured(text)
+        with self.progress.bar("condition: K without its mean, scaled", len(captured.il)) as advance:
+            found = condition(captured, partial(k_error, round_trip=native.round_trip), coarsest, mean=mean, scale=scale, progress=advance)
+        found.save(path)
+        return found
+
     def errors(self, text: Text) -> ErrorTable:
         types = self.types_of_layers()
         names = dict.fromkeys(name for sides in types.values() for side in sides for name in side)
-        path = self.work / f"errors-{'-'.join(names)}.json"
+        path = self.work / f"errors-{'-'.join(names)}{self.tag}.json"
         if path.exists():
             return ErrorTable.load(path)
         captured = self.captured(text)
         if any("f16" not in k or "f16" not in v for k, v in types.values()):
             raise CalibrationError("some layers cannot be set to f16. This model is not supported.")
         with self.progress.bar("error: K and V after each type", len(captured.il) * captured.n_sample) as advance:
-            errors = error_table(captured, types, native.round_trip, lambda done, total: advance(1))
+            errors = error_table(captured, types, native.round_trip, lambda done, total: advance(1), self.k_vectors)
         errors.save(path)
         return errors
 
@@ -208,21 +239,46 @@ class _Run:
         with self.progress.bar(f"{name}: f16 reference", chunks.n_positions) as advance:
             return make_reference(self.session, chunks, self.work / f"{name}.f16", advance)
 
-    def evaluate(self, reference: Reference, what: str) -> Callable[[tuple[Pair, ...]], Quality]:
-        """Quality of a plan on a reference's text, by a real run; one that was measured before is read from the records."""
-        return partial(self.cache.get, what, lambda pairs: measure(self.session, pairs, reference))
+    @property
+    def budget(self) -> int | None:
+        """Bytes that are left to the pairs, once the vectors of K are paid."""
+        return None if self.max_bytes is None else self.max_bytes - vector_bytes(self.k_vectors)
+
+    @property
+    def tag(self) -> str:
+        """Names the vectors of K in records; "" without any."""
+        text = "".join(f"{il}{v.mean}{v.scale}" for il, v in enumerate(self.k_vectors) if v)
+        return "-" + hashlib.sha256(text.encode()).hexdigest()[:12] if text else ""
+
+    def vectors_of(self, pairs: Sequence[Pair]) -> tuple[KVectors, ...]:
+        """The vectors of a plan of these pairs."""
+        return where_quantized(self.k_vectors, pairs)
+
+    def evaluate(self, reference: Reference, what: str, *, stock: bool = False) -> Callable[[tuple[Pair, ...]], Quality]:
+        """Quality of a plan on a reference's text, by a real run; one that was measured before is read from the records.
+
+        stock: K as it is, as llama.cpp caches it without a plan
+        """
+
+        def run(pairs: tuple[Pair, ...]) -> Quality:
+            return measure(self.session, pairs, reference, k_vectors=() if stock else self.vectors_of(pairs))
+
+        return partial(self.cache.get, what if stock else what + self.tag, run)
 
     def searched(self, text: Text) -> tuple[Trial, list[Trial]]:
-        """The plan found, and the uniform plans that were tried beside it."""
+        """The plan found, and the uniform pairs that it competes with, whose K is cached as stock does it."""
+        self.k_vectors = self.conditions(text).k_vectors
         errors = self.errors(text)
         model = Additive.of(errors, self.geometry)
-        if self.max_bytes is not None and self.max_bytes < cheapest(model):
+        if self.budget is not None and self.budget < cheapest(model):
             raise CalibrationError(
                 f"goal of {self.max_bytes} bytes at {self.options.n_ctx} tokens "
                 f"({8 * self.max_bytes / (sum(self.geometry.values_k) + sum(self.geometry.values_v)):.2f} bits): "
-                f"the cheapest plan needs {cheapest(model)}. Allow more, or a smaller -c."
+                f"the cheapest plan needs {cheapest(model) + self.max_bytes - self.budget}. Allow more, or a smaller -c."
             )
-        quality = self.evaluate(self.search_reference(text), "search")
+        reference = self.search_reference(text)
+        quality = self.evaluate(reference, "search")
+        stock = self.evaluate(reference, "search", stock=True)
 
         def kld(pairs: tuple[Pair, ...]) -> float:
             return quality(pairs).kld_mean
@@ -238,13 +294,18 @@ class _Run:
 
             if self.options.method == "paper":
                 found = self.choose(self.paper_search(errors, kld, progress))
-            elif self.max_bytes is not None:
+            elif self.budget is not None:
                 found = fitted_search(
-                    model, uniform, kld, self.geometry, self.max_bytes, n_trials=self.n_trials, seed=self.options.seed, progress=progress
+                    model, uniform, kld, self.geometry, self.budget, n_trials=self.n_trials, seed=self.options.seed, progress=progress
                 )[1]
             else:
                 found = self.choose(self.kld_search(model, uniform, kld, progress))
-            return found, [self.trial(pairs, kld) for pairs in uniform]  # measured already, but for the paper's search
+        with self.progress.bar("search: uniform pairs", len(uniform)) as advance:  # measured already, if K is not conditioned
+            rivals = []
+            for pairs in uniform:
+                rivals.append(self.trial(pairs, lambda p: stock(p).kld_mean))
+                advance(1)
+        return found, rivals
 
     def trial(self, pairs: tuple[Pair, ...], kld: Callable[[tuple[Pair, ...]], float]) -> Trial:
         return Trial(pairs, kld(pairs), self.geometry.bits_per_value(pairs), self.geometry.bytes(pairs))
@@ -258,7 +319,7 @@ class _Run:
         groups = cluster(errors, menus)
         groups.save(self.work / "groups.json")
         n_values = sum(self.geometry.values_k) + sum(self.geometry.values_v)
-        bits = 8 * self.max_bytes / n_values if self.max_bytes is not None else None
+        bits = 8 * self.budget / n_values if self.budget is not None else None
         return nsga2(
             groups, menus, kld, self.geometry, n_trials=self.n_trials, seed=self.options.seed, max_bits=bits, progress=progress
         )
@@ -282,6 +343,12 @@ class _Run:
                 break
         return Trials(tuple(trials))
 
+    @property
+    def goal_bits(self) -> float:
+        """Bits per value of the budget; 0 if there is none."""
+        n_values = sum(self.geometry.values_k) + sum(self.geometry.values_v)
+        return 8 * self.max_bytes / n_values if self.max_bytes else 0.0
+
     def uniform_pairs(self, model: Additive) -> list[tuple[Pair, ...]]:
         """Uniform plans to compare with and to fit the model to: the likeliest within the budget; cheapest and best at the ends."""
         everywhere = [p for i, p in enumerate(model.pairs) if not np.isnan(model.sq_k[:, i]).any() and p.type_k != "f16" != p.type_v]
@@ -294,8 +361,7 @@ class _Run:
             ranked = sorted(within, key=lambda p: (float(sums[p] @ weight), p))
             chosen |= dict.fromkeys(ranked[:2])
         if everywhere:
-            goal = 8 * self.max_bytes / sum(sum(v) for v in (self.geometry.values_k, self.geometry.values_v)) if self.max_bytes else 0.0
-            chosen[min(near(everywhere, goal), key=lambda p: (sizes[p], p))] = None
+            chosen[min(near(everywhere, self.goal_bits), key=lambda p: (sizes[p], p))] = None
             best = max(everywhere, key=lambda p: (sizes[p], p))
             if self.max_bytes is None:
                 chosen.pop(best, None)
@@ -309,7 +375,8 @@ class _Run:
         found, uniform = self.searched(text)
         chunks = chunks_of(text.heldout, STREAM, len(text.heldout) // STREAM, "held-out text")
         reference = self.reference("heldout", chunks)
-        rivals = sorted((t for t in uniform if t.n_bytes <= max(found.n_bytes, self.max_bytes or 0)), key=lambda t: t.kld)[:2]
+        allowed = max(found.n_bytes, self.max_bytes or 0) + vector_bytes(self.k_vectors)
+        rivals = sorted((t for t in uniform if t.n_bytes <= allowed), key=lambda t: t.kld)[:2]
         return self.prove(text, found, rivals, reference)
 
     def choose(self, trials: Trials) -> Trial:
@@ -321,7 +388,7 @@ class _Run:
                 best = min(t.kld for t in trials.trials)
                 raise CalibrationError(f"goal of a KLD of {goal:g}: the best plan tried has {best:.6f}. Allow a larger --max-kld.")
             return min(within, key=lambda t: (t.n_bytes, t.kld))
-        within = [t for t in trials.trials if t.n_bytes <= self.max_bytes]
+        within = [t for t in trials.trials if t.n_bytes <= self.budget]
         return min(within, key=lambda t: (t.kld, t.n_bytes))
 
     def prove(self, text: Text, found: Trial, rivals: list[Trial], reference: Reference) -> Outcome:
@@ -332,38 +399,44 @@ class _Run:
         runs = {found.pairs, shuffled, *(t.pairs for t in rivals), *named.values()}
         supported = self.session.supported(("q8_0", "q4_0"))
         named = {n: p for n, p in named.items() if all(n.split("/")[0] in k for k, _ in supported.values())}
-        quality = self.evaluate(reference, "heldout")
-        with self.progress.bar("prove: held-out text", len(runs) + 1) as advance:
+        quality, stock = self.evaluate(reference, "heldout"), self.evaluate(reference, "heldout", stock=True)
+        vectors = self.vectors_of(found.pairs)
+        with self.progress.bar("prove: held-out text", len(runs) + 1 + any(vectors)) as advance:
 
-            def run(pairs: tuple[Pair, ...]) -> Quality:
-                result = quality(pairs)
+            def run(pairs: tuple[Pair, ...], measured: Callable[[tuple[Pair, ...]], Quality] = stock) -> Quality:
+                result = measured(pairs)
                 advance(1)
                 return result
 
             floor = measure(self.session, None, reference, flash_attn=False)
             advance(1)
-            of_plan = run(found.pairs)
+            of_plan = run(found.pairs, quality)
+            of_plain = run(found.pairs) if any(vectors) else None
             of_rivals = [(run(t.pairs), t) for t in rivals]
             of_named = {name: run(pairs) for name, pairs in named.items()}
-            of_shuffled = run(shuffled)
+            of_shuffled = run(shuffled, quality)
         row = partial(_row, self.geometry)
         best = min(of_rivals, key=lambda r: r[0].kld_mean) if of_rivals else None
-        rows = [Row("f16 (noise floor)", 16.0, self.geometry.bytes(_all(has_kv, "f16")), floor), row("plan", found.pairs, of_plan)]
+        rows = [Row("f16 (noise floor)", 16.0, self.geometry.bytes(_all(has_kv, "f16")), floor), row("plan", found.pairs, of_plan, vectors)]
+        rows += [row("plan, K not conditioned", found.pairs, of_plain)] if of_plain else []
         rows += [row(f"best uniform pair, {_pair_of(best[1].pairs)}", best[1].pairs, best[0])] if best else []
-        rows += [row("plan, layers shuffled", shuffled, of_shuffled)] if shuffled != found.pairs else []
+        rows += [row("plan, layers shuffled", shuffled, of_shuffled, self.vectors_of(shuffled))] if shuffled != found.pairs else []
         rows += [row(name, named[name], q) for name, q in of_named.items()]
         won = best is None or of_plan.kld_mean <= best[0].kld_mean
-        plan = self.final_plan(text, found.pairs if won else best[1].pairs, of_plan if won else best[0], best)
+        plan = self.final_plan(text, *((found.pairs, vectors, of_plan) if won else (best[1].pairs, (), best[0])), best)
         comparison = Comparison(text.name, reference.chunks.n_positions, reference.chunks.n_ctx, self.options.n_ctx, tuple(rows))
         return Outcome(plan, found.pairs, won, comparison, self.geometry)
 
-    def final_plan(self, text: Text, pairs: tuple[Pair, ...], quality: Quality, rival: tuple[Quality, Trial] | None) -> Plan:
+    def final_plan(
+        self, text: Text, pairs: tuple[Pair, ...], k_vectors: tuple[KVectors, ...], quality: Quality, rival: tuple[Quality, Trial] | None
+    ) -> Plan:
         from .. import __version__
 
         rotated = any(any(r) for r in self.session.rotation().values())
         return Plan(
             pairs=pairs,
-            bits_per_value=self.geometry.bits_per_value(pairs),
+            bits_per_value=self.geometry.bits_per_value(pairs, k_vectors),
+            k_vectors=k_vectors,
             quality=quality,
             rival=_pair_of(rival[1].pairs) if rival else None,
             rival_quality=rival[0] if rival else None,
@@ -434,5 +507,5 @@ def _shuffled(pairs: tuple[Pair, ...], has_kv: Sequence[bool], seed: int) -> tup
     return tuple(result)
 
 
-def _row(geometry: Geometry, name: str, pairs: tuple[Pair, ...], quality: Quality) -> Row:
-    return Row(name, geometry.bits_per_value(pairs), geometry.bytes(pairs), quality)
+def _row(geometry: Geometry, name: str, pairs: tuple[Pair, ...], quality: Quality, k_vectors: Sequence[KVectors] = ()) -> Row:
+    return Row(name, geometry.bits_per_value(pairs, k_vectors), geometry.bytes(pairs, k_vectors), quality)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -13,7 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import CalibrationError
-from ..plan import Pair
+from ..plan import KVectors, Pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +29,8 @@ class LayerSample:
     max_bias       ALiBi's; 0 = none
     sinks          (n_head,) extra logit of each head, or None
     rot_k rot_v    size of the Hadamard blocks by which the run time rotates this K, V if quantized; 0 = none
+    n_rot          first channels of a head that RoPE turns in pairs; 0 = none
+    far_pairs      a pair is (i, i + n_rot/2), else (2i, 2i + 1)
     output         (n_head, n_q, head_dim_v) as the run time computed it, for a control, or None
     Raises CalibrationError if the shapes do not fit together.
     """
@@ -44,6 +46,8 @@ class LayerSample:
     sinks: np.ndarray | None = None
     rot_k: int = 0
     rot_v: int = 0
+    n_rot: int = 0
+    far_pairs: bool = False
     output: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +66,8 @@ class LayerSample:
         for name, n, head_dim in (("rot_k", self.rot_k, head_dim_k), ("rot_v", self.rot_v, self.head_dim_v)):
             if n and (n & (n - 1) or head_dim % n):
                 self._fail(f"{name} is {n}", f"0 or a power of two that divides head_dim {head_dim}")
+        if self.n_rot % 2 or not 0 <= self.n_rot <= head_dim_k:
+            self._fail(f"n_rot is {self.n_rot}", f"an even number up to head_dim {head_dim_k}")
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         x = getattr(self, name)
@@ -234,6 +240,34 @@ class ErrorTable:
                 _pairs_in(data["pairs"]),
                 tuple(data["il"]),
                 *(np.array(data[name], dtype=np.float64) for name in cls.MEASURES),  # null becomes NaN
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How each layer's K is to be conditioned, and what that was measured to be worth.
+
+    k_vectors  one for each layer of the model, empty where K is cached as it is
+    errors     il -> {"none": error, "mean": ...}: output_nrmse with K in the coarsest type, of each way that was tried
+    """
+
+    k_vectors: tuple[KVectors, ...]
+    errors: Mapping[int, Mapping[str, float]]
+
+    def save(self, path: Path) -> None:
+        vectors = [{"mean": v.mean, "scale": v.scale} for v in self.k_vectors]
+        _save_json(path, "Conditions", {"k_vectors": vectors, "errors": {str(il): dict(e) for il, e in self.errors.items()}})
+
+    @classmethod
+    def load(cls, path: Path) -> Conditions:
+        """Raises CalibrationError if the file holds something else."""
+        return _load_json(
+            path,
+            "Conditions",
+            lambda data: cls(
+                tuple(KVectors(tuple(v["mean"]), tuple(v["scale"])) for v in data["k_vectors"]),
+                {int(il): errors for il, errors in data["errors"].items()},
             ),
         )
 

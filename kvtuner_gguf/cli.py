@@ -102,6 +102,8 @@ def main() -> None:
 @click.option("--method", type=click.Choice(["fitted", "paper"]), default="fitted", show_default=True, help="How to search: 'fitted' is ours, 'paper' is KVTuner's.")
 @click.option("--trials", "n_trials", type=click.IntRange(8, 10000), help="Real runs of the search. [default: 32, paper 100]")
 @click.option("--types", help="Cache types to choose from, comma-separated. [default: all but f32 and bf16, and blocks of 32 only where 64 does not fit; paper: q8_0,q4_0,q2_64]")
+@click.option("--k-mean/--no-k-mean", default=None, help="Whether K may be cached without its mean, where that helps. [default: yes; paper: no]")
+@click.option("--k-scale/--no-k-scale", default=None, help="Whether K may be scaled per channel, where that helps. [default: yes; paper: no]")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration of this model stopped, or reuse what it measured.")
 @shared("c", "f", "chunks", "seed", "t", "ngl", "json")
 def calibrate(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
@@ -167,12 +169,19 @@ def _outcome_text(outcome: Any, written: Path) -> str:
         else f"The plan lost to the best uniform pair on held-out text: {outcome.plan.rival} was written instead."
     )
     parts = (
-        layers_text(outcome.plan.pairs),
-        memory_text(outcome.plan.pairs, outcome.geometry),
+        layers_text(outcome.plan.pairs) + _conditions_line([(il, bool(v.mean), bool(v.scale)) for il, v in enumerate(outcome.plan.k_vectors)]),
+        memory_text(outcome.plan.pairs, outcome.geometry, outcome.plan.vector_bytes),
         comparison_text(outcome.comparison),
         f"{verdict}\nWritten to {written}",
     )
     return "\n\n".join(parts)
+
+
+def _conditions_line(layers: list[tuple[int, bool, bool]]) -> str:
+    from .report import conditions_text
+
+    text = conditions_text(layers)
+    return f"\nK conditioned: {text}" if text else ""
 
 
 def _outcome_json(outcome: Any, written: Path) -> dict[str, Any]:
@@ -200,23 +209,35 @@ def show(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int, as_
     with Session(model, no_alloc=True, n_gpu_layers=n_gpu_layers) as session:
         source = "sidecar" if plan_file else native.plan_source(session.model)
         if plan_file:
-            session.set_plan(plan.pairs)
+            session.set_plan(plan.pairs, plan.k_vectors)
         notes = native.plan_notes(session.model)
         with session.context(n_ctx) as ctx:
-            pairs = allocated_pairs(ctx.layers(), session.n_layer)
+            allocated = ctx.layers()
             notes += ctx.notes()
+        pairs = allocated_pairs(allocated, session.n_layer)
         geometry = session.geometry(n_ctx)
+    conditioned = {layer.il: {"k_mean": layer.k_mean, "k_scale": layer.k_scale} for layer in allocated}
+    vectors = sum(4 * n * (layer.k_mean + layer.k_scale) for layer in allocated for n in [_k_values(layer)])
     if as_json:
-        memory = [{"name": n, "bytes": b, "bits_per_value": bits, "of_f16": share} for n, b, bits, share in memory_rows(pairs, geometry)]
-        layers = [{"il": il, "type_k": p.type_k, "type_v": p.type_v} for il, p in enumerate(pairs)]
+        memory = [{"name": n, "bytes": b, "bits_per_value": bits, "of_f16": share} for n, b, bits, share in memory_rows(pairs, geometry, vectors)]
+        layers = [{"il": il, "type_k": p.type_k, "type_v": p.type_v, **conditioned.get(il, {})} for il, p in enumerate(pairs)]
         print_json({"source": source, "layers": layers, "n_ctx": n_ctx, "memory": memory, "notes": notes, "plan": plan and json.loads(plan.to_json())})
         return
-    click.echo(f"plan from: {source}\n\n{layers_text(pairs)}\n\n{memory_text(pairs, geometry)}")
+    line = _conditions_line([(layer.il, layer.k_mean, layer.k_scale) for layer in allocated])
+    click.echo(f"plan from: {source}\n\n{layers_text(pairs)}{line}\n\n{memory_text(pairs, geometry, vectors)}")
     if plan and plan.quality:
         rival = f"; best uniform pair {plan.rival}: {plan.rival_quality.kld_mean:.5f}" if plan.rival_quality else ""
         click.echo(f"\nmean KLD when calibrated: {plan.quality.kld_mean:.5f}{rival}")
     for note in notes:
         click.echo(f"note: {note}")
+
+
+def _k_values(layer: Any) -> int:
+    """Values of K that the layer caches of one token: its vectors are as long."""
+    from .codecs import codec
+
+    k = codec(layer.type_k)
+    return layer.bytes_k * k.block_size // (k.type_size * layer.n_cells)
 
 
 def _plan_if_sound(model: Path) -> Plan | None:
@@ -341,7 +362,8 @@ def _open_llama(model: Path, plan_file: Path | None = None, no_plan: bool = Fals
     if n_gpu_layers == 0:
         with Session(model, no_alloc=True) as session:
             if plan is not None:  # else the file's
-                session.set_plan(Plan.load(plan).pairs if plan else None)
+                sidecar = Plan.load(plan) if plan else None
+                session.set_plan(sidecar and sidecar.pairs, sidecar.k_vectors if sidecar else ())
             with session.context(n_ctx, type_k=type_k or "f16", type_v=type_v or "f16") as ctx:
                 check_memory(sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers()), n_ctx)
     try:

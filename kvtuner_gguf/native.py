@@ -83,6 +83,7 @@ _SIGNATURES = {
     "kvt_encode": (_i32, [_str, _ptr, _i64, _i64, _ptr]),
     "kvt_decode": (_i32, [_str, _ptr, _i64, _i64, _ptr]),
     "kvt_model_n_layer": (_i32, [_ptr]),
+    "kvt_model_rope": (_i32, [_ptr, _i32, _ptr, _ptr]),
     "kvt_model_set_plan": (_i32, [_ptr, _strs, _strs, _i32]),
     "kvt_model_set_k_vectors": (_i32, [_ptr, _i32, _ptr, _ptr, _i32]),
     "kvt_model_clear_plan": (_i32, [_ptr]),
@@ -215,6 +216,13 @@ class LayerCache:
 def n_layer(model: int) -> int:
     """Layers that a plan of this model has."""
     return check(library().kvt_model_n_layer(model))
+
+
+def rope(model: int, il: int) -> tuple[int, bool]:
+    """(channels of a head that RoPE turns, whether a pair is half of them apart; else neighbours)."""
+    n_rot, far = ctypes.c_int32(), ctypes.c_bool()
+    check(library().kvt_model_rope(model, il, ctypes.byref(n_rot), ctypes.byref(far)))
+    return n_rot.value, far.value
 
 
 def set_plan(model: int, type_k: Sequence[str], type_v: Sequence[str]) -> None:

@@ -118,20 +118,20 @@ class Geometry:
     def n_layer(self) -> int:
         return len(self.values_k)
 
-    def bytes(self, pairs: tuple[Pair, ...]) -> int:
-        """Bytes of the cache with these pairs. Raises PlanError if they are not one per layer."""
+    def bytes(self, pairs: tuple[Pair, ...], k_vectors: Iterable[KVectors] = ()) -> int:
+        """Bytes of the cache with these pairs, and of the vectors. Raises PlanError if there is not one pair per layer."""
         if len(pairs) != self.n_layer:
             raise PlanError(f"plan has {len(pairs)} layers, the model has {self.n_layer}. Calibrate this model again.")
-        total = 0
+        total = vector_bytes(k_vectors)
         for pair, n_k, n_v in zip(pairs, self.values_k, self.values_v):
             total += codec(pair.type_k or "f16").row_bytes(n_k) if n_k else 0
             total += codec(pair.type_v or "f16").row_bytes(n_v) if n_v else 0
         return total
 
-    def bits_per_value(self, pairs: tuple[Pair, ...]) -> float:
-        """Real bits per cached value, scales included, averaged over all cached values."""
+    def bits_per_value(self, pairs: tuple[Pair, ...], k_vectors: Iterable[KVectors] = ()) -> float:
+        """Real bits per cached value, scales and vectors included, averaged over all cached values."""
         n_values = sum(self.values_k) + sum(self.values_v)
-        return 8 * self.bytes(pairs) / n_values if n_values else 0.0
+        return 8 * self.bytes(pairs, k_vectors) / n_values if n_values else 0.0
 
 
 @dataclass(frozen=True)

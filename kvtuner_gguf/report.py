@@ -75,17 +75,31 @@ def layers_text(pairs: Sequence[Pair]) -> str:
     return table(("layers", "K", "V"), rows)
 
 
-def memory_rows(pairs: Sequence[Pair], geometry: Geometry) -> list[tuple[str, int, float, float]]:
-    """(name, bytes, real bits per value, share of f16) of the plan, of f16 and of q8_0."""
+def conditions_text(layers: Sequence[tuple[int, bool, bool]]) -> str:
+    """Which layers' K is conditioned, from (il, mean, scale) each; "" if none's is."""
+    sides = (("mean", [il for il, mean, _ in layers if mean]), ("scale", [il for il, _, scale in layers if scale]))
+    return ", ".join(f"{name} in layers {_ranges(il)}" for name, il in sides if il)
+
+
+def _ranges(il: Sequence[int]) -> str:
+    """0-3,7 for 0 1 2 3 7."""
+    starts = [i for i in il if i - 1 not in il]
+    ends = [i for i in il if i + 1 not in il]
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends))
+
+
+def memory_rows(pairs: Sequence[Pair], geometry: Geometry, vector_bytes: int = 0) -> list[tuple[str, int, float, float]]:
+    """(name, bytes, real bits per value, share of f16) of the plan with its vectors, of f16 and of q8_0."""
     rows = []
     f16 = geometry.bytes((Pair("f16", "f16"),) * geometry.n_layer)
     for name, these in (("plan", tuple(pairs)), *((t, (Pair(t, t),) * geometry.n_layer) for t in ("f16", "q8_0"))):
-        n_bytes = geometry.bytes(these)
-        rows.append((name, n_bytes, geometry.bits_per_value(these), n_bytes / f16 if f16 else 0.0))
+        n_bytes = geometry.bytes(these) + (vector_bytes if name == "plan" else 0)
+        share = n_bytes / f16 if f16 else 0.0
+        rows.append((name, n_bytes, 16 * share, share))
     return rows
 
 
-def memory_text(pairs: Sequence[Pair], geometry: Geometry) -> str:
+def memory_text(pairs: Sequence[Pair], geometry: Geometry, vector_bytes: int = 0) -> str:
     """MiB of the cache at the geometry's context, beside f16 and q8_0."""
-    rows = [(name, f"{bits:.2f}", f"{n / MIB:.1f}", f"{100 * share:.0f} %") for name, n, bits, share in memory_rows(pairs, geometry)]
+    rows = [(name, f"{bits:.2f}", f"{n / MIB:.1f}", f"{100 * share:.0f} %") for name, n, bits, share in memory_rows(pairs, geometry, vector_bytes)]
     return table(("cache", "bits", f"MiB at {geometry.n_ctx}", "of f16"), rows)

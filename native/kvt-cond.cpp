@@ -164,6 +164,17 @@ int32_t kvt_model_set_k_vectors(llama_model * model, int32_t il, const float * m
     return 0;
 }
 
+int32_t kvt_model_rope(const llama_model * model, int32_t il, int32_t * n_rot, bool * far) {
+    if (!model || !n_rot || !far || il < 0 || il >= (int32_t) model->hparams.n_layer_all) {
+        return kvt_error(KVT_E_ARG, format("kvt_model_rope: an argument is null, or layer %d is not one of the model", il));
+    }
+    const llama_hparams & hparams = model->hparams;
+
+    *n_rot = hparams.rope_type != LLAMA_ROPE_TYPE_NONE && hparams.has_rope(il) ? hparams.n_rot(il) : 0;
+    *far   = hparams.rope_type != LLAMA_ROPE_TYPE_NORM; // NEOX, and those made of it
+    return 0;
+}
+
 //
 // tensors
 //

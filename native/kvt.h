@@ -46,6 +46,10 @@ LLAMA_API int32_t kvt_decode   (const char * type, const void * src, int64_t n_r
 // number of layers that a plan of this model has (block_count)
 LLAMA_API int32_t kvt_model_n_layer(const struct llama_model * model);
 
+// what RoPE does to K of layer il: the first n_rot channels of a head turn in pairs (0 = none); far: channel i with i + n_rot/2,
+// else with its neighbour. Vectors that are equal within a pair commute with it
+LLAMA_API int32_t kvt_model_rope(const struct llama_model * model, int32_t il, int32_t * n_rot, bool * far);
+
 // set the plan for contexts that are created from now on; contexts that exist keep theirs
 // type_k, type_v: n_layer names, "" where a layer is left at f16 or has no KV of its own
 LLAMA_API int32_t kvt_model_set_plan(struct llama_model * model, const char * const * type_k, const char * const * type_v, int32_t n_layer);

@@ -127,6 +127,32 @@ def test_types_that_are_named_are_taken_as_they_are(tiny, tmp_path, text):
     assert {t for p in Plan.load(out).pairs for t in (p.type_k, p.type_v)} <= {"q3_32", "q2_32", "q2_64"}
 
 
+def test_k_is_conditioned_where_that_was_measured_to_help(tiny, tmp_path, text):
+    model = copy_of(tiny("qwen2", k_outlier=40.0, outlier_layers=(0, 2)), tmp_path)
+    result = json.loads(calibrate(model, "-f", text, "--bits", 6.0, "--json").stdout)
+    plan = read_plan(model)
+    assert plan.k_vectors[0].mean and plan.k_vectors[2].mean
+    assert plan.bits_per_value <= 6.0
+    rows = {row["name"]: row for row in result["comparison"]["rows"]}
+    assert rows["plan"]["kld_mean"] < 0.7 * rows["plan, K not conditioned"]["kld_mean"]
+    assert rows["plan"]["bytes"] - rows["plan, K not conditioned"]["bytes"] == plan.vector_bytes > 0
+    shown = json.loads(run("show", model, "-c", 1024, "--json").stdout)
+    assert shown["notes"] == [] and [(layer["k_mean"], layer["k_scale"]) for layer in shown["layers"]] == [(bool(v.mean), bool(v.scale)) for v in plan.k_vectors]
+    assert next(m for m in shown["memory"] if m["name"] == "plan")["bytes"] == rows["plan"]["bytes"]
+    assert "K conditioned: mean in layers 0" in run("show", model).output
+    evaluated = json.loads(run("evaluate", "-m", model, "-f", text, "--chunks", 2, "-t", 1, "--json", "file").stdout)["rows"][1]
+    assert evaluated["kld_mean"] < rows["plan, K not conditioned"]["kld_mean"]
+
+
+@pytest.mark.parametrize(("options", "mean", "scale"), [(["--no-k-mean"], False, True), (["--no-k-scale"], True, False), (["--no-k-mean", "--no-k-scale"], False, False), (["--method", "paper", "--bits", 6.5], False, False)])
+def test_conditioning_can_be_left_out(tiny, tmp_path, text, options, mean, scale):
+    model = tiny("qwen2", k_outlier=40.0, outlier_layers=(0, 2))
+    calibrate(model, "-f", text, *options, "-o", tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    assert mean or not plan.k_mean
+    assert scale or not plan.k_scale
+
+
 def test_memory_goal_is_kept_at_the_context(tiny, tmp_path, text):
     model = copy_of(tiny("llama"), tmp_path)
     calibrate(model, "-f", text, "--memory", "640K")

@@ -75,3 +75,11 @@ def _sidecar(folder: Path) -> Path:
     path = folder / "plan.json"
     Plan((Pair("q8_0", "q4_0"),)).save(path)
     return path
+
+
+def test_runs_of_conditioned_layers_are_named():
+    from kvtuner_gguf.report import conditions_text
+
+    layers = [(il, il != 2, il in (0, 5)) for il in (0, 1, 2, 3, 5)]
+    assert conditions_text(layers) == "mean in layers 0-1,3,5, scale in layers 0,5"
+    assert conditions_text([(0, False, False)]) == ""

@@ -1,0 +1,199 @@
+"""Mean and balanced scale of K: worked out by hand, exact in attention, and taken only where they are measured to help."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_error import make_capture, make_sample, round_trip
+
+from kvtuner_gguf.calibrate.condition import balanced_scale, best_way, condition, tied, vectors_of
+from kvtuner_gguf.calibrate.error import after_codec, attention_scores, error_table, k_error
+from kvtuner_gguf.calibrate.results import Conditions
+from kvtuner_gguf.plan import KVectors
+
+N_KV_HEAD, HEAD_DIM = 2, 64
+
+
+def with_offset(sample, offset):
+    """The sample with a constant added to K."""
+    return replace(sample, k=sample.k + np.float32(offset))
+
+
+def shaped(sample, of_k, of_q):
+    """The sample with channels of K and of Q multiplied."""
+    return replace(sample, k=sample.k * of_k.astype(np.float32), q=sample.q * of_q.astype(np.float32))
+
+
+def offset_of(seed):
+    return 4 * np.random.default_rng(seed).standard_normal((N_KV_HEAD, 1, HEAD_DIM))
+
+
+def error(sample, type_k, vectors):
+    return k_error(sample, type_k, vectors, round_trip)
+
+
+def samples_of(n, make=lambda s: s, **fields):
+    return [make(make_sample(seed, n_kv=256, n_q=64, rot_k=64, rot_v=64, **fields)) for seed in range(n)]
+
+
+# ---- what is estimated
+
+
+def test_pairs_of_rope_share_their_energy():
+    energy = np.array([[1.0, 3.0, 5.0, 7.0, 9.0, 11.0]])
+    assert tied(energy, 4, False).tolist() == [[2, 2, 6, 6, 9, 11]]
+    assert tied(energy, 4, True).tolist() == [[3, 5, 3, 5, 9, 11]]
+    assert tied(energy, 6, True).tolist() == [[4, 6, 8, 4, 6, 8]]
+    assert tied(energy, 0, True).tolist() == energy.tolist()
+    assert energy[0, 0] == 1.0
+
+
+def test_the_scale_balances_k_and_q():
+    k_sq, q_sq = np.array([[16.0, 1.0, 1.0]]), np.array([[1.0, 1.0, 16.0]])
+    # sqrt(rms_k/rms_q): 2, 1, 1/2
+    assert balanced_scale(k_sq, q_sq) == pytest.approx(np.array([[2.0, 1.0, 0.5]]))
+    # as much of one as of the other in each channel, once applied
+    s_sq = balanced_scale(k_sq, q_sq) ** 2
+    assert k_sq / s_sq == pytest.approx(q_sq * s_sq)
+
+
+def test_the_scale_has_geometric_mean_1_in_each_head():
+    rng = np.random.default_rng(0)
+    scale = balanced_scale(rng.random((3, 64)) * [[1], [1e3], [1e-3]], rng.random((3, 64)))
+    assert np.exp(np.log(scale).mean(axis=1)) == pytest.approx(np.ones(3))
+
+
+@pytest.mark.parametrize("dead", [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1e30, 1.0)])
+def test_a_dead_channel_stays_in_range(dead):
+    k_sq, q_sq = np.ones((1, 64)), np.ones((1, 64))
+    k_sq[0, 5], q_sq[0, 5] = dead
+    scale = balanced_scale(k_sq, q_sq)
+    KVectors(scale=tuple(scale[0].tolist()))  # within the run time's range
+    assert scale[0, np.arange(64) != 5] == pytest.approx(scale[0, 0]) and 0.85 < scale[0, 0] < 1.15
+
+
+def test_the_vectors_are_those_of_all_samples():
+    samples = samples_of(3)
+    v = vectors_of(samples, True, False)
+    assert np.reshape(v.mean, (2, 64)) == pytest.approx(np.concatenate([s.k for s in samples], axis=1).mean(axis=1), abs=1e-6)
+    assert v.scale == () and vectors_of(samples, False, False) == KVectors()
+
+
+def test_a_head_of_k_looks_at_its_own_heads_of_q():
+    sample = make_sample(0, n_head=6, n_head_kv=2)
+    loud = sample.q.copy()
+    loud[3:, :, 7] *= 100  # heads 3 to 5 share the second head of K
+    scale = np.reshape(vectors_of([replace(sample, q=loud)], False, True).scale, (2, 64))
+    before = np.reshape(vectors_of([sample], False, True).scale, (2, 64))
+    assert scale[0] == pytest.approx(before[0])
+    assert scale[1, 7] / before[1, 7] == pytest.approx(0.1, rel=0.2)
+
+
+def test_the_scale_is_that_of_the_k_that_is_left():
+    sample = with_offset(make_sample(0), np.where(np.arange(64) == 3, 50.0, 0.0))
+    alone, centred = (np.reshape(vectors_of([sample], mean, True).scale, (2, 64)) for mean in (False, True))
+    assert (alone[:, 3] > 5).all() and (centred[:, 3] < 2).all()
+
+
+# ---- attention does not see it
+
+
+def test_conditioning_alone_changes_no_score():
+    sample = make_sample(0, n_kv=64)
+    rng = np.random.default_rng(1)
+    mean, scale = rng.standard_normal((2, 1, 64)), 4 ** rng.uniform(-1, 1, (2, 1, 64))
+    k = ((sample.k - mean) / scale).astype(np.float32)
+    q = (sample.q.reshape(2, 3, -1, 64) * scale[:, None]).reshape(sample.q.shape).astype(np.float32)
+    assert attention_scores(replace(sample, q=q, k=k), k) == pytest.approx(attention_scores(sample, sample.k), abs=1e-5)
+
+
+def test_after_codec_puts_on_what_it_took_off():
+    sample = with_offset(make_sample(0, n_kv=64), offset_of(0))
+    v = vectors_of([sample], True, True)
+    exact = after_codec(sample.k, "q4_0", 64, lambda name, rows: rows, v)
+    assert exact == pytest.approx(sample.k, abs=1e-5)
+    mean, scale = (np.reshape(x, (2, 1, 64)).astype(np.float32) for x in (v.mean, v.scale))
+    want = after_codec((sample.k - mean) / scale, "q4_0", 64, round_trip) * scale + mean
+    assert after_codec(sample.k, "q4_0", 64, round_trip, v) == pytest.approx(want, abs=1e-6)
+    assert after_codec(make_sample(0).k, "f16", 64, round_trip, vectors_of([make_sample(0)], True, True)) is not None
+
+
+def test_f16_is_left_as_it_is():
+    sample = make_sample(0)
+    assert after_codec(sample.k, "f16", 64, round_trip, vectors_of([sample], True, True)) is sample.k
+
+
+def test_the_error_table_measures_with_the_vectors(tmp_path):
+    (sample,) = samples_of(1, lambda s: with_offset(s, offset_of(1)))
+    capture = make_capture(tmp_path, {0: [sample]})
+    types = {0: (("q4_0",), ("f16",))}
+    plain = error_table(capture, types, round_trip).output_nrmse
+    centred = error_table(capture, types, round_trip, k_vectors=[vectors_of([sample], True, False)]).output_nrmse
+    assert centred < 0.6 * plain
+
+
+# ---- what is chosen
+
+
+def test_the_fewest_operations_win_a_draw():
+    assert best_way({"none": 1.0, "mean": 1.0, "scale": 1.0, "both": 1.0}) == "none"
+    assert best_way({"none": 1.0, "mean": 0.99, "scale": 0.985, "both": 0.985}) == "none"
+    assert best_way({"none": 1.0, "mean": 0.5, "scale": 0.9, "both": 0.495}) == "mean"
+    assert best_way({"none": 1.0, "mean": 0.5, "scale": 0.9, "both": 0.4}) == "both"
+    assert best_way({"none": 1.0, "scale": 0.9}) == "scale"
+
+
+SHAPE_K = np.where(np.arange(64) % 8 == 0, 8.0, 1.0)
+MAKE = {
+    "none": lambda s: s,
+    "mean": lambda s: with_offset(s, offset_of(0)),
+    "scale": lambda s: shaped(s, SHAPE_K, 1 / SHAPE_K),
+    "both": lambda s: with_offset(shaped(s, SHAPE_K, 1 / SHAPE_K), offset_of(0)),
+}
+
+
+@pytest.mark.parametrize("way", MAKE)
+def test_each_layer_gets_what_its_k_needs(tmp_path, way):
+    capture = make_capture(tmp_path, {2: samples_of(2, MAKE[way])})
+    found = condition(capture, error, {2: "q4_0"})
+    assert len(found.k_vectors) == 3 and found.k_vectors[:2] == (KVectors(), KVectors())
+    assert (bool(found.k_vectors[2].mean), bool(found.k_vectors[2].scale)) == (way in ("mean", "both"), way in ("scale", "both"))
+    assert set(found.errors[2]) == {"none", "mean", "scale", "both"}
+    assert found.k_vectors[2] == vectors_of([capture.sample(2, i) for i in range(2)], way in ("mean", "both"), way in ("scale", "both"))
+
+
+@pytest.mark.parametrize(("allowed", "tried"), [((True, False), {"none", "mean"}), ((False, True), {"none", "scale"}), ((False, False), None)])
+def test_what_is_not_allowed_is_not_tried(tmp_path, allowed, tried):
+    capture = make_capture(tmp_path, {0: samples_of(2, MAKE["both"])})
+    found = condition(capture, error, {0: "q4_0"}, mean=allowed[0], scale=allowed[1])
+    assert (set(found.errors[0]) if tried else found.errors) == (tried or {})
+    assert (bool(found.k_vectors[0].mean), bool(found.k_vectors[0].scale)) == allowed
+
+
+@pytest.mark.parametrize("fields", [{"logit_softcap": 20.0}, {"sinks": np.zeros(6, np.float32)}])
+def test_the_mean_stays_where_attention_would_miss_it(tmp_path, fields):
+    capture = make_capture(tmp_path, {0: samples_of(2, MAKE["mean"], **fields)})
+    found = condition(capture, error, {0: "q4_0"})
+    assert set(found.errors[0]) == {"none", "scale"} and found.k_vectors[0].mean == ()
+
+
+def test_layers_without_a_coarse_type_or_with_v_in_k_are_left_alone(tmp_path):
+    sample = make_sample(0, n_head_kv=1, n_head=2, head_dim_k=96, head_dim_v=64)
+    mla = replace(sample, v=np.ascontiguousarray(sample.k[..., :64]))
+    seen = []
+    capture = make_capture(tmp_path, {0: [mla], 1: [with_offset(make_sample(1, n_head_kv=1, n_head=2, head_dim_k=96), 9)]})
+    found = condition(capture, error, {0: "q4_0"}, progress=seen.append)
+    assert found.k_vectors == (KVectors(), KVectors()) and found.errors == {} and seen == [1, 1]
+
+
+def test_a_sample_is_judged_by_the_others(tmp_path):
+    """The means of two samples that have nothing in common help neither."""
+    samples = [with_offset(s, offset_of(seed)) for seed, s in enumerate(samples_of(2))]
+    found = condition(make_capture(tmp_path, {0: samples}), error, {0: "q4_0"})
+    assert found.errors[0]["mean"] > found.errors[0]["none"] and not found.k_vectors[0].mean
+
+
+def test_conditions_are_saved_and_loaded(tmp_path):
+    found = condition(make_capture(tmp_path, {0: samples_of(2, MAKE["both"])}), error, {0: "q4_0"})
+    found.save(tmp_path / "conditions.json")
+    assert Conditions.load(tmp_path / "conditions.json") == found
