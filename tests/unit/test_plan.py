@@ -221,7 +221,7 @@ def test_a_stored_fault_is_named_in_both_forms(stored, parts, tmp_path):
         (b"[1]", "[1]"),
         (b"null", "None"),
         (b"GGUF\x03\x00\x00\x00", "GGUF model"),
-        (b" " * (17 << 20), "16 MiB"),
+        (b" " * (65 << 20), "64 MiB"),
     ],
     ids=["empty", "half", "deep", "latin1", "list", "null", "gguf", "huge"],
 )
