@@ -191,13 +191,17 @@ def test_resume_measures_nothing_twice(tiny, tmp_path, text, monkeypatch):
     def stopped(session, pairs, reference, **kwargs):
         if len(measured) == 5:
             raise KeyboardInterrupt
-        measured.append(pairs)
+        measured.append(ran(pairs, kwargs))
         return real(session, pairs, reference, **kwargs)
+
+    def ran(pairs, kwargs):
+        """What a run was of: the same pairs are measured with K conditioned, and without as rivals."""
+        return pairs and (pairs, tuple(kwargs.get("k_vectors", ())))
 
     monkeypatch.setattr(pipeline, "measure", stopped)
     args = ["calibrate", str(tiny("llama")), "-f", str(text), "--chunks", "2", "--trials", "12", "-t", "1", "-c", "1024"]
     assert CliRunner().invoke(main, [*args, "-o", str(tmp_path / "a.json")]).exit_code != 0
-    monkeypatch.setattr(pipeline, "measure", lambda s, p, r, **k: (measured.append(p), real(s, p, r, **k))[1])
+    monkeypatch.setattr(pipeline, "measure", lambda s, p, r, **k: (measured.append(ran(p, k)), real(s, p, r, **k))[1])
     run(*args, "--resume", "-o", tmp_path / "a.json")
     search = measured[: -(1 + 1)]
     first, later = measured[:5], search[5:]
