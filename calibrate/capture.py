@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,20 @@ from .evaluate import N_UBATCH, Chunks
 from .results import Capture, LayerSample, save_sample
 
 N_Q = 64  # query rows of each layer and sample, spread over the last batch
+N_PLACE = 16  # places of the context at which K is looked at
+N_PROBE = 64  # tokens by which RoPE's turn to a place is measured
 
 
-def capture(session: Session, chunks: Chunks, path: Path, progress: Callable[[int], None] = lambda n: None) -> Capture:
+def capture(
+    session: Session, chunks: Chunks, path: Path, progress: Callable[[int], None] = lambda n: None, *, n_ctx: int = 0
+) -> Capture:
     """One sample of every layer for each chunk: all its K and V, and N_Q of the queries of its last batch.
 
+    n_ctx  context whose places are looked at, too (LayerSample.turns), as far as the model was trained
     Raises CalibrationError if a layer that has KV of its own was not seen.
     """
     rotation = session.rotation()
+    turns = _turns(session, chunks, n_ctx)
     session.set_plan(None)
     seen: set[tuple[int, int]] = set()
     shares: dict[int, list[float]] = {il: [] for il in rotation}
@@ -32,7 +38,7 @@ def capture(session: Session, chunks: Chunks, path: Path, progress: Callable[[in
     def on_node(node: TapNode) -> None:
         if (node.il, sample) not in seen:  # layers that read another layer's KV come later
             seen.add((node.il, sample))
-            save_sample(path, sample, _sample(node, rotation.get(node.il, (0, 0)), native.rope(session.model, node.il)))
+            save_sample(path, sample, _sample(node, rotation.get(node.il, (0, 0)), native.rope(session.model, node.il), turns.get(node.il)))
 
     tap = Tap(on_node, N_Q)
     try:
@@ -60,6 +66,42 @@ def capture(session: Session, chunks: Chunks, path: Path, progress: Callable[[in
     return result
 
 
+def _turns(session: Session, chunks: Chunks, n_ctx: int) -> dict[int, np.ndarray]:
+    """il -> LayerSample.turns: what RoPE does at other places, measured on the K of the same few tokens there.
+
+    RoPE is relative, so that text at another place is the same text with K and Q turned on. So whatever the frequencies and
+    their scaling, the turn is the angle between K here and K there. Without RoPE it is none.
+    """
+    last = min(n_ctx, session.n_ctx_train) - chunks.n_ctx
+    if last <= 0 or not any(native.rope(session.model, il)[0] for il in range(session.n_layer)):
+        return {}  # without RoPE a place may be a row of a table, which ends
+    # spread evenly, but at no even distance, which a frequency could share
+    starts = [0, *(int(last * (j * 0.6180339887 % 1)) for j in range(1, N_PLACE))]
+    seen: dict[int, list[LayerSample]] = {}
+    tap = Tap(lambda node: seen.setdefault(node.il, []).append(_sample(node, (0, 0), native.rope(session.model, node.il))), 1)
+    session.set_plan(None)
+    try:
+        with session.context(max(256, N_PROBE), n_ubatch=N_UBATCH, swa_full=True, tap=tap) as ctx:
+            for start in starts:
+                ctx.clear()
+                tokens = chunks.tokens[0][:N_PROBE]
+                with tap.enabled():
+                    ctx.decode([(int(token), start + pos, 0) for pos, token in enumerate(tokens)], [True] * len(tokens))
+    finally:
+        tap.close()
+    return {il: _turns_of(samples[:: len(samples) // len(starts)]) for il, samples in seen.items()}
+
+
+def _turns_of(samples: Sequence[LayerSample]) -> np.ndarray:
+    """(n_place, n_rot/2, 2) angles between the K of the first sample and that of each."""
+    first, second = samples[0].rope_pairs
+    k = [s.k[:, :N_PROBE, first] + 1j * s.k[:, :N_PROBE, second] for s in samples]
+    z = np.array([(x * k[0].conj()).sum(axis=(0, 1)) for x in k])
+    size = np.abs(z)
+    z = np.where(size > 0, z / np.where(size > 0, size, 1), 1)
+    return np.stack([z.real, z.imag], axis=-1).astype(np.float32)
+
+
 def _share(il: tuple[int, ...], shares: dict[int, list[float]]) -> tuple[float, ...]:
     """Mean share of each layer; where it was not seen join the stream, as the layers where it was."""
     means = {i: float(np.mean(shares[i])) for i in il if shares[i]}
@@ -67,7 +109,7 @@ def _share(il: tuple[int, ...], shares: dict[int, list[float]]) -> tuple[float, 
     return tuple(means.get(i, typical) for i in il)
 
 
-def _sample(node: TapNode, rotation: tuple[int, int], rope: tuple[int, bool]) -> LayerSample:
+def _sample(node: TapNode, rotation: tuple[int, int], rope: tuple[int, bool], turns: np.ndarray | None = None) -> LayerSample:
     """A copy of the node's data, which lives during the callback only."""
 
     def copy(pointer: ctypes._Pointer, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray | None:
@@ -75,6 +117,7 @@ def _sample(node: TapNode, rotation: tuple[int, int], rope: tuple[int, bool]) ->
             return None
         return np.ctypeslib.as_array(pointer, shape).view(dtype).astype(np.float32)
 
+    n_rot = rope[0] if rope[0] % 2 == 0 and rope[0] <= node.head_dim_k else 0
     mask = copy(node.mask, (node.n_q, node.n_kv))
     return LayerSample(
         il=node.il,
@@ -88,7 +131,8 @@ def _sample(node: TapNode, rotation: tuple[int, int], rope: tuple[int, bool]) ->
         sinks=copy(node.sinks, (node.n_head,)),
         rot_k=rotation[0],
         rot_v=rotation[1],
-        n_rot=min(rope[0], node.head_dim_k),
+        n_rot=n_rot,
         far_pairs=rope[1],
+        turns=turns,
         output=copy(node.out, (node.n_head, node.n_q, node.head_dim_v)),
     )

@@ -2,12 +2,18 @@
 
 The mean: softmax does not see what shifts all scores of a query alike, so K may be cached without its mean over tokens, and
 codes then cover what is left. The scale: the noise of a rotated codec is the same in all channels and grows with K's energy,
-sum of k^2/s^2; Q*s turns it into an error of the scores of sum of q^2*s^2. The product is least at s = sqrt(rms_k/rms_q).
+sum of k^2/s^2; Q*s turns it into an error of the scores of sum of q^2*s^2. The product is least at s = sqrt(rms_k/rms_q). Tokens
+count by the attention they get.
+
+Both must hold wherever in the context a token stands, and RoPE turns K as it goes: a mean taken at the start of the context is
+a wrong one, worse than none, some thousand tokens on. So moments are averaged over the places of the whole context.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -16,14 +22,18 @@ from .results import Capture, Conditions, LayerSample
 
 LEAST_GAIN = 0.02  # of the error, for one more operation in every token's graph
 MOST_SPREAD = 1e3  # of a scale, to either side of 1: a channel that is next to nothing gets no more
+N_JUDGED = 3  # places at which a sample is measured
 
 # name -> (mean, scale), from the fewest operations on
 WAYS = {"none": (False, False), "mean": (True, False), "scale": (False, True), "both": (True, True)}
+
+Scores = Callable[[LayerSample], np.ndarray]
 
 
 def condition(
     capture: Capture,
     error: Callable[[LayerSample, str, KVectors], float],
+    scores: Scores,
     type_k: Mapping[int, str],
     *,
     mean: bool = True,
@@ -33,6 +43,7 @@ def condition(
     """How each captured layer's K is to be conditioned.
 
     error       of a sample's attention with K in a type, conditioned by vectors
+    scores      of a sample: (n_head, n_q, n_kv) after softmax
     type_k      il -> the type to measure with: the coarsest that the layer may get; layers that are not in it are left alone
     mean scale  whether to try them at all
     Each sample is measured with vectors of the others, if there are others, so that none looks better than it will be.
@@ -44,8 +55,9 @@ def condition(
             samples = [capture.sample(il, i) for i in range(capture.n_sample)]
             allowed = {name: way for name, way in ways.items() if not (way[0] and mean_matters(samples[0]))}
             if not samples[0].v_in_k:
-                errors[il] = _errors(samples, allowed, lambda sample, v: error(sample, type_k[il], v))
-                k_vectors[il] = vectors_of(samples, *WAYS[best_way(errors[il])])
+                moments = [Moments.of(sample, scores(sample)) for sample in samples]
+                errors[il] = _errors(samples, moments, allowed, lambda sample, v: error(sample, type_k[il], v))
+                k_vectors[il] = vectors_of(moments, *WAYS[best_way(errors[il])])
         progress(1)
     return Conditions(tuple(k_vectors), errors)
 
@@ -62,40 +74,99 @@ def best_way(errors: Mapping[str, float]) -> str:
 
 
 def _errors(
-    samples: Sequence[LayerSample], ways: Mapping[str, tuple[bool, bool]], error: Callable[[LayerSample, KVectors], float]
+    samples: Sequence[LayerSample],
+    moments: Sequence[Moments],
+    ways: Mapping[str, tuple[bool, bool]],
+    error: Callable[[LayerSample, KVectors], float],
 ) -> dict[str, float]:
-    """Error of each way, mean over samples."""
-    found = {}
-    for name, way in ways.items():
-        each = []
-        for i, sample in enumerate(samples):
-            others = [s for j, s in enumerate(samples) if j != i] or [sample]
-            each.append(error(sample, vectors_of(others, *way)))
-        found[name] = float(np.mean(each))
-    return found
+    """Error of each way, mean over samples and a few places of each."""
+    each: dict[str, list[float]] = {name: [] for name in ways}
+    for i, sample in enumerate(samples):
+        others = [m for j, m in enumerate(moments) if j != i] or [moments[i]]
+        vectors = {name: vectors_of(others, *way) for name, way in ways.items()}
+        for place in _judged(sample, i):
+            there = sample if place is None else sample.turned(place)
+            for name in ways:
+                each[name].append(error(there, vectors[name]))
+    return {name: float(np.mean(errors)) for name, errors in each.items()}
 
 
-def vectors_of(samples: Sequence[LayerSample], mean: bool, scale: bool) -> KVectors:
-    """Mean and balanced scale of a layer's K in these samples; what is not asked for is empty.
+def _judged(sample: LayerSample, i: int) -> list[int | None]:
+    """Places at which sample i is measured: others than the next sample's."""
+    if sample.turns is None or not sample.n_rot:
+        return [None]
+    n = len(sample.turns)
+    return sorted({(j * n // N_JUDGED + i) % n for j in range(N_JUDGED)})
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """First and second moments of K and Q in one sample, averaged over the places of the context.
+
+    mean       (n_head_kv, head_dim) of K
+    k_sq q_sq  (n_head_kv, head_dim) mean squares; of K, tokens weighed by attention; of the Q of all heads that share a K
+    mean_w     (n_head_kv, head_dim) mean of K, weighed likewise: what k_sq is to be centred with
+    pairs      channels that RoPE turns
+    """
+
+    mean: np.ndarray
+    k_sq: np.ndarray
+    q_sq: np.ndarray
+    mean_w: np.ndarray
+    pairs: tuple[np.ndarray, np.ndarray]
+
+    @classmethod
+    def of(cls, sample: LayerSample, a: np.ndarray) -> Moments:
+        """a: (n_head, n_q, n_kv) the sample's scores."""
+        k, q = sample.k.astype(np.float64), sample.q.astype(np.float64)
+        n_head_kv, n_kv, head_dim = k.shape
+        # an error of a score moves the output by a*(1 - a)
+        w = (a * (1 - a)).reshape(n_head_kv, -1, n_kv).mean(axis=1, dtype=np.float64) + 1e-12
+        w /= w.sum(axis=1, keepdims=True)
+        q = q.reshape(n_head_kv, -1, head_dim)  # heads that share K are neighbours
+        even = np.full(q.shape[:2], 1 / q.shape[1])
+        turns = np.stack([np.ones(sample.n_rot // 2), np.zeros(sample.n_rot // 2)], axis=-1)[None] if sample.turns is None else sample.turns
+        places = partial(_over_places, pairs=sample.rope_pairs, turns=turns.astype(np.float64))
+        (mean, _), (mean_w, k_sq), (_, q_sq) = places(k, np.full(w.shape, 1 / n_kv)), places(k, w), places(q, even)
+        return cls(mean, k_sq, q_sq, mean_w, sample.rope_pairs)
+
+
+def _over_places(
+    x: np.ndarray, weight: np.ndarray, *, pairs: tuple[np.ndarray, np.ndarray], turns: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean and mean square of each channel, (n, head_dim) each, averaged over places. x (n, n_token, head_dim)."""
+    mean = np.einsum("nt,ntd->nd", weight, x)
+    square = np.einsum("nt,ntd->nd", weight, np.square(x))
+    first, second = pairs
+    cross = np.einsum("nt,ntd->nd", weight, x[..., first] * x[..., second])
+    cos, sin = turns[..., 0], turns[..., 1]
+    m1, m2, s1, s2 = mean[:, first].copy(), mean[:, second].copy(), square[:, first].copy(), square[:, second].copy()
+    mean[:, first] = m1 * cos.mean(axis=0) - m2 * sin.mean(axis=0)
+    mean[:, second] = m1 * sin.mean(axis=0) + m2 * cos.mean(axis=0)
+    cos_sq, sin_sq, both = (cos**2).mean(axis=0), (sin**2).mean(axis=0), 2 * (cos * sin).mean(axis=0)
+    square[:, first] = s1 * cos_sq + s2 * sin_sq - cross * both
+    square[:, second] = s1 * sin_sq + s2 * cos_sq + cross * both
+    return mean, square
+
+
+def vectors_of(moments: Sequence[Moments], mean: bool, scale: bool) -> KVectors:
+    """Mean and balanced scale of a layer's K; what is not asked for is empty.
 
     The scale is that of the K that is left once the mean is off, if it is; the same within each pair that RoPE turns; of
     geometric mean 1 in each head.
     """
-    k = np.concatenate([s.k for s in samples], axis=1).astype(np.float64)  # (n_head_kv, n, head_dim)
-    q = np.concatenate([s.q for s in samples], axis=1).astype(np.float64)  # (n_head, n, head_dim)
-    centre = k.mean(axis=1, keepdims=True) if mean else np.zeros((len(k), 1, k.shape[-1]))
-    of_head = {"mean": centre[:, 0] if mean else None, "scale": None}
+    average = {name: np.mean([getattr(m, name) for m in moments], axis=0) for name in ("mean", "k_sq", "q_sq", "mean_w")}
+    of_head: dict[str, np.ndarray | None] = {"mean": average["mean"] if mean else None, "scale": None}
     if scale:
-        k_sq = np.square(k - centre).mean(axis=1)
-        q_sq = np.square(q).reshape(len(k), -1, q.shape[-1]).mean(axis=1)  # heads that share K are neighbours
-        of_head["scale"] = balanced_scale(*(tied(x, samples[0].n_rot, samples[0].far_pairs) for x in (k_sq, q_sq)))
+        k_sq = average["k_sq"]
+        if mean:
+            k_sq = np.maximum(k_sq - 2 * average["mean_w"] * average["mean"] + average["mean"] ** 2, 0)
+        of_head["scale"] = balanced_scale(*(tied(x, *moments[0].pairs) for x in (k_sq, average["q_sq"])))
     return KVectors(**{name: () if x is None else tuple(x.astype(np.float32).reshape(-1).tolist()) for name, x in of_head.items()})
 
 
-def tied(energy: np.ndarray, n_rot: int, far_pairs: bool) -> np.ndarray:
+def tied(energy: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """(n_head_kv, head_dim) mean squares, each that of its RoPE pair: positions turn one into the other."""
-    first = np.arange(n_rot // 2) if far_pairs else np.arange(0, n_rot, 2)
-    second = first + (n_rot // 2 if far_pairs else 1)
     out = energy.copy()
     out[:, first] = out[:, second] = (energy[:, first] + energy[:, second]) / 2
     return out

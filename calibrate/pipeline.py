@@ -25,7 +25,7 @@ from ..runtime import Session
 from .capture import capture
 from .cluster import cluster
 from .condition import condition
-from .error import error_table, k_error
+from .error import attention_scores, error_table, k_error
 from .evaluate import N_UBATCH, Chunks, Reference, make_reference, measure
 from .prune import pareto_menus
 from .results import Capture, Conditions, ErrorTable, Trial, Trials
@@ -136,7 +136,7 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
     with Session(options.model, n_threads=options.n_threads, n_gpu_layers=options.n_gpu_layers) as session:
         run = _Run(options, session, progress, work)
         outcome = run.outcome()
-    for name in ("capture", "search.f16", "heldout.f16"):  # large, and quick to make again
+    for name in (f"capture-{options.n_ctx}", "search.f16", "heldout.f16"):  # large, and quick to make again
         path = work / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return outcome
@@ -186,12 +186,13 @@ class _Run:
             for il, pairs in quantized.items()
             if pairs
         }
-        path = self.work / f"conditions-{mean:d}{scale:d}-{'-'.join(dict.fromkeys(coarsest.values()))}.json"
+        path = self.work / f"conditions-{self.options.n_ctx}-{mean:d}{scale:d}-{'-'.join(dict.fromkeys(coarsest.values()))}.json"
         if path.exists():
             return Conditions.load(path)
         captured = self.captured(text)
         with self.progress.bar("condition: K without its mean, scaled", len(captured.il)) as advance:
-            found = condition(captured, partial(k_error, round_trip=native.round_trip), coarsest, mean=mean, scale=scale, progress=advance)
+            error = partial(k_error, round_trip=native.round_trip)
+            found = condition(captured, error, lambda s: attention_scores(s, s.k), coarsest, mean=mean, scale=scale, progress=advance)
         found.save(path)
         return found
 
@@ -221,13 +222,13 @@ class _Run:
         return {il: (kept(k), kept(v)) for il, (k, v) in types.items()}
 
     def captured(self, text: Text) -> Capture:
-        path = self.work / "capture"
+        path = self.work / f"capture-{self.options.n_ctx}"
         if (path / Capture.INDEX).exists():
             return Capture.load(path)
         shutil.rmtree(path, ignore_errors=True)
         chunks = chunks_of(text.calibration, STREAM, max(1, self.options.n_chunk // 2), "calibration text")
         with self.progress.bar("capture: Q, K, V on an f16 cache", chunks.tokens.size) as advance:
-            return capture(self.session, chunks, path, advance)
+            return capture(self.session, chunks, path, advance, n_ctx=self.options.n_ctx)
 
     # search, on the second half of the calibration text
 

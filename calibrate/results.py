@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +31,8 @@ class LayerSample:
     rot_k rot_v    size of the Hadamard blocks by which the run time rotates this K, V if quantized; 0 = none
     n_rot          first channels of a head that RoPE turns in pairs; 0 = none
     far_pairs      a pair is (i, i + n_rot/2), else (2i, 2i + 1)
+    turns          (n_place, n_rot/2, 2) cos and sin by which RoPE would turn each pair of K and Q further, were the same text
+                   at other places of the context; None = looked at where it stands only
     output         (n_head, n_q, head_dim_v) as the run time computed it, for a control, or None
     Raises CalibrationError if the shapes do not fit together.
     """
@@ -48,6 +50,7 @@ class LayerSample:
     rot_v: int = 0
     n_rot: int = 0
     far_pairs: bool = False
+    turns: np.ndarray | None = None
     output: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class LayerSample:
         self._check_shape("mask", (n_q, n_kv))
         self._check_shape("sinks", (n_head,))
         self._check_shape("output", (n_head, n_q, self.head_dim_v))
+        if self.turns is not None:
+            self._check_shape("turns", (len(self.turns), self.n_rot // 2, 2))
         for name, n, head_dim in (("rot_k", self.rot_k, head_dim_k), ("rot_v", self.rot_v, self.head_dim_v)):
             if n and (n & (n - 1) or head_dim % n):
                 self._fail(f"{name} is {n}", f"0 or a power of two that divides head_dim {head_dim}")
@@ -80,6 +85,25 @@ class LayerSample:
     @property
     def head_dim_v(self) -> int:
         return self.v.shape[-1]
+
+    @property
+    def rope_pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """The channels of a head that RoPE turns, as first and second of each pair."""
+        first = np.arange(self.n_rot // 2) if self.far_pairs else np.arange(0, self.n_rot, 2)
+        return first, first + (self.n_rot // 2 if self.far_pairs else 1)
+
+    def turned(self, place: int) -> LayerSample:
+        """The same text at another place of the context: K and Q of every token turned alike, so the same attention."""
+        first, second = self.rope_pairs
+        cos, sin = self.turns[place, :, 0], self.turns[place, :, 1]
+
+        def turn(x: np.ndarray) -> np.ndarray:
+            out = x.copy()
+            out[..., first] = x[..., first] * cos - x[..., second] * sin
+            out[..., second] = x[..., first] * sin + x[..., second] * cos
+            return out
+
+        return replace(self, q=turn(self.q), k=turn(self.k))
 
     @property
     def v_in_k(self) -> bool:

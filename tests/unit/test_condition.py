@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 from test_error import make_capture, make_sample, round_trip
 
-from kvtuner_gguf.calibrate.condition import balanced_scale, best_way, condition, tied, vectors_of
+from kvtuner_gguf.calibrate.capture import _turns_of
+from kvtuner_gguf.calibrate.condition import Moments, balanced_scale, best_way, tied
+from kvtuner_gguf.calibrate.condition import condition as condition_by
+from kvtuner_gguf.calibrate.condition import vectors_of as vectors_of_moments
 from kvtuner_gguf.calibrate.error import after_codec, attention_scores, error_table, k_error
 from kvtuner_gguf.calibrate.results import Conditions
 from kvtuner_gguf.plan import KVectors
@@ -32,6 +35,18 @@ def error(sample, type_k, vectors):
     return k_error(sample, type_k, vectors, round_trip)
 
 
+def scores(sample):
+    return attention_scores(sample, sample.k)
+
+
+def condition(capture, error, type_k, **kwargs):
+    return condition_by(capture, error, scores, type_k, **kwargs)
+
+
+def vectors_of(samples, mean, scale):
+    return vectors_of_moments([Moments.of(s, scores(s)) for s in samples], mean, scale)
+
+
 def samples_of(n, make=lambda s: s, **fields):
     return [make(make_sample(seed, n_kv=256, n_q=64, rot_k=64, rot_v=64, **fields)) for seed in range(n)]
 
@@ -41,10 +56,14 @@ def samples_of(n, make=lambda s: s, **fields):
 
 def test_pairs_of_rope_share_their_energy():
     energy = np.array([[1.0, 3.0, 5.0, 7.0, 9.0, 11.0]])
-    assert tied(energy, 4, False).tolist() == [[2, 2, 6, 6, 9, 11]]
-    assert tied(energy, 4, True).tolist() == [[3, 5, 3, 5, 9, 11]]
-    assert tied(energy, 6, True).tolist() == [[4, 6, 8, 4, 6, 8]]
-    assert tied(energy, 0, True).tolist() == energy.tolist()
+
+    def by(n_rot, far_pairs):
+        return tied(energy, *replace(make_sample(0), n_rot=n_rot, far_pairs=far_pairs).rope_pairs).tolist()
+
+    assert by(4, False) == [[2, 2, 6, 6, 9, 11]]
+    assert by(4, True) == [[3, 5, 3, 5, 9, 11]]
+    assert by(6, True) == [[4, 6, 8, 4, 6, 8]]
+    assert by(0, True) == energy.tolist()
     assert energy[0, 0] == 1.0
 
 
@@ -79,6 +98,15 @@ def test_the_vectors_are_those_of_all_samples():
     assert v.scale == () and vectors_of(samples, False, False) == KVectors()
 
 
+def test_tokens_count_by_the_attention_they_get():
+    sample = make_sample(0, n_kv=64, n_q=16)
+    huge = sample.k.copy()
+    huge[:, 5, 9] = 1000.0
+    unseen = replace(sample, k=huge, mask=np.where(np.arange(64) == 5, -np.inf, sample.mask).astype(np.float32))
+    scale, plain = (np.reshape(vectors_of([s], False, True).scale, (2, 64)) for s in (unseen, sample))
+    assert scale[:, 9] == pytest.approx(plain[:, 9], rel=0.3)
+
+
 def test_a_head_of_k_looks_at_its_own_heads_of_q():
     sample = make_sample(0, n_head=6, n_head_kv=2)
     loud = sample.q.copy()
@@ -93,6 +121,53 @@ def test_the_scale_is_that_of_the_k_that_is_left():
     sample = with_offset(make_sample(0), np.where(np.arange(64) == 3, 50.0, 0.0))
     alone, centred = (np.reshape(vectors_of([sample], mean, True).scale, (2, 64)) for mean in (False, True))
     assert (alone[:, 3] > 5).all() and (centred[:, 3] < 2).all()
+
+
+# ---- the places of a context
+
+
+def turns_of(theta, starts):
+    """(n_place, n_pair, 2) of RoPE with these frequencies."""
+    angle = np.outer(starts, theta)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)
+
+
+THETA = 10000.0 ** (-np.arange(32) / 32)
+
+
+@pytest.mark.parametrize("far_pairs", [False, True])
+def test_text_at_another_place_has_the_same_attention(far_pairs):
+    sample = make_sample(0, n_kv=64, n_rot=64, far_pairs=far_pairs, turns=turns_of(THETA, [0, 1000]))
+    assert np.array_equal(sample.turned(0).k, sample.k) and not np.allclose(sample.turned(1).k, sample.k, atol=0.1)
+    assert scores(sample.turned(1)) == pytest.approx(scores(sample), abs=1e-5)
+
+
+@pytest.mark.parametrize("far_pairs", [False, True])
+def test_turns_are_measured_from_k_at_two_places(far_pairs):
+    here = make_sample(0, n_kv=64, n_rot=64, far_pairs=far_pairs, turns=turns_of(THETA, [0, 777]))
+    noise = np.random.default_rng(0).standard_normal(here.k.shape).astype(np.float32)
+    there = replace(here.turned(1), k=here.turned(1).k + 0.01 * noise)
+    assert _turns_of([here, there]) == pytest.approx(here.turns, abs=0.01)
+
+
+@pytest.mark.parametrize("far_pairs", [False, True])
+def test_moments_are_those_of_all_places_together(far_pairs):
+    turns = turns_of(THETA, [0, 300, 1700, 5000])
+    sample = with_offset(make_sample(0, n_kv=64, n_rot=64, far_pairs=far_pairs, turns=turns), offset_of(0))
+    have = Moments.of(sample, scores(sample))
+    each = [replace(sample.turned(place), turns=None) for place in range(4)]
+    for name in ("mean", "mean_w", "k_sq", "q_sq"):
+        want = np.mean([getattr(Moments.of(s, scores(s)), name) for s in each], axis=0)
+        assert getattr(have, name) == pytest.approx(want, rel=1e-4, abs=1e-4)
+
+
+def test_a_mean_that_turns_away_is_not_taken_off():
+    """Channels that RoPE turns within the context keep their mean; those that it hardly moves lose it."""
+    turns = turns_of(THETA, np.linspace(0, 8000, 64))
+    sample = with_offset(make_sample(0, n_kv=256, n_rot=64, far_pairs=True, turns=turns), 5.0)
+    mean = np.reshape(vectors_of([sample], True, False).mean, (2, 2, 32))
+    length = np.hypot(mean[:, 0], mean[:, 1]) / np.hypot(5, 5)
+    assert (length[:, 31] > 0.9).all() and (length[:, :12] < 0.35).all()
 
 
 # ---- attention does not see it
