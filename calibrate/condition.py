@@ -32,7 +32,7 @@ Scores = Callable[[LayerSample], np.ndarray]
 
 def condition(
     capture: Capture,
-    error: Callable[[LayerSample, str, KVectors], float],
+    error: Callable[[LayerSample, str], Callable[[KVectors], float]],
     scores: Scores,
     type_k: Mapping[int, str],
     *,
@@ -42,7 +42,7 @@ def condition(
 ) -> Conditions:
     """How each captured layer's K is to be conditioned.
 
-    error       of a sample's attention with K in a type, conditioned by vectors
+    error       of a sample and a type of K: a function of vectors, the error of its attention under them
     scores      of a sample: (n_head, n_q, n_kv) after softmax
     type_k      il -> the type to measure with: the coarsest that the layer may get; layers that are not in it are left alone
     mean scale  whether to try them at all
@@ -56,7 +56,7 @@ def condition(
             allowed = {name: way for name, way in ways.items() if not (way[0] and mean_matters(samples[0]))}
             if not samples[0].v_in_k:
                 moments = [Moments.of(sample, scores(sample)) for sample in samples]
-                errors[il] = _errors(samples, moments, allowed, lambda sample, v: error(sample, type_k[il], v))
+                errors[il] = _errors(samples, moments, allowed, lambda sample: error(sample, type_k[il]))
                 k_vectors[il] = vectors_of(moments, *WAYS[best_way(errors[il])])
         progress(1)
     return Conditions(tuple(k_vectors), errors)
@@ -77,7 +77,7 @@ def _errors(
     samples: Sequence[LayerSample],
     moments: Sequence[Moments],
     ways: Mapping[str, tuple[bool, bool]],
-    error: Callable[[LayerSample, KVectors], float],
+    error: Callable[[LayerSample], Callable[[KVectors], float]],
 ) -> dict[str, float]:
     """Error of each way, mean over samples and a few places of each."""
     each: dict[str, list[float]] = {name: [] for name in ways}
@@ -85,9 +85,9 @@ def _errors(
         others = [m for j, m in enumerate(moments) if j != i] or [moments[i]]
         vectors = {name: vectors_of(others, *way) for name, way in ways.items()}
         for place in _judged(sample, i):
-            there = sample if place is None else sample.turned(place)
+            error_under = error(sample if place is None else sample.turned(place))
             for name in ways:
-                each[name].append(error(there, vectors[name]))
+                each[name].append(error_under(vectors[name]))
     return {name: float(np.mean(errors)) for name, errors in each.items()}
 
 

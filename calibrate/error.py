@@ -209,10 +209,15 @@ def sample_errors(
     return errors
 
 
-def k_error(sample: LayerSample, type_k: str, vectors: KVectors, round_trip: RoundTrip) -> float:
-    """output_nrmse of one sample with K in this type, conditioned by these vectors, and V as it is."""
-    k_hat = after_codec(sample.k, type_k, sample.rot_k, round_trip, vectors)
-    return output_nrmse(attention(sample, sample.k, sample.v)[1], attention(sample, k_hat, sample.v)[1])
+def k_error(sample: LayerSample, type_k: str, *, round_trip: RoundTrip) -> Callable[[KVectors], float]:
+    """A function of vectors: output_nrmse of this sample with K in this type, conditioned by them, and V as it is."""
+    _, o = attention(sample, sample.k, sample.v)
+
+    def error(vectors: KVectors) -> float:
+        k_hat = after_codec(sample.k, type_k, sample.rot_k, round_trip, vectors)
+        return output_nrmse(o, attention(sample, k_hat, sample.v)[1])
+
+    return error
 
 
 def _values_in_keys(sample: LayerSample, k_hat: np.ndarray, type_k: str) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """Conditioning K on a real model: an f16 cache stays within its own rounding, and the KLD of a quantized one falls."""
 
+from functools import partial
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -34,10 +35,7 @@ def tokens(session):
 @pytest.fixture(scope="module")
 def k_vectors(session, tokens, tmp_path_factory):
     captured = capture(session, chunks_of(tokens, N_CTX, 2, "text"), tmp_path_factory.mktemp("capture"), n_ctx=2048)
-
-    def error(sample, type_k, vectors):
-        return k_error(sample, type_k, vectors, native.round_trip)
-
+    error = partial(k_error, round_trip=native.round_trip)
     return condition(captured, error, lambda s: attention_scores(s, s.k), dict.fromkeys(captured.il, "q4_0")).k_vectors
 
 

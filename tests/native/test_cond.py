@@ -445,3 +445,15 @@ def test_clearing_the_data_keeps_the_vectors(load, tiny):
         want = feed(ctx, prompt(32))
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(ctx.ctx), True)
         assert np.array_equal(feed(ctx, prompt(32)), want)
+
+
+@pytest.mark.parametrize(
+    ("arch", "arguments", "want"),
+    [("llama", {}, (64, False)), ("llama", {"rope_dim": 32}, (32, False)), ("qwen2", {}, (64, True)), ("gemma3", {}, (64, True)), ("refact", {}, (0, False))],
+)
+def test_the_pairs_of_rope_are_told(load, tiny, arch, arguments, want):
+    session = load(tiny(arch, **arguments))
+    have = native.rope(session.model, 0)
+    assert have == want or have[0] == want[0] == 0
+    with pytest.raises(NativeError, match="layer 99 is not one of the model"):
+        native.rope(session.model, 99)
