@@ -1,7 +1,9 @@
-"""Attention alone: milliseconds per call, and GB/s of the cache that it reads, of the libraries in each folder given.
+"""Attention alone: milliseconds per call (the median), and GB/s of the cache that it reads, of the libraries in each folder given.
 
-python tests/bench/attention_op.py STOCK/bin OURS/bin [--threads 2] [--n-kv 8000]
-Builds take turns, each in a process of its own; medians. The caches of a case fill --mib together, so that they come from memory.
+python tests/bench/attention_op.py STOCK/bin OURS/bin [--threads 2] [--n-kv 8000] [--n-q 1] [--pairs all]
+A call is one layer's attention for n_q tokens of each sequence. Builds take turns, each in a process of its own. The caches of a
+case fill --mib together, so that they come from memory. "read" is the share of what as many threads read with a plain sum over
+an array. The last columns divide the first build's time by the last one's: with the same types, and with f16/f16.
 """
 
 from __future__ import annotations
@@ -11,14 +13,32 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
 
-PAIRS = ("f16/f16", "q8_0/q8_0", "q8_0/q4_0", "q4_0/q4_0", "q5_1/iq4_nl")
-SHAPES = ((64, 3, 1), (64, 1, 1), (80, 4, 1), (96, 4, 1), (128, 1, 1), (128, 4, 1), (128, 8, 1), (256, 8, 1), (128, 4, 4), (128, 4, 16))
-"""Head size, query heads of a KV head, sequences."""
+PAIRS = ("f16/f16", "q8_0/q8_0", "q8_0/q4_0", "q4_0/q4_0", "q3_64/q3_64", "q2_64/q2_64")
+STOCK_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+OUR_TYPES = ("q6_32", "q3_32", "q3_64", "q2_32", "q2_64")
+SHAPES = "64:3:1,64:1:1,80:4:1,96:4:1,128:1:1,128:4:1,128:8:1,256:8:1,128:4:4,128:4:16"
+BASE = "f16/f16"
+
+
+def read_speed(n_threads: int, mib: int = 256) -> float:
+    """GB/s of the best of ten sums over an array, a part of it per thread."""
+    import numpy as np
+
+    parts = np.ones(mib * 2**17, np.int64).reshape(n_threads, -1)
+    best = float("inf")
+    with ThreadPoolExecutor(n_threads) as pool:
+        for _ in range(10):
+            start = time.perf_counter()
+            list(pool.map(np.sum, parts))
+            best = min(best, time.perf_counter() - start)
+    return parts.nbytes / best / 1e9
 
 
 def measure(folder: Path, case: dict, mib: float, seconds: float) -> float:
@@ -30,12 +50,13 @@ def measure(folder: Path, case: dict, mib: float, seconds: float) -> float:
     operators = [Operator(ggml, case, seed) for seed in range(max(1, min(64, round(mib * 2**20 / size))))]
     for operator in operators:
         operator.compute()
-    n, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 5:
         for operator in operators:
+            start = time.perf_counter()
             operator.run()
-        n += len(operators)
-    return 1e3 * (time.perf_counter() - start) / n
+            times.append(time.perf_counter() - start)
+    return 1e3 * median(times)
 
 
 def cache_bytes(ggml: object, case: dict) -> int:
@@ -45,42 +66,57 @@ def cache_bytes(ggml: object, case: dict) -> int:
     return rows * sum(ggml.base.ggml_row_size(TYPES[case[side]], case["d" + side]) for side in "kv")
 
 
+def one_case(text: str, folder: Path, mib: float, seconds: float) -> None:
+    """In a process of its own: prints milliseconds and bytes, or null if the library does not know a type."""
+    from attention import Ggml
+
+    ggml, case = Ggml(folder), json.loads(text)
+    known = hasattr(ggml.cpu, "kvt_attn_ref") or case["k"] not in OUR_TYPES and case["v"] not in OUR_TYPES
+    print(json.dumps([measure(folder, case, mib, seconds) if known else None, cache_bytes(ggml, case) if known else 0]))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--n-kv", type=int, default=8000)
+    parser.add_argument("--n-q", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--mib", type=float, default=64)
-    parser.add_argument("--pairs", default=",".join(PAIRS))
-    parser.add_argument("--shapes", default="", help="head size:heads:sequences, comma between")
+    parser.add_argument("--pairs", default=",".join(PAIRS), help="'all': every pair of stock's types; 'ours': every pair with a type of ours")
+    parser.add_argument("--shapes", default=SHAPES, help="head size:query heads of a KV head:sequences, comma between")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        from attention import Ggml
-
-        case = json.loads(options.case)
-        ms = measure(options.folders[0], case, options.mib, options.seconds)
-        print(json.dumps([ms, cache_bytes(Ggml(options.folders[0]), case)]))
+        one_case(options.case, options.folders[0], options.mib, options.seconds)
         return
-    print("head  gqa  seqs  pair          " + "".join(f"{'ms':>10}{'GB/s':>8}" for _ in options.folders) + "   first/last")
-    shapes = [tuple(map(int, s.split(":"))) for s in options.shapes.split(",")] if options.shapes else SHAPES
-    for d, n_gqa, n_stream in shapes:
-        for pair in options.pairs.split(","):
+    names = {
+        "all": ["/".join(p) for p in product(STOCK_TYPES, STOCK_TYPES)],
+        "ours": ["/".join(p) for p in product(STOCK_TYPES + OUR_TYPES, repeat=2) if {*p} & {*OUR_TYPES}],
+    }.get(options.pairs, options.pairs.split(","))
+    speed = read_speed(options.threads)
+    print(f"{options.threads} threads read {speed:.1f} GB/s; n_kv {options.n_kv}, n_q {options.n_q}")
+    print("head  gqa  seqs  pair            " + "".join(f"{'ms':>10}{'GB/s':>8}{'read':>7}" for _ in options.folders) + f"   first/last   first {BASE}/last")
+    for d, n_gqa, n_stream in (map(int, s.split(":")) for s in options.shapes.split(",")):
+        base = 0.0
+        for pair in [BASE, *(p for p in names if p != BASE)]:
             k, v = pair.split("/")
-            if d % 32 and pair != "f16/f16":
+            if any(d % (1 if t in ("f32", "f16", "bf16") else 64 if t.endswith("_64") else 32) for t in (k, v)):
                 continue
-            case = {"k": k, "v": v, "dk": d, "dv": d, "n_gqa": n_gqa, "n_head_kv": 3 if d == 64 else 2, "n_q": 1,
+            case = {"k": k, "v": v, "dk": d, "dv": d, "n_gqa": n_gqa, "n_head_kv": 3 if d == 64 else 2, "n_q": options.n_q,
                     "n_kv": max(64, options.n_kv // n_stream), "n_stream": n_stream, "mask": "causal", "n_threads": options.threads}  # fmt: skip
-            times: list[list[float]] = [[] for _ in options.folders]
+            times: list[list[float | None]] = [[] for _ in options.folders]
             for _ in range(options.rounds):
                 for i, folder in enumerate(options.folders):
                     command = [sys.executable, __file__, str(folder), "--case", json.dumps(case), "--mib", str(options.mib), "--seconds", str(options.seconds)]
                     ms, size = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
                     times[i].append(ms)
-            ms = [median(t) for t in times]
-            print(f"{d:4}  {n_gqa:3}  {n_stream:4}  {pair:14}" + "".join(f"{t:10.3f}{size / t / 1e6:8.1f}" for t in ms) + f"{ms[0] / ms[-1]:13.2f}", flush=True)
+            ms = [None if None in t else median(t) for t in times]
+            base = base or ms[0]
+            columns = "".join(f"{t:10.3f}{size / t / 1e6:8.1f}{size / t / 1e6 / speed:7.0%}" if t else f"{'-':>10}{'-':>8}{'-':>7}" for t in ms)
+            same = f"{ms[0] / ms[-1]:13.2f}" if ms[0] else f"{'-':>13}"
+            print(f"{d:4}  {n_gqa:3}  {n_stream:4}  {pair:16}{columns}{same}{base / ms[-1]:20.2f}", flush=True)
 
 
 if __name__ == "__main__":

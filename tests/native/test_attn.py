@@ -62,10 +62,11 @@ def run(folder: Path, cases: list[dict]) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def check(cases: list[dict]) -> None:
+def check(cases: list[dict], folder: Path | None = None) -> None:
+    """Of the libraries in a folder, the package's own by default."""
     from kvtuner_gguf import native
 
-    for case, result in zip(cases, run(native.lib_dir(), cases), strict=True):
+    for case, result in zip(cases, run(folder or native.lib_dir(), cases), strict=True):
         assert result["finite"], case
         bound = BOUND_BLOCKS if case["k"] in BLOCKS or case["v"] in BLOCKS else BOUND
         assert result["error"] < bound, (case, result)

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ def build(name: str, target: str, *options: str) -> Path:
         run = subprocess.run(command, env=env, capture_output=True, text=True)
         assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]
     return folder / "bin"
+
+
+@pytest.fixture(scope="session")
+def builder() -> Callable[..., Path]:
+    return build
 
 
 @pytest.fixture(scope="session")

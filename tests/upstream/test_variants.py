@@ -1,0 +1,61 @@
+"""Attention is right as compiled for other instruction sets than this machine's: plain x86-64, AVX2, AVX-512, and aarch64 under qemu."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "native"))
+
+pytestmark = pytest.mark.upstream
+
+VARIANTS = {"x64": "", "haswell": "avx2", "skylakex": "avx512bw"}
+"""ggml's name of a build of its CPU backend -> what the processor must have to run it."""
+
+AARCH64 = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",
+           "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++", "-DGGML_NATIVE=OFF", "-DGGML_OPENMP=OFF")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def variants_bin(builder) -> Path:
+    if platform.machine() != "x86_64":
+        pytest.skip(f"these variants are for x86_64, not {platform.machine()}")
+    targets = " ".join(f"ggml-cpu-{name}" for name in VARIANTS)
+    return builder("variants", targets, "-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_of_a_variant(variants_bin, variant, tmp_path):
+    import test_attn
+
+    if VARIANTS[variant] not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {VARIANTS[variant]}")
+    for library in variants_bin.glob("libggml-base.so*"):
+        (tmp_path / library.name).symlink_to(library)
+    (tmp_path / "libggml-cpu.so").symlink_to(variants_bin / f"libggml-cpu-{variant}.so")
+    test_attn.check([*test_attn.PAIRS[::5], *test_attn.SHAPES[::7], *test_attn.EXTRAS[::3], *test_attn.ODD[::2]], tmp_path)
+
+
+@pytest.fixture(scope="module")
+def aarch64_bin(builder) -> Path:
+    for program in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is missing: apt install g++-aarch64-linux-gnu qemu-user")
+    return builder("aarch64", "test-backend-ops", *AARCH64)
+
+
+@pytest.mark.parametrize(
+    "cases", ["hsk=(64|128|256),.*kv=113,nb=3,mask=1,sinks=.,max_bias=0.0", "type_K=q6_32,type_V=q[28]", "type_K=q3_(32|64),type_V=(f16|q2_64|q5_1)"]
+)
+def test_attention_on_aarch64(aarch64_bin, cases):
+    command = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", str(aarch64_bin / "test-backend-ops"), "-b", "CPU", "-o", "FLASH_ATTN_EXT", "-p", cases]
+    run = subprocess.run(command, env={**os.environ, "QEMU_SET_ENV": f"LD_LIBRARY_PATH={aarch64_bin}"}, capture_output=True, text=True)
+    assert run.returncode == 0 and "FAIL" not in run.stdout, (run.stdout + run.stderr)[-3000:]
+    assert "\n  0/0 tests passed" not in run.stdout, f"no case is called {cases}"
