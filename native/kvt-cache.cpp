@@ -1,5 +1,6 @@
 // kvt-cache.cpp - which types a cache allocates, layer by layer, and why not the planned ones
 #include "kvt-plan.h"
+#include "kvt-cuda.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -20,11 +21,11 @@ kvt_cache::kvt_cache(const llama_model & model, const llama_hparams & hparams, g
     plan_v = applies && type_v == GGML_TYPE_F16;
 }
 
-// can the layer's device write this type, and attend over this pair?
-static bool kvt_device_supports(const llama_model & model, const llama_hparams & hparams, uint32_t il, bool offload, bool fa, ggml_type type_k, ggml_type type_v) {
+// why the layer's device can not write these types, or attend over the pair; null if it can
+static const char * kvt_device_refuses(const llama_model & model, const llama_hparams & hparams, uint32_t il, bool offload, bool fa, ggml_type type_k, ggml_type type_v) {
     ggml_backend_dev_t dev = offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     if (!dev) {
-        return true;
+        return nullptr;
     }
 
     ggml_init_params params = {
@@ -50,8 +51,9 @@ static bool kvt_device_supports(const llama_model & model, const llama_hparams &
         ggml_tensor * idx = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1);
         return ggml_backend_dev_supports_op(dev, ggml_set_rows(ctx, dst, src, idx));
     };
+    const char * no_kernel = "the layer's device has no kernel for this pair";
     if (!can_write(k, dk*n_head_kv) || !can_write(v, dv*n_head_kv)) {
-        return false;
+        return no_kernel;
     }
 
     for (const int64_t n_q : { 1, 64 }) { // decode and prefill may take different kernels
@@ -67,10 +69,16 @@ static bool kvt_device_supports(const llama_model & model, const llama_hparams &
             op = ggml_mul_mat(ctx, k, q);
         }
         if (!ggml_backend_dev_supports_op(dev, op)) {
-            return false;
+            return no_kernel;
         }
     }
-    return true;
+
+    // a GPU supports some pairs by converting all of the cache to f16 at every step
+    const auto reads_pair = (kvt_cuda_reads_pair_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), KVT_CUDA_READS_PAIR);
+    if (fa && reads_pair && !reads_pair(dk, dv, k->type, v->type)) {
+        return "the layer's device has no decoding kernel for this pair and head size, and would convert it at every step";
+    }
+    return nullptr;
 }
 
 // the planned type of one side, or f16 with a reason
@@ -108,8 +116,8 @@ kvt_cache_types kvt_cache::types(uint32_t il) {
         res.v = is_mla ? res.k : accept(il, "V", plan->type_v[il], hparams.n_embd_head_v(il), true);
     }
 
-    if (!kvt_device_supports(model, hparams, il, offload, !v_trans, res.k, res.v)) {
-        fallbacks[format("%s/%s: the layer's device has no kernel for this pair", ggml_type_name(res.k), ggml_type_name(res.v))].push_back(il);
+    if (const char * reason = kvt_device_refuses(model, hparams, il, offload, !v_trans, res.k, res.v)) {
+        fallbacks[format("%s/%s: %s", ggml_type_name(res.k), ggml_type_name(res.v), reason)].push_back(il);
         res.k = plan_k ? GGML_TYPE_F16 : res.k;
         res.v = plan_v ? GGML_TYPE_F16 : res.v;
     }

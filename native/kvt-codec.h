@@ -3,6 +3,9 @@
 // Only + - * / sqrt and comparisons of floats, in one order (sums add halves onto halves), to be compiled without
 // contraction: the bytes are the same from every compiler and instruction set. Values are kept within f16's range,
 // and a NaN counts as 0, so that a scale is always finite.
+//
+// A GPU runs the same code. There T threads share a block of N values, and thread j holds values j, j + T, j + 2*T, ...
+// in arrays of N/T: halves are added within a thread first, then across threads.
 #pragma once
 
 #include "ggml.h"
@@ -11,41 +14,76 @@
 #include <cmath>
 #include <cstring>
 
-// (v[0] + v[n/2]) + ..., halves onto halves
-template <int n>
-static inline float kvt_sum(const float * v) {
+#ifdef __CUDACC__
+#define KVT_FN static __device__ __forceinline__
+#define KVT_SHUFFLE(v, bit) __shfl_xor_sync(0xFFFFFFFF, v, bit)
+#else
+#define KVT_FN static inline
+#ifndef KVT_SHUFFLE
+#define KVT_SHUFFLE(v, bit) (v) // that of the thread whose number differs in this bit: there is one thread only
+#endif
+#endif
+
+// (v[0] + v[n/2]) + ..., halves onto halves; n is what a thread holds
+template <int n, int T>
+KVT_FN float kvt_sum(const float * v) {
     if constexpr (n == 1) {
-        return v[0];
+        float s = v[0];
+        for (int bit = T/2; bit > 0; bit /= 2) {
+            s += KVT_SHUFFLE(s, bit);
+        }
+        return s;
     } else {
         float t[n/2];
         for (int j = 0; j < n/2; j++) {
             t[j] = v[j] + v[j + n/2];
         }
-        return kvt_sum<n/2>(t);
+        return kvt_sum<n/2, T>(t);
     }
 }
 
-template <int n>
-static inline float kvt_max(const float * v) {
+template <int n, int T>
+KVT_FN float kvt_max(const float * v) {
     if constexpr (n == 1) {
-        return v[0];
+        float s = v[0];
+        for (int bit = T/2; bit > 0; bit /= 2) {
+            const float other = KVT_SHUFFLE(s, bit);
+            s = s > other ? s : other;
+        }
+        return s;
     } else {
         float t[n/2];
         for (int j = 0; j < n/2; j++) {
             t[j] = v[j] > v[j + n/2] ? v[j] : v[j + n/2];
         }
-        return kvt_max<n/2>(t);
+        return kvt_max<n/2, T>(t);
     }
 }
 
 // |x| within f16's range
-template <int N>
-static inline void kvt_abs(const float * x, float * a) {
-    for (int i = 0; i < N; i++) {
+template <int n>
+KVT_FN void kvt_abs(const float * x, float * a) {
+    for (int i = 0; i < n; i++) {
         const float v = x[i] > 0.0f ? x[i] : 0.0f - x[i]; // +0 for both zeros
         const float w = v < 65504.0f ? v : 65504.0f; // NaN is not less, ...
         a[i] = v == v ? w : 0.0f;                    // ... and not itself
     }
+}
+
+KVT_FN kvt_half kvt_to_half(float v) {
+#ifdef __CUDACC__
+    return __half_as_ushort(__float2half_rn(v));
+#else
+    return ggml_fp32_to_fp16(v);
+#endif
+}
+
+KVT_FN float kvt_from_half(kvt_half d) {
+#ifdef __CUDACC__
+    return __half2float(__ushort_as_half(d));
+#else
+    return ggml_fp16_to_fp32(d);
+#endif
 }
 
 // a scale, and by how much it lowers the squared error: the larger, the better
@@ -55,53 +93,53 @@ struct kvt_fit {
 };
 
 //
-// symmetric levels: B::level, the positive half, ascending
+// symmetric levels: B::level(k), the positive half, ascending
 //
 
 // the level of |x|, given the thresholds t between neighbours
 template <typename B>
-static inline float kvt_nearest(float a, const float * t) {
-    float m = B::level[0];
+KVT_FN float kvt_nearest(float a, const float * t) {
+    float m = B::level(0);
     for (int k = 0; k + 1 < B::n_level; k++) {
-        m += a > t[k] ? B::level[k + 1] - B::level[k] : 0.0f;
+        m += a > t[k] ? B::level(k + 1) - B::level(k) : 0.0f;
     }
     return m;
 }
 
 template <typename B>
-static inline void kvt_thresholds(float d, float * t) {
+KVT_FN void kvt_thresholds(float d, float * t) {
     for (int k = 0; k + 1 < B::n_level; k++) {
-        t[k] = d*(0.5f*(B::level[k] + B::level[k + 1]));
+        t[k] = d*(0.5f*(B::level(k) + B::level(k + 1)));
     }
 }
 
 // rounds of: each value to its nearest level, then the scale with the least squared error for these levels
-template <typename B, int N>
-static inline kvt_fit kvt_refit(const float * a, float d, int n_round) {
+template <typename B, int N, int T>
+KVT_FN kvt_fit kvt_refit(const float * a, float d, int n_round) {
     kvt_fit res = { d, 0.0f };
     for (int r = 0; r < n_round; r++) {
         float t[B::n_level];
         kvt_thresholds<B>(res.d, t);
-        float am[N];
-        float mm[N];
-        for (int i = 0; i < N; i++) {
+        float am[N/T];
+        float mm[N/T];
+        for (int i = 0; i < N/T; i++) {
             const float m = kvt_nearest<B>(a[i], t);
             am[i] = a[i]*m;
             mm[i] = m*m;
         }
-        const float sum_am = kvt_sum<N>(am);
-        const float sum_mm = kvt_sum<N>(mm);
+        const float sum_am = kvt_sum<N/T, T>(am);
+        const float sum_mm = kvt_sum<N/T, T>(mm);
         res = { sum_am/sum_mm, sum_am*(sum_am/sum_mm) };
     }
     return res;
 }
 
 // codes of the values under a scale as it is stored; 2*n_level codes, ascending with the level
-template <typename B, int N>
-static inline void kvt_codes(const float * x, const float * a, float d, uint8_t * c) {
+template <typename B, int n>
+KVT_FN void kvt_codes(const float * x, const float * a, float d, uint8_t * c) {
     float t[B::n_level];
     kvt_thresholds<B>(d, t);
-    for (int i = 0; i < N; i++) {
+    for (int i = 0; i < n; i++) {
         int m = 0;
         for (int k = 0; k + 1 < B::n_level; k++) {
             m += a[i] > t[k];
@@ -112,29 +150,31 @@ static inline void kvt_codes(const float * x, const float * a, float d, uint8_t 
 
 struct kvt_levels_q2 {
     static const int n_level = 2;
-    static constexpr float  level[]  = { 3, 10 };
     static constexpr int8_t levels[] = KVT_LEVELS_Q2;
 
+    KVT_FN float level(int k) { return k == 0 ? 3 : 10; }
+
     // from where the scale of a normal distribution is best: its outer level is at 1.51 standard deviations (Lloyd, Max)
-    template <int N> static inline float fit(const float * a) {
-        float aa[N];
-        for (int i = 0; i < N; i++) {
+    template <int N, int T> KVT_FN float fit(const float * a) {
+        float aa[N/T];
+        for (int i = 0; i < N/T; i++) {
             aa[i] = a[i]*a[i];
         }
-        return kvt_refit<kvt_levels_q2, N>(a, sqrtf(kvt_sum<N>(aa)/N)*(1.51f/10), 3).d;
+        return kvt_refit<kvt_levels_q2, N, T>(a, sqrtf(kvt_sum<N/T, T>(aa)/N)*(1.51f/10), 3).d;
     }
 };
 
 struct kvt_levels_q3 {
     static const int n_level = 4;
-    static constexpr float  level[]  = { 14, 45, 79, 127 };
     static constexpr int8_t levels[] = KVT_LEVELS_Q3;
 
+    KVT_FN float level(int k) { return k == 0 ? 14 : k == 1 ? 45 : k == 2 ? 79 : 127; }
+
     // eight levels have several minima, and the best is near the maximum: two starts below it
-    template <int N> static inline float fit(const float * a) {
-        const float top = kvt_max<N>(a);
-        const kvt_fit lo = kvt_refit<kvt_levels_q3, N>(a, top*(0.75f/127), 2);
-        const kvt_fit hi = kvt_refit<kvt_levels_q3, N>(a, top*(0.95f/127), 2);
+    template <int N, int T> KVT_FN float fit(const float * a) {
+        const float top = kvt_max<N/T, T>(a);
+        const kvt_fit lo = kvt_refit<kvt_levels_q3, N, T>(a, top*(0.75f/127), 2);
+        const kvt_fit hi = kvt_refit<kvt_levels_q3, N, T>(a, top*(0.95f/127), 2);
         return hi.gain > lo.gain ? hi.d : lo.d;
     }
 };
@@ -169,20 +209,26 @@ static inline int8_t kvt_level(uint8_t c) {
 }
 
 //
-// the types: encode, and the levels of a block, which times d are its values
+// the types. quantize: the scale, and the codes of what a thread holds; pack and levels: of a whole block
 //
 
+template <typename B, int N>
+struct kvt_codec_levels {
+    template <int T> KVT_FN kvt_half quantize(const float * x, uint8_t * c) {
+        float a[N/T];
+        kvt_abs<N/T>(x, a);
+        const kvt_half d = kvt_to_half(B::template fit<N, T>(a));
+        kvt_codes<B, N/T>(x, a, kvt_from_half(d), c);
+        return d;
+    }
+};
+
 template <typename block, int N>
-struct kvt_codec_q2 {
+struct kvt_codec_q2 : kvt_codec_levels<kvt_levels_q2, N> {
     static const int n = N;
     typedef block block_t;
 
-    static void encode(const float * x, block * y) {
-        float a[N];
-        uint8_t c[N];
-        kvt_abs<N>(x, a);
-        y->d = ggml_fp32_to_fp16(kvt_levels_q2::fit<N>(a));
-        kvt_codes<kvt_levels_q2, N>(x, a, ggml_fp16_to_fp32(y->d), c);
+    static void pack(const uint8_t * c, block * y) {
         kvt_pack2<N>(c, y->qs);
     }
 
@@ -196,16 +242,11 @@ struct kvt_codec_q2 {
 };
 
 template <typename block, int N>
-struct kvt_codec_q3 {
+struct kvt_codec_q3 : kvt_codec_levels<kvt_levels_q3, N> {
     static const int n = N;
     typedef block block_t;
 
-    static void encode(const float * x, block * y) {
-        float a[N];
-        uint8_t c[N];
-        kvt_abs<N>(x, a);
-        y->d = ggml_fp32_to_fp16(kvt_levels_q3::fit<N>(a));
-        kvt_codes<kvt_levels_q3, N>(x, a, ggml_fp16_to_fp32(y->d), c);
+    static void pack(const uint8_t * c, block * y) {
         kvt_pack2<N>(c, y->qs);
         for (int i = 0; i < N/8; i++) {
             int h = 0;
@@ -240,9 +281,9 @@ struct kvt_codec_q6_32 {
     typedef kvt_block_q6_32 block_t;
 
     // x/d to the nearest of -32..31; d = 0 gives 0
-    static inline void round(const float * x, float d, float * q) {
+    template <int T> KVT_FN void round(const float * x, float d, float * q) {
         const float inv = d > 1e-30f || d < -1e-30f ? 1.0f/d : 0.0f;
-        for (int i = 0; i < n; i++) {
+        for (int i = 0; i < n/T; i++) {
             float v = x[i]*inv;
             v = v > -32.0f ? v : -32.0f;
             v = v <  31.0f ? v :  31.0f;
@@ -250,45 +291,48 @@ struct kvt_codec_q6_32 {
         }
     }
 
-    static inline kvt_fit refit(const float * x, float d) {
-        float q[n];
-        round(x, d, q);
-        float xq[n];
-        float qq[n];
-        for (int i = 0; i < n; i++) {
+    template <int T> KVT_FN kvt_fit refit(const float * x, float d) {
+        float q[n/T];
+        round<T>(x, d, q);
+        float xq[n/T];
+        float qq[n/T];
+        for (int i = 0; i < n/T; i++) {
             xq[i] = x[i]*q[i];
             qq[i] = q[i]*q[i];
         }
-        const float sum_xq = kvt_sum<n>(xq);
-        const float sum_qq = kvt_sum<n>(qq);
+        const float sum_xq = kvt_sum<n/T, T>(xq);
+        const float sum_qq = kvt_sum<n/T, T>(qq);
         return sum_qq > 0.0f ? kvt_fit { sum_xq/sum_qq, sum_xq*(sum_xq/sum_qq) } : kvt_fit { 0.0f, 0.0f };
     }
 
     // the largest value is given one of the two lowest codes, the sign of d follows from it
-    static void encode(const float * x, kvt_block_q6_32 * y) {
-        float a[n], v[n], q[n];
-        kvt_abs<n>(x, a);
-        for (int i = 0; i < n; i++) {
+    template <int T> KVT_FN kvt_half quantize(const float * x, uint8_t * c) {
+        float a[n/T], v[n/T], q[n/T];
+        kvt_abs<n/T>(x, a);
+        for (int i = 0; i < n/T; i++) {
             v[i] = x[i] < 0.0f ? -a[i] : a[i];
         }
-        const float top = kvt_max<n>(a);
-        const float end = kvt_max<n>(v) == top ? top : -top;
-        const kvt_fit lo = refit(v, end/-32);
-        const kvt_fit hi = refit(v, end/-31);
-        y->d = ggml_fp32_to_fp16(hi.gain > lo.gain ? hi.d : lo.d);
-        round(v, ggml_fp16_to_fp32(y->d), q);
-
-        uint8_t c[n];
-        for (int i = 0; i < n; i++) {
+        const float top = kvt_max<n/T, T>(a);
+        const float end = kvt_max<n/T, T>(v) == top ? top : -top;
+        const kvt_fit lo = refit<T>(v, end/-32);
+        const kvt_fit hi = refit<T>(v, end/-31);
+        const kvt_half d = kvt_to_half(hi.gain > lo.gain ? hi.d : lo.d);
+        round<T>(v, kvt_from_half(d), q);
+        for (int i = 0; i < n/T; i++) {
             c[i] = (uint8_t) ((int) q[i] + 32);
         }
+        return d;
+    }
+
+    static void pack(const uint8_t * c, kvt_block_q6_32 * y) {
+        uint8_t h[n];
         for (int i = 0; i < 16; i++) {
             y->ql[i] = (c[i] & 15) | (c[i + 16] & 15) << 4;
         }
         for (int i = 0; i < n; i++) {
-            c[i] >>= 4;
+            h[i] = c[i] >> 4;
         }
-        kvt_pack2<n>(c, y->qh);
+        kvt_pack2<n>(h, y->qh);
     }
 
     static void levels(const kvt_block_q6_32 * x, int8_t * l) {
@@ -313,7 +357,10 @@ typedef kvt_codec_q3<kvt_block_q3_32, 32> kvt_codec_q3_32;
 template <typename C>
 static inline void kvt_encode_row(const float * x, void * y, int64_t k) {
     for (int64_t ib = 0; ib < k/C::n; ib++) {
-        C::encode(x + ib*C::n, (typename C::block_t *) y + ib);
+        uint8_t c[C::n];
+        typename C::block_t * b = (typename C::block_t *) y + ib;
+        b->d = C::template quantize<1>(x + ib*C::n, c);
+        C::pack(c, b);
     }
 }
 

@@ -1,0 +1,222 @@
+// kvt-codec.cuh - our cache types, and iq4_nl, on a GPU: one kvt_codec<type> each
+// Read four values at a time, as int8 levels in one register: what a dot product with q8_1 takes, and d*level is the value.
+// Written by KVT_THREADS threads for each block, with the code of kvt-codec.h.
+// Host code, too, with the instructions spelled out, so that tests compare it with the CPU's without a GPU.
+#pragma once
+
+#include "kvt-codec.h"
+#include "kvt-quants.h"
+
+static const int KVT_THREADS = 16; // that share a block when it is written
+
+#define KVT_LEVELS_IQ4_NL { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 }
+
+typedef struct { kvt_half d; uint8_t qs[16]; } kvt_block_iq4_nl; // ggml's, with the scale as bits
+
+//
+// instructions
+//
+
+// four bytes out of eight, by the low three bits of each of the four low nibbles of sel
+KVT_FN uint32_t kvt_prmt(uint32_t lo, uint32_t hi, uint32_t sel) {
+#ifdef __CUDACC__
+    return __byte_perm(lo, hi, sel);
+#else
+    const uint64_t bytes = (uint64_t) hi << 32 | lo;
+    uint32_t res = 0;
+    for (int i = 0; i < 4; i++) {
+        res |= (uint32_t) (bytes >> 8*(sel >> 4*i & 7) & 0xFF) << 8*i;
+    }
+    return res;
+#endif
+}
+
+// sum of the products of four int8
+KVT_FN int kvt_dp4a(int a, int b) {
+#ifdef __CUDACC__
+    return ggml_cuda_dp4a(a, b, 0);
+#else
+    int res = 0;
+    for (int i = 0; i < 4; i++) {
+        res += (int8_t) (a >> 8*i) * (int8_t) (b >> 8*i);
+    }
+    return res;
+#endif
+}
+
+// blocks start at even addresses only
+KVT_FN uint32_t kvt_load4(const uint8_t * x) {
+    return ((const uint16_t *) x)[0] | (uint32_t) ((const uint16_t *) x)[1] << 16;
+}
+
+//
+// from codes, one in each byte, to levels
+//
+
+// levels i .. i + 3 as bytes of a word
+template <int n>
+constexpr uint32_t kvt_word(const int (&level)[n], int i) {
+    return (level[i] & 0xFFu) | (level[i + 1] & 0xFFu) << 8 | (level[i + 2] & 0xFFu) << 16 | (level[i + 3] & 0xFFu) << 24;
+}
+
+constexpr int kvt_table_q2[]     = KVT_LEVELS_Q2;
+constexpr int kvt_table_q3[]     = KVT_LEVELS_Q3;
+constexpr int kvt_table_iq4_nl[] = KVT_LEVELS_IQ4_NL;
+
+constexpr uint32_t kvt_q2_0     = kvt_word(kvt_table_q2, 0);
+constexpr uint32_t kvt_q3_0     = kvt_word(kvt_table_q3, 0);
+constexpr uint32_t kvt_q3_4     = kvt_word(kvt_table_q3, 4);
+constexpr uint32_t kvt_iq4_nl_0 = kvt_word(kvt_table_iq4_nl, 0);
+constexpr uint32_t kvt_iq4_nl_4 = kvt_word(kvt_table_iq4_nl, 4);
+constexpr uint32_t kvt_iq4_nl_8 = kvt_word(kvt_table_iq4_nl, 8);
+constexpr uint32_t kvt_iq4_nl_c = kvt_word(kvt_table_iq4_nl, 12);
+
+// one byte each -> one nibble each, in the low half
+KVT_FN uint32_t kvt_nibbles(uint32_t codes) {
+    return kvt_prmt(codes | codes >> 4, 0, 0x4420);
+}
+
+// bits 0, 1, 2, 3 -> bits 2, 6, 10, 14: the third bit of each nibble
+KVT_FN uint32_t kvt_third_bits(uint32_t bits) {
+    return (bits*(0x41 << 2) & 0x0C0C)*9 & 0x4444;
+}
+
+//
+// 2-bit codes of values 4*i .. 4*i + 3 of n; and written from what one thread holds: the codes of values j, j + 16, ...
+//
+
+template <int n>
+KVT_FN uint32_t kvt_read2(const uint8_t * qs, int i) {
+    constexpr int n_word = n/16;
+    return kvt_load4(qs + 4*(i % n_word)) >> 2*(i / n_word) & 0x03030303;
+}
+
+template <int n>
+KVT_FN void kvt_write2(const uint8_t * c, uint8_t * qs, int j) {
+    if (n == 64) {
+        qs[j] = (c[0] & 3) | (c[1] & 3) << 2 | (c[2] & 3) << 4 | (c[3] & 3) << 6;
+        return;
+    }
+    const int own = (c[0] & 3) | (c[1] & 3) << 4;
+    const int far = KVT_SHUFFLE(own, 8); // eight values on
+    if (j < 8) {
+        qs[j] = own | far << 2;
+    }
+}
+
+//
+// the types. levels: of values 4*i .. 4*i + 3; write: the codes that thread j holds
+//
+
+template <typename C>
+struct kvt_cuda_q2 : C {
+    typedef typename C::block_t block_t;
+
+    KVT_FN uint32_t levels(const block_t & x, int i) {
+        return kvt_prmt(kvt_q2_0, 0, kvt_nibbles(kvt_read2<C::n>(x.qs, i)));
+    }
+
+    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
+        kvt_write2<C::n>(c, y->qs, j);
+    }
+};
+
+template <typename C>
+struct kvt_cuda_q3 : C {
+    typedef typename C::block_t block_t;
+
+    KVT_FN uint32_t levels(const block_t & x, int i) {
+        const uint32_t high = x.qh[i/2] >> 4*(i%2) & 0x0F;
+        return kvt_prmt(kvt_q3_0, kvt_q3_4, kvt_nibbles(kvt_read2<C::n>(x.qs, i)) | kvt_third_bits(high));
+    }
+
+    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
+        kvt_write2<C::n>(c, y->qs, j);
+        for (int i = 0; i < C::n/KVT_THREADS; i++) {
+            int bits = (c[i] >> 2) << j;
+            for (int bit = KVT_THREADS/2; bit > 0; bit /= 2) {
+                bits |= KVT_SHUFFLE(bits, bit);
+            }
+            if (j == i) {
+                ((uint16_t *) y->qh)[i] = bits;
+            }
+        }
+    }
+};
+
+template <typename C>
+struct kvt_cuda_q6 : C {
+    typedef typename C::block_t block_t;
+
+    KVT_FN uint32_t levels(const block_t & x, int i) {
+        const uint32_t code     = (kvt_load4(x.ql + 4*(i % 4)) >> 4*(i / 4) & 0x0F0F0F0F) | kvt_read2<C::n>(x.qh, i) << 4;
+        const uint32_t negative = ~code & 0x20202020; // code - 32 as int8: bits 5, 6 and 7 are the sign
+        return (code & 0x1F1F1F1F) | negative*7;
+    }
+
+    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
+        const uint8_t high[2] = { (uint8_t) (c[0] >> 4), (uint8_t) (c[1] >> 4) };
+        y->ql[j] = (c[0] & 15) | (c[1] & 15) << 4;
+        kvt_write2<C::n>(high, y->qh, j);
+    }
+};
+
+// for reading only: ggml has the rest
+struct kvt_cuda_iq4_nl {
+    static const int n = 32;
+    typedef kvt_block_iq4_nl block_t;
+
+    KVT_FN uint32_t levels(const block_t & x, int i) {
+        const uint32_t code = kvt_nibbles(kvt_load4(x.qs + 4*(i % 4)) >> 4*(i / 4) & 0x0F0F0F0F);
+        return kvt_prmt(kvt_prmt(kvt_iq4_nl_0, kvt_iq4_nl_4, code), kvt_prmt(kvt_iq4_nl_8, kvt_iq4_nl_c, code), 0x3210 | (code & 0x8888) >> 1);
+    }
+};
+
+template <ggml_type type> struct kvt_codec { static const int n = 0; }; // not ours
+
+#define KVT_CODEC_CUDA(NAME, name, number, n, bits) \
+    template <> struct kvt_codec<GGML_TYPE_##NAME> : kvt_cuda_q##bits<kvt_codec_##name> {};
+KVT_TYPES(KVT_CODEC_CUDA)
+#undef KVT_CODEC_CUDA
+
+template <> struct kvt_codec<GGML_TYPE_IQ4_NL> : kvt_cuda_iq4_nl {};
+
+//
+// what kernels ask for. row: an array of blocks; i: in fours of values
+//
+
+// dot product with four values of q8_1, whose scale is d
+template <ggml_type type>
+KVT_FN float kvt_dot4(const void * row, int i, int q, float d) {
+    constexpr int n = kvt_codec<type>::n/4;
+    const auto & x = ((const typename kvt_codec<type>::block_t *) row)[i / n];
+    return kvt_from_half(x.d)*d*kvt_dp4a(kvt_codec<type>::levels(x, i % n), q);
+}
+
+template <ggml_type type>
+KVT_FN void kvt_dequantize4(const void * row, int64_t i, float * y) {
+    constexpr int n = kvt_codec<type>::n/4;
+    const auto & x = ((const typename kvt_codec<type>::block_t *) row)[i / n];
+    const uint32_t levels = kvt_codec<type>::levels(x, i % n);
+    const float d = kvt_from_half(x.d);
+    for (int l = 0; l < 4; l++) {
+        y[l] = d*(int8_t) (levels >> 8*l);
+    }
+}
+
+// one block, by KVT_THREADS threads at once
+template <ggml_type type>
+KVT_FN void kvt_encode(const float * x, void * block, int j) {
+    typedef kvt_codec<type> C;
+    float v[C::n/KVT_THREADS];
+    uint8_t c[C::n/KVT_THREADS];
+    for (int i = 0; i < C::n/KVT_THREADS; i++) {
+        v[i] = x[i*KVT_THREADS + j];
+    }
+    const kvt_half d = C::template quantize<KVT_THREADS>(v, c);
+    auto * y = (typename C::block_t *) block;
+    if (j == 0) {
+        y->d = d;
+    }
+    C::write(c, y, j);
+}

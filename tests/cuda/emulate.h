@@ -1,0 +1,91 @@
+// emulate.h - enough of CUDA to run our kernels on the host: threads of a block as fibers that meet at every shuffle
+#pragma once
+
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct float2 { float x, y; };
+static inline float2 make_float2(float x, float y) { return { x, y }; }
+
+static dim3 threadIdx(0, 0, 0);
+static dim3 blockIdx(0, 0, 0);
+
+struct fiber {
+    ucontext_t        context;
+    std::vector<char> stack;
+    uint32_t          slot[2]; // in turns: a thread may be one shuffle ahead of another, not two
+    int               n_shuffle = 0;
+    bool              done      = false;
+};
+
+static std::vector<fiber>            fibers;
+static ucontext_t                    scheduler;
+static const std::function<void()> * fiber_code;
+
+static void fiber_main() {
+    (*fiber_code)();
+    fibers[threadIdx.x].done = true;
+}
+
+template <typename T>
+static T shuffle(T v, int bit) {
+    static_assert(sizeof(T) == 4, "one register");
+    const unsigned self = threadIdx.x;
+    const int      turn = fibers[self].n_shuffle++ % 2;
+    memcpy(&fibers[self].slot[turn], &v, 4);
+    swapcontext(&fibers[self].context, &scheduler); // until every other thread is here
+    memcpy(&v, &fibers[self ^ bit].slot[turn], 4);
+    return v;
+}
+#define KVT_SHUFFLE(v, bit) shuffle(v, bit)
+
+static void run_block(int n_thread, const std::function<void()> & code) {
+    fiber_code = &code;
+    fibers.assign(n_thread, fiber());
+    for (auto & f : fibers) {
+        f.stack.resize(64*1024);
+        getcontext(&f.context);
+        f.context.uc_stack.ss_sp   = f.stack.data();
+        f.context.uc_stack.ss_size = f.stack.size();
+        f.context.uc_link          = &scheduler;
+        makecontext(&f.context, fiber_main, 0);
+    }
+    for (bool running = true; running; ) {
+        running = false;
+        for (threadIdx.x = 0; threadIdx.x < fibers.size(); threadIdx.x++) {
+            if (!fibers[threadIdx.x].done) {
+                swapcontext(&scheduler, &fibers[threadIdx.x].context);
+                running = running || !fibers[threadIdx.x].done;
+            }
+        }
+    }
+    for (const auto & f : fibers) {
+        if (f.n_shuffle != fibers[0].n_shuffle) {
+            printf("FAIL threads of a block took different numbers of shuffles\n");
+            exit(1);
+        }
+    }
+}
+
+// as kernel<<<grid, n_thread>>>
+static void launch(dim3 grid, int n_thread, const std::function<void()> & code) {
+    for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++) {
+        for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) {
+            run_block(n_thread, code);
+        }
+    }
+}

@@ -1,0 +1,41 @@
+"""The CUDA code of our cache types, without a GPU: run on the host, thread by thread, and compared with the CPU's codecs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.native
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Lines "ok|FAIL type what" of tests/cuda/host.cpp, on the library that is tested."""
+    from kvtuner_gguf import native
+
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    headers = sorted(ROOT.glob("build/*/llama.cpp/ggml/include/ggml.h"))
+    if not compiler or not headers:
+        pytest.skip("no C++ compiler" if not compiler else "no source tree in build/: install with 'pip install -e .'")
+    lib, program = native.lib_dir(), tmp_path_factory.mktemp("cuda") / "host"
+    command = [compiler, "-std=c++17", "-O2", "-ffp-contract=off", f"-I{headers[0].parent}", f"-I{ROOT / 'native'}",
+               str(ROOT / "tests/cuda/host.cpp"), f"-L{lib}", "-lggml-base", f"-Wl,-rpath,{lib}", "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[-3000:]
+    return subprocess.run([str(program)], capture_output=True, text=True).stdout.splitlines()
+
+
+def test_device_code_gives_the_bytes_and_values_of_the_cpu(results):
+    assert [line for line in results if not line.startswith("ok ")] == []
+
+
+@pytest.mark.parametrize("name", ["q2_64", "q2_32", "q3_64", "q3_32", "q6_32", "iq4_nl"])
+def test_every_type_is_read_and_ours_are_written(results, name):
+    tried = [line.split(" ", 2)[2] for line in results if line.split(" ", 2)[1] == name]
+    assert sum(what.startswith("dot product") for what in tried) == 3
+    assert sum(what.startswith("set rows") for what in tried) == (0 if name == "iq4_nl" else 2)
