@@ -86,8 +86,8 @@ KVT_FN uint32_t kvt_third_bits(uint32_t bits) {
 //
 
 template <int n>
-KVT_FN uint32_t kvt_read2(const uint8_t * qs, int i) {
-    constexpr int n_word = n/16;
+KVT_FN uint32_t kvt_read2(const uint8_t * qs, unsigned i) {
+    constexpr unsigned n_word = n/16;
     return kvt_load4(qs + 4*(i % n_word)) >> 2*(i / n_word) & 0x03030303;
 }
 
@@ -112,7 +112,7 @@ template <typename C>
 struct kvt_cuda_q2 : C {
     typedef typename C::block_t block_t;
 
-    KVT_FN uint32_t levels(const block_t & x, int i) {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         return kvt_prmt(kvt_q2_0, 0, kvt_nibbles(kvt_read2<C::n>(x.qs, i)));
     }
 
@@ -125,7 +125,7 @@ template <typename C>
 struct kvt_cuda_q3 : C {
     typedef typename C::block_t block_t;
 
-    KVT_FN uint32_t levels(const block_t & x, int i) {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         const uint32_t high = x.qh[i/2] >> 4*(i%2) & 0x0F;
         return kvt_prmt(kvt_q3_0, kvt_q3_4, kvt_nibbles(kvt_read2<C::n>(x.qs, i)) | kvt_third_bits(high));
     }
@@ -148,7 +148,7 @@ template <typename C>
 struct kvt_cuda_q6 : C {
     typedef typename C::block_t block_t;
 
-    KVT_FN uint32_t levels(const block_t & x, int i) {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         const uint32_t code     = (kvt_load4(x.ql + 4*(i % 4)) >> 4*(i / 4) & 0x0F0F0F0F) | kvt_read2<C::n>(x.qh, i) << 4;
         const uint32_t negative = ~code & 0x20202020; // code - 32 as int8: bits 5, 6 and 7 are the sign
         return (code & 0x1F1F1F1F) | negative*7;
@@ -166,7 +166,7 @@ struct kvt_cuda_iq4_nl {
     static const int n = 32;
     typedef kvt_block_iq4_nl block_t;
 
-    KVT_FN uint32_t levels(const block_t & x, int i) {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         const uint32_t code = kvt_nibbles(kvt_load4(x.qs + 4*(i % 4)) >> 4*(i / 4) & 0x0F0F0F0F);
         return kvt_prmt(kvt_prmt(kvt_iq4_nl_0, kvt_iq4_nl_4, code), kvt_prmt(kvt_iq4_nl_8, kvt_iq4_nl_c, code), 0x3210 | (code & 0x8888) >> 1);
     }
@@ -187,15 +187,15 @@ template <> struct kvt_codec<GGML_TYPE_IQ4_NL> : kvt_cuda_iq4_nl {};
 
 // dot product with four values of q8_1, whose scale is d
 template <ggml_type type>
-KVT_FN float kvt_dot4(const void * row, int i, int q, float d) {
-    constexpr int n = kvt_codec<type>::n/4;
+KVT_FN float kvt_dot4(const void * row, unsigned i, int q, float d) {
+    constexpr unsigned n = kvt_codec<type>::n/4;
     const auto & x = ((const typename kvt_codec<type>::block_t *) row)[i / n];
     return kvt_from_half(x.d)*d*kvt_dp4a(kvt_codec<type>::levels(x, i % n), q);
 }
 
 template <ggml_type type>
-KVT_FN void kvt_dequantize4(const void * row, int64_t i, float * y) {
-    constexpr int n = kvt_codec<type>::n/4;
+KVT_FN void kvt_dequantize4(const void * row, unsigned i, float * y) {
+    constexpr unsigned n = kvt_codec<type>::n/4;
     const auto & x = ((const typename kvt_codec<type>::block_t *) row)[i / n];
     const uint32_t levels = kvt_codec<type>::levels(x, i % n);
     const float d = kvt_from_half(x.d);

@@ -9,6 +9,7 @@ macro(kvt_cuda_pairs)
 
     # a cache of f32 is cast to f16 by the graph; bf16 is no planner's choice, and beside itself only
     file(READ ${CMAKE_CURRENT_SOURCE_DIR}/native/kvt-quants.h kvt_text)
+    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/native/kvt-quants.h)
     string(REGEX MATCH "#define KVT_CACHE_TYPES\\(X\\)[^#]*" kvt_text "${kvt_text}")
     string(REGEX MATCHALL "X\\([A-Z][A-Z0-9_]+\\)" kvt_types "${kvt_text}")
     list(TRANSFORM kvt_types REPLACE "X\\((.*)\\)" "\\1")

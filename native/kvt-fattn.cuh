@@ -22,7 +22,7 @@ template <ggml_type type, typename T, int ne>
 static __device__ __forceinline__ void kvt_dequantize_V(const void * __restrict__ V, void * __restrict__ dst, const int64_t i0) {
     static_assert(ne == 4, "bad ne");
     float y[ne];
-    kvt_dequantize4<type>(V, i0/ne, y);
+    kvt_dequantize4<type>(V, unsigned(i0)/ne, y);
 #pragma unroll
     for (int l = 0; l < ne; l++) {
         ((T *) dst)[l] = y[l];
