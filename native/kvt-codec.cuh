@@ -98,9 +98,9 @@ KVT_FN void kvt_write2(const uint8_t * c, uint8_t * qs, int j) {
         return;
     }
     const int own = (c[0] & 3) | (c[1] & 3) << 4;
-    const int far = KVT_SHUFFLE(own, 8); // eight values on
+    const int next = KVT_SHUFFLE(own, 8); // eight values on
     if (j < 8) {
-        qs[j] = own | far << 2;
+        qs[j] = own | next << 2;
     }
 }
 
