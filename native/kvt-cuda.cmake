@@ -3,13 +3,14 @@
 
 set(KVTUNER_CUDA_PAIRS all CACHE STRING "K-V pairs with a decoding kernel: all, or a list as q8_0-q4_0;q3_64-q2_64")
 
+set(KVT_CUDA_DIR ${CMAKE_CURRENT_LIST_DIR})
+
 # sets KVT_PAIRS, KVT_PAIRS_OURS and, for ggml-cuda, GGML_CUDA_FA_QUANTS
 macro(kvt_cuda_pairs)
     set(KVT_GGML_FA_TYPES q4_0 q4_1 q5_0 q5_1 q8_0 bf16 f16)
 
     # a cache of f32 is cast to f16 by the graph; bf16 is no planner's choice, and beside itself only
-    file(READ ${CMAKE_CURRENT_SOURCE_DIR}/native/kvt-quants.h kvt_text)
-    set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/native/kvt-quants.h)
+    file(READ ${KVT_CUDA_DIR}/kvt-quants.h kvt_text)
     string(REGEX MATCH "#define KVT_CACHE_TYPES\\(X\\)[^#]*" kvt_text "${kvt_text}")
     string(REGEX MATCHALL "X\\([A-Z][A-Z0-9_]+\\)" kvt_types "${kvt_text}")
     list(TRANSFORM kvt_types REPLACE "X\\((.*)\\)" "\\1")
