@@ -4,6 +4,7 @@
 #if defined(GGML_USE_HIP) || defined(GGML_USE_MUSA)
 #define kvt_get_vec_dot_KQ   get_vec_dot_KQ
 #define kvt_get_dequantize_V get_dequantize_V
+template <ggml_type type_k, ggml_type type_v> constexpr __host__ __device__ int kvt_unroll(int n_row) { return n_row; }
 #else
 #include "kvt-codec.cuh"
 
@@ -36,6 +37,12 @@ constexpr __device__ vec_dot_KQ_t kvt_get_vec_dot_KQ() {
     } else {
         return get_vec_dot_KQ<type, D, nthreads>();
     }
+}
+
+// rows of K or V whose loads are in flight at once: all 32 of them would spill registers at head size 256
+template <ggml_type type_k, ggml_type type_v>
+constexpr __host__ __device__ int kvt_unroll(int n_row) {
+    return (kvt_codec<type_k>::n > 0 || kvt_codec<type_v>::n > 0) && n_row > 8 ? 8 : n_row;
 }
 
 template <ggml_type type, typename T, int ne>
