@@ -244,6 +244,12 @@ static void kvt_write(const kvt_attn & a, const kvt_item & it, int r, const floa
 static void kvt_attn_unit(const kvt_attn & a, int64_t i_group, int64_t ic0, int64_t ic1, float * scratch, float * partial) {
     const int64_t i0 = i_group*a.n_items_group, n_state = a.n_rows_item*a.n_row;
     kvt_tile tile(scratch + a.n_items_group*n_state, a.k, a.v, a.n_rows_item);
+    if (a.k.Dp != a.k.D) { // what the rows leave out is multiplied, too
+        memset(tile.tmp, 0, KVT_VW*a.k.Dp*sizeof(float));
+    }
+    if (a.v.Dp != a.v.D) {
+        memset(tile.vt, 0, KVT_TILE*a.v.Dp*sizeof(float));
+    }
 
     for (int64_t i = 0; i < a.n_items_group; i++) {
         kvt_item_begin(a, kvt_item(a, i0 + i), kvt_state(a, scratch + i*n_state), tile);

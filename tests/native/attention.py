@@ -129,6 +129,7 @@ class Operator:
         base.ggml_build_forward_expand(self.graph, self.out)
         self.plan = ggml.cpu.ggml_graph_plan(self.graph, case["n_threads"], None)
         self.work = (c.c_uint8 * self.plan.work_size)()
+        c.memset(self.work, 0xFF, self.plan.work_size)  # NaN, so that nothing is read before it is written
         self.plan.work_data = c.addressof(self.work)
 
     def _mask(self, rng: np.random.Generator) -> np.ndarray:

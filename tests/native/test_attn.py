@@ -43,7 +43,7 @@ EXTRAS = [
 ]  # fmt: skip
 ODD = [
     {"k": k, "v": v, "dk": d, "dv": d, "n_q": n_q, "n_kv": n_kv, "n_threads": n_threads}
-    for (k, v), d, (n_q, n_kv), n_threads in itertools.product((("f16", "f32"), ("bf16", "f16")), (40, 72), ((1, 1), (1, 65), (5, 129)), (1, 2))
+    for (k, v), d, (n_q, n_kv), n_threads in itertools.product((("f16", "f32"), ("bf16", "f16")), (40, 72), ((1, 1), (1, 65), (5, 129), (40, 113)), (1, 2))
 ]
 LONG = [
     {"k": k, "v": v, "n_q": n_q, "n_kv": n_kv, "n_threads": n_threads}
