@@ -192,12 +192,9 @@ struct kvt_row_q3_32 : kvt_row_block<kvt_block_q3_32, 32> {
 
 #ifdef KVT_DOT
 
-// n_rows rows, a multiple of KVT_VW, of n values, nb bytes apart
-typedef void (*kvt_codes_t)(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld);
-
-// as [n/2][ld]: pairs of int16 of each row, of values 0 and 2, 1 and 3, 4 and 6...
-template <typename T>
-static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
+// f(r, i, c): c holds values i to i + 15 of KVT_VW rows from row r on, row r + 4*l + j in lane l of c[j]
+template <typename T, typename F>
+static KVT_INLINE void kvt_each_code(const char * src, size_t nb, int n_rows, int64_t n, F f) {
     for (int r = 0; r < n_rows; r += KVT_VW) {
         for (int64_t b = 0; b < n/T::n; b++) {
             const char * p = src + r*nb + b*sizeof(typename T::block);
@@ -210,38 +207,37 @@ static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int3
             }
             for (int j = 0; j < T::n/16; j++) {
                 const vb a[4] = { c[0][j], c[1][j], c[2][j], c[3][j] };
-                vi x[4];
-                vb_transpose(a, x);
-                int32_t * y = dst + (b*T::n/2 + j*8)*ld + r;
-                for (int i = 0; i < 4; i++) {
-                    vi_store(y + (2*i + 0)*ld, vi_even(x[i]));
-                    vi_store(y + (2*i + 1)*ld, vi_odd (x[i]));
-                }
+                f(r, b*T::n + 16*j, a);
             }
         }
     }
 }
 
+// n_rows rows, a multiple of KVT_VW, of n values, nb bytes apart
+typedef void (*kvt_codes_t)(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld);
+
+// as [n/2][ld]: pairs of int16 of each row, of values 0 and 2, 1 and 3, 4 and 6...
+template <typename T>
+static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
+    kvt_each_code<T>(src, nb, n_rows, n, [=](int r, int64_t i, const vb * c) KVT_LAMBDA {
+        vi x[4];
+        vb_transpose(c, x);
+        int32_t * y = dst + i/2*ld + r;
+        for (int j = 0; j < 4; j++) {
+            vi_store(y + (2*j + 0)*ld, vi_even(x[j]));
+            vi_store(y + (2*j + 1)*ld, vi_odd (x[j]));
+        }
+    });
+}
+
 // as [n_rows/2][ld]: pairs of int16 of rows 2i and 2i + 1
 template <typename T>
 static void kvt_codes_v(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
-    for (int r = 0; r < n_rows; r += KVT_VW) {
-        for (int64_t b = 0; b < n/T::n; b++) {
-            const char * p = src + r*nb + b*sizeof(typename T::block);
-            vb c[4][T::n/16];
-            size_t step = nb;
-            for (int i = 0; i < 4; i++) {
-                KVT_OPAQUE(step);
-                T::codes(p, step, c[i]);
-                p += step;
-            }
-            for (int j = 0; j < T::n/16; j++) {
-                int32_t * y = dst + r/2*ld + b*T::n + j*16;
-                vb_interleave(c[0][j], c[1][j], y,      ld);
-                vb_interleave(c[2][j], c[3][j], y + ld, ld);
-            }
-        }
-    }
+    kvt_each_code<T>(src, nb, n_rows, n, [=](int r, int64_t i, const vb * c) KVT_LAMBDA {
+        int32_t * y = dst + r/2*ld + i;
+        vb_interleave(c[0], c[1], y,      ld);
+        vb_interleave(c[2], c[3], y + ld, ld);
+    });
 }
 
 // d and, if the type has it, m, f16, as [blocks][ld]

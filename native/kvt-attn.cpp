@@ -59,7 +59,7 @@ static bool kvt_attn_supports(const ggml_tensor * dst) {
         (!mask || (mask->type == GGML_TYPE_F16 && mask->nb[0] == sizeof(ggml_fp16_t))) && (!sinks || sinks->type == GGML_TYPE_F32);
 }
 
-static kvt_attn kvt_attn_plan(const ggml_tensor * dst, int n_threads) {
+static kvt_attn kvt_attn_plan(const ggml_tensor * dst) {
     kvt_attn a = {};
     a.q = dst->src[0], a.k = kvt_side(dst->src[1]), a.v = kvt_side(dst->src[2]), a.mask = dst->src[3], a.sinks = dst->src[4];
 
@@ -78,25 +78,25 @@ static kvt_attn kvt_attn_plan(const ggml_tensor * dst, int n_threads) {
     }
     a.n_groups = a.n_items_head*n_head_kv*n_stream/a.n_items_group;
 
-    // few groups, as in decode: split the KV range as well, so that each thread has the same number of units
-    const int64_t tiles = (a.n_kv + KVT_TILE - 1)/KVT_TILE;
-    a.n_split = a.n_groups < 4*n_threads ? std::min(n_threads/std::gcd<int64_t>(a.n_groups, n_threads), tiles) : 1;
-
     a.n_row     = GGML_PAD(kvt_q_size(a.k) + a.v.Dp + (int64_t) (sizeof(kvt_row)/sizeof(float)), 16);
     a.n_scratch = a.n_items_group*a.n_rows_item*a.n_row + kvt_tile::size(a.k, a.v, a.n_rows_item);
+    a.n_split   = 1;
     return a;
+}
+
+// few groups, as in decode: split the KV range as well, so that each thread has the same number of units
+static int64_t kvt_attn_split(const kvt_attn & a, int64_t n_threads) {
+    const int64_t n_tiles = (a.n_kv + KVT_TILE - 1)/KVT_TILE;
+    return a.n_groups < 4*n_threads ? std::min(n_threads/std::gcd(a.n_groups, n_threads), n_tiles) : 1;
 }
 
 size_t kvt_attn_work_size(const ggml_tensor * dst, int n_threads) {
     if (!kvt_attn_supports(dst)) {
         return 0;
     }
-    size_t size = 0;
-    for (int n = 1; n <= n_threads; n++) {
-        const kvt_attn a = kvt_attn_plan(dst, n);
-        size = std::max(size, sizeof(float)*(n*a.n_scratch + a.n_partials()) + 64);
-    }
-    return size;
+    kvt_attn a = kvt_attn_plan(dst);
+    a.n_split  = n_threads; // at most
+    return sizeof(float)*(n_threads*a.n_scratch + (a.n_groups < 4*n_threads ? a.n_partials() : 0)) + 64;
 }
 
 //
@@ -309,8 +309,9 @@ bool kvt_attn_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     }
     const int ith = params->ith, nth = params->nth;
 
-    kvt_attn a = kvt_attn_plan(dst, nth);
-    a.dst = dst;
+    kvt_attn a = kvt_attn_plan(dst);
+    a.n_split  = kvt_attn_split(a, nth);
+    a.dst      = dst;
     memcpy(&a.scale,    (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
     memcpy(&a.softcap,  (const float *) dst->op_params + 2, sizeof(float));

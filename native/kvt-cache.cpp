@@ -87,15 +87,15 @@ ggml_type kvt_cache::accept(uint32_t il, const char * side, ggml_type type, uint
         return type == KVT_TYPE_NONE ? GGML_TYPE_F16 : type;
     }
     if (head_dim % ggml_blck_size(type) != 0) {
-        fallbacks[format("%s %s: head_dim %u is not a multiple of its block of %d", side, ggml_type_name(type), head_dim, (int) ggml_blck_size(type))].push_back(il);
+        departures[format("%s %s: head_dim %u is not a multiple of its block of %d: f16 there", side, ggml_type_name(type), head_dim, (int) ggml_blck_size(type))].push_back(il);
         return GGML_TYPE_F16;
     }
     if (needs_fa && v_trans) {
-        fallbacks[format("%s %s needs flash attention, which is off: turn it on (-fa on, flash_attn=True)", side, ggml_type_name(type))].push_back(il);
+        departures[format("%s %s needs flash attention, which is off: turn it on (-fa on, flash_attn=True): f16 there", side, ggml_type_name(type))].push_back(il);
         return GGML_TYPE_F16;
     }
     if (needs_fa && (model.arch == LLM_ARCH_T5 || model.arch == LLM_ARCH_T5ENCODER)) {
-        fallbacks[format("%s %s: this architecture has a bias on KQ, so its attention is not fused", side, ggml_type_name(type))].push_back(il);
+        departures[format("%s %s: this architecture has a bias on KQ, so its attention is not fused: f16 there", side, ggml_type_name(type))].push_back(il);
         return GGML_TYPE_F16;
     }
     return type;
@@ -117,7 +117,7 @@ kvt_cache_types kvt_cache::types(uint32_t il) {
     }
 
     if (const char * reason = kvt_device_refuses(model, hparams, il, offload, !v_trans, res.k, res.v)) {
-        fallbacks[format("%s/%s: %s", ggml_type_name(res.k), ggml_type_name(res.v), reason)].push_back(il);
+        departures[format("%s/%s: %s: f16 there", ggml_type_name(res.k), ggml_type_name(res.v), reason)].push_back(il);
         res.k = plan_k ? GGML_TYPE_F16 : res.k;
         res.v = plan_v ? GGML_TYPE_F16 : res.v;
     }
@@ -133,11 +133,11 @@ const kvt_cond_layer * kvt_cache::cond(uint32_t il, ggml_backend_buffer_type_t b
         return nullptr;
     }
     if (hparams.n_lora_kv > 0 || hparams.is_mla()) {
-        k_refused["K cannot be conditioned with MLA: it is cached as it is"].push_back(il);
+        departures["K cannot be conditioned with MLA: it is cached as it is"].push_back(il);
         return nullptr;
     }
     if (model.split_mode() == LLAMA_SPLIT_MODE_TENSOR) {
-        k_refused["K cannot be conditioned where heads are split over devices (-sm tensor): it is cached as it is"].push_back(il);
+        departures["K cannot be conditioned where heads are split over devices (-sm tensor): it is cached as it is"].push_back(il);
         return nullptr;
     }
 
@@ -147,7 +147,7 @@ const kvt_cond_layer * kvt_cache::cond(uint32_t il, ggml_backend_buffer_type_t b
     const bool capped = hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK;
     const bool sinks  = il < model.layers.size() && model.layers[il].attn_sinks;
     if (!vectors.mean.empty() && (capped || sinks)) {
-        k_refused[format("the mean of K is left in, since the attention has %s; its scale applies", sinks ? "sinks" : "a soft cap")].push_back(il);
+        departures[format("the mean of K is left in, since the attention has %s; its scale applies", sinks ? "sinks" : "a soft cap")].push_back(il);
         vectors.mean.clear();
     }
     return vectors.empty() ? nullptr : k_cond.add(il, vectors, hparams.n_head_kv(il), buft);
@@ -165,10 +165,7 @@ void kvt_cache::cond_memory(std::map<ggml_backend_buffer_type_t, size_t> & sizes
 
 std::vector<std::string> kvt_cache::notes() const {
     std::vector<std::string> res;
-    for (const auto & [reason, il] : fallbacks) {
-        res.push_back(format("layers %s: %s: f16 there", kvt_layer_ranges(il).c_str(), reason.c_str()));
-    }
-    for (const auto & [reason, il] : k_refused) {
+    for (const auto & [reason, il] : departures) {
         res.push_back(format("layers %s: %s", kvt_layer_ranges(il).c_str(), reason.c_str()));
     }
     return res;

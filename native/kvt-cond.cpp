@@ -1,6 +1,7 @@
 // kvt-cond.cpp - conditioning of K: read from metadata, kept beside the cache, applied in the graph
 #include "kvt-cond.h"
 #include "kvt.h"
+#include "kvt-hash.h"
 #include "kvt-plan.h"
 
 #include "llama-impl.h"
@@ -198,7 +199,7 @@ ggml_context * kvt_cond::ctx_for(ggml_backend_buffer_type_t buft) {
 const kvt_cond_layer * kvt_cond::add(uint32_t il, const kvt_k_vectors & vectors, int64_t n_head_kv, ggml_backend_buffer_type_t buft) {
     ggml_context * ctx = ctx_for(buft);
 
-    uint64_t hash = 0xcbf29ce484222325ull; // FNV-1a
+    uint64_t hash = KVT_HASH_START;
 
     const auto tensor = [&](const char * name, const std::vector<float> & values) -> ggml_tensor * {
         if (values.empty()) {
@@ -210,10 +211,8 @@ const kvt_cond_layer * kvt_cond::add(uint32_t il, const kvt_k_vectors & vectors,
         return t;
     };
     const auto add_hash = [&](char tag, const std::vector<float> & values) {
-        hash = (hash ^ (uint8_t) tag)*0x100000001b3ull;
-        for (size_t i = 0; i < values.size()*sizeof(float); i++) {
-            hash = (hash ^ ((const uint8_t *) values.data())[i])*0x100000001b3ull;
-        }
+        hash = kvt_hash(hash, &tag, sizeof(tag));
+        hash = kvt_hash(hash, values.data(), values.size()*sizeof(float));
     };
 
     std::vector<float> scale_inv(vectors.scale.size());

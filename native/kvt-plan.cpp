@@ -1,6 +1,7 @@
 // kvt-plan.cpp - the plan of a model: from metadata, from override keys, or set through kvt.h
 #include "kvt.h"
 #include "kvt-plan.h"
+#include "kvt-hash.h"
 #include "kvt-quants.h"
 
 #include "llama-impl.h"
@@ -120,12 +121,8 @@ static std::string kvt_weights_hash(const llama_model_loader & ml) {
     for (const auto & [name, w] : ml.weights_map) {
         sorted[name] = w.tensor;
     }
-    uint64_t h = 0xcbf29ce484222325ull; // FNV-1a
-    const auto add = [&](const std::string & s) {
-        for (const char c : s) {
-            h = (h ^ (uint8_t) c)*0x100000001b3ull;
-        }
-    };
+    uint64_t h = KVT_HASH_START;
+    const auto add = [&](const std::string & s) { h = kvt_hash(h, s.data(), s.size()); };
     for (const auto & [name, t] : sorted) {
         add(name);
         add(std::string(1, '\0') + ggml_type_name(t->type) + std::string(1, '\0'));

@@ -108,9 +108,7 @@ private:
     bool quantized_k = false; // some layer was given a quantized type
     bool quantized_v = false;
 
-    std::map<std::string, std::vector<uint32_t>> fallbacks; // reason -> layers
-
-    std::map<std::string, std::vector<uint32_t>> k_refused; // why K is not conditioned -> layers
+    std::map<std::string, std::vector<uint32_t>> departures; // from the plan: what is done instead, and why -> layers
 
     kvt_cond k_cond;
 
@@ -119,6 +117,16 @@ private:
 
 // names of the types that a cache holds, for a log line: "q8_0", or "q8_0 + q4_0"
 std::string kvt_type_names(const std::vector<ggml_type> & types);
+
+// of a side of layers, each a struct with the tensor at `side`; none: of a layer without one
+template <typename L>
+std::string kvt_type_names(const std::vector<L> & layers, ggml_tensor * L::*side, ggml_type none) {
+    std::vector<ggml_type> types;
+    for (const L & layer : layers) {
+        types.push_back(layer.*side ? (layer.*side)->type : none);
+    }
+    return kvt_type_names(types);
+}
 
 // the type id of a layer in a state file. differs from ggml's only where the data is not rotated though the default rule
 // would rotate it, or is conditioned, so that such a state is never read as other data, and all others stay as stock writes them
