@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import CalibrationError
-from ..plan import Pair
+from ..pair import Pair
 from .results import ErrorTable, Groups, Menus
 
 

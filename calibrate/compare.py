@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError
-from ..plan import Pair, Plan
+from ..pair import Pair
+from ..plan import Plan
 from ..report import Comparison, Row
 from ..runtime import Session
 from .evaluate import make_reference, measure

@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 
-from ..plan import K_SCALE_RANGE, KVectors
+from ..kvectors import K_SCALE_RANGE, KVectors
 from .results import Capture, Conditions, LayerSample
 
 LEAST_GAIN = 0.02  # of the error, for one more operation in every token's graph

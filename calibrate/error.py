@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ..codecs import codec
-from ..plan import KVectors, Pair
+from ..kvectors import KVectors
+from ..pair import Pair
 from .results import Capture, ErrorTable, LayerSample
 
 TypesOfLayer = tuple[Sequence[str], Sequence[str]]  # of K, of V

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CalibrationError
-from ..plan import KVectors, Pair, Quality
+from ..kvectors import KVectors
+from ..pair import Pair
+from ..plan import Quality
 from ..runtime import Context, Session
 
 N_UBATCH = 512  # of all runs that are compared

@@ -16,10 +16,13 @@ import numpy as np
 from .. import native
 from ..default_model import cache_dir
 from ..errors import CalibrationError, KvtunerError
+from ..geometry import Geometry
 from ..gguf_file import weights_hash
 from ..gguf_header import read_header
 from ..codecs import codec
-from ..plan import Geometry, KVectors, Pair, Plan, Quality, vector_bytes, where_quantized
+from ..kvectors import KVectors, vector_bytes, where_quantized
+from ..pair import Pair
+from ..plan import Plan, Quality
 from ..report import Comparison, Row
 from ..runtime import Session
 from .capture import capture

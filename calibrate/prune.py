@@ -8,7 +8,8 @@ import numpy as np
 
 from ..codecs import codec
 from ..errors import CalibrationError
-from ..plan import Geometry, Pair
+from ..geometry import Geometry
+from ..pair import Pair
 from .results import ErrorTable, Menus, non_dominated
 
 

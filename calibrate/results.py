@@ -13,7 +13,8 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import CalibrationError
-from ..plan import KVectors, Pair
+from ..kvectors import KVectors
+from ..pair import Pair
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 
 from ..errors import CalibrationError
-from ..plan import Geometry, Pair
+from ..geometry import Geometry
+from ..pair import Pair
 from .results import Groups, Menus, Trial, Trials
 
 Evaluate = Callable[[tuple[Pair, ...]], float]

@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .errors import CalibrationError, CodecError, KvtunerError, NativeError, PlanError
-from .plan import Geometry, Pair, Plan, Quality
+from .geometry import Geometry
+from .pair import Pair
+from .plan import Plan, Quality
 
 if TYPE_CHECKING:
     from .llama import Llama

@@ -15,7 +15,8 @@ import click
 
 from . import __version__
 from .errors import CalibrationError, KvtunerError, PlanError
-from .plan import Pair, Plan, allocated_pairs
+from .pair import Pair, allocated_pairs
+from .plan import Plan
 
 MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)

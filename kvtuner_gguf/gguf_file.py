@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+from .atomic import atomic_file
 from .errors import PlanError
 from .gguf_header import ARRAY, SCALARS, STRING, Header, Parser, StrPath, opened, read_header
-from .plan import PREFIX, Plan, atomic_file, blamed_on
+from .plan import PREFIX, Plan
+from .values import blamed_on
 
 _CHUNK = 16 << 20
 _NUMBERS = {"u32": 4, "f32": 6}  # of GGUF's value types

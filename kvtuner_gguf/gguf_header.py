@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import BinaryIO
 
 from .errors import PlanError
-from .plan import PREFIX, blamed_on
+from .plan import PREFIX
+from .values import blamed_on
 
 StrPath = str | os.PathLike[str]
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import native
 from .errors import PlanError
-from .plan import Plan, allocated_pairs
+from .pair import allocated_pairs
+from .plan import Plan
 from .runtime import put_in_force
 
 native.library()  # before the first import of llama_cpp

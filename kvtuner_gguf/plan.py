@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-import secrets
-import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, groupby, zip_longest
-from numbers import Integral, Real
+from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, ClassVar
+from typing import ClassVar
 
+from .atomic import atomic_file
 from .codecs import codec
-from .errors import CodecError, PlanError
+from .errors import PlanError
+from .kvectors import KVectors, joined, k_vectors_of, vector_bytes
+from .pair import Pair
+from .values import blamed_on, brief, checked
 
 PREFIX = "kvtuner."
 _QUALITY = (("kld_mean", "f32"), ("kld_p999", "f32"), ("same_top", "f32"), ("n_positions", "u32"))
@@ -41,97 +40,7 @@ _FIELDS = (
 _CALIBRATION = "calibration."
 _CALIBRATION_KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _LAYERS = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?:(\w+)", re.ASCII)
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # would garble a terminal, or has no UTF-8
 _MAX_JSON_BYTES = 64 << 20  # types of a thousand layers are 30 KB; vectors of 80 layers of 64 heads, 128 channels each, 16 MB
-K_SCALE_RANGE = (1e-4, 1e4)  # the run time's
-
-
-@dataclass(frozen=True, order=True)
-class Pair:
-    """The ggml type names of one layer's K and V; both empty for a layer that has no KV of its own."""
-
-    type_k: str
-    type_v: str
-
-    def __post_init__(self) -> None:
-        for name in (self.type_k, self.type_v):
-            if name:
-                codec(name)
-
-    def __str__(self) -> str:
-        return f"{self.type_k}/{self.type_v}"
-
-    @classmethod
-    def parse(cls, text: str) -> Pair:
-        """'q8_0/q4_0' -> Pair; one name stands for both sides. Raises PlanError or CodecError."""
-        names = text.split("/")
-        if len(names) == 1:
-            names *= 2
-        if len(names) != 2 or not all(names):
-            raise PlanError(f"pair '{text}': need K/V, for example q8_0/q4_0, or one type for both.")
-        return cls(*names)
-
-
-def allocated_pairs(layers: Iterable[Any], n_layer: int) -> tuple[Pair, ...]:
-    """One pair per layer from what a context has allocated (native.LayerCache); none for a layer without KV of its own."""
-    found = {layer.il: Pair(layer.type_k, layer.type_v or layer.type_k) for layer in layers}
-    return tuple(found.get(il, Pair("", "")) for il in range(n_layer))
-
-
-@dataclass(frozen=True)
-class KVectors:
-    """How one layer's K is conditioned: cached as (K - mean) / scale, after RoPE, and Q multiplied by scale. See native/kvt-cond.h.
-
-    mean scale  n_head_kv * head_dim values each, head after head, kept as f32; () = none
-    Raises PlanError for lengths that differ, a value that is no finite number, a scale out of K_SCALE_RANGE.
-    """
-
-    mean: tuple[float, ...] = ()
-    scale: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        for key in ("mean", "scale"):
-            object.__setattr__(self, key, tuple(_checked(f"k_{key}", "arr_f32", list(getattr(self, key)))))
-        if self.mean and self.scale and len(self.mean) != len(self.scale):
-            raise PlanError(f"k_mean: got {len(self.mean)} values, k_scale has {len(self.scale)}, need the same. Calibrate again.")
-        low, high = K_SCALE_RANGE
-        if self.scale and not (min(self.scale) >= low and max(self.scale) <= high):
-            raise PlanError(f"k_scale: got {min(self.scale):g} to {max(self.scale):g}, need {low:g} to {high:g}. Calibrate again.")
-
-    def __bool__(self) -> bool:
-        return bool(self.mean or self.scale)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How many values a model caches: what a plan's bytes are computed from.
-
-    values_k values_v  cached values of each layer at n_ctx (cells times row); 0 where a layer has no KV of its own
-    n_ctx              tokens of context at which they are counted
-    """
-
-    values_k: tuple[int, ...]
-    values_v: tuple[int, ...]
-    n_ctx: int
-
-    @property
-    def n_layer(self) -> int:
-        return len(self.values_k)
-
-    def bytes(self, pairs: tuple[Pair, ...], k_vectors: Iterable[KVectors] = ()) -> int:
-        """Bytes of the cache with these pairs, and of the vectors. Raises PlanError if there is not one pair per layer."""
-        if len(pairs) != self.n_layer:
-            raise PlanError(f"plan has {len(pairs)} layers, the model has {self.n_layer}. Calibrate this model again.")
-        total = vector_bytes(k_vectors)
-        for pair, n_k, n_v in zip(pairs, self.values_k, self.values_v):
-            total += codec(pair.type_k or "f16").row_bytes(n_k) if n_k else 0
-            total += codec(pair.type_v or "f16").row_bytes(n_v) if n_v else 0
-        return total
-
-    def bits_per_value(self, pairs: tuple[Pair, ...], k_vectors: Iterable[KVectors] = ()) -> float:
-        """Real bits per cached value, scales and vectors included, averaged over all cached values."""
-        n_values = sum(self.values_k) + sum(self.values_v)
-        return 8 * self.bytes(pairs, k_vectors) / n_values if n_values else 0.0
 
 
 @dataclass(frozen=True)
@@ -151,7 +60,7 @@ class Quality:
 
     def __post_init__(self) -> None:
         for key, kind in _QUALITY:
-            object.__setattr__(self, key, _checked(key, kind, getattr(self, key)))
+            object.__setattr__(self, key, checked(key, kind, getattr(self, key)))
         if not 0 <= self.same_top <= 1:
             raise PlanError(f"same_top: got {self.same_top}, need a share from 0 to 1. Measure again.")
 
@@ -187,12 +96,12 @@ class Plan:
         object.__setattr__(self, "k_vectors", tuple(self.k_vectors) if any(self.k_vectors) else ())
         for key in ("bits_per_value", "rival_bits"):
             if getattr(self, key) is not None:
-                object.__setattr__(self, key, _checked(key, "f32", getattr(self, key)))
+                object.__setattr__(self, key, checked(key, "f32", getattr(self, key)))
         self._check_pairs()
         for key in self.calibration:
             if not isinstance(key, str) or not _CALIBRATION_KEY.fullmatch(key):
                 raise PlanError(f"calibration key {key!r:.60}: need words of a-z, 0-9, _ joined by dots. Rename it.")
-        made = {k: _checked(_CALIBRATION + k, _calibration_kind(v), v) for k, v in self.calibration.items()}
+        made = {k: checked(_CALIBRATION + k, _calibration_kind(v), v) for k, v in self.calibration.items()}
         object.__setattr__(self, "calibration", MappingProxyType(made))
 
     def _check_pairs(self) -> None:
@@ -226,12 +135,12 @@ class Plan:
     @property
     def k_mean(self) -> tuple[float, ...] | None:
         """The means of all layers, one after another; None if there are none."""
-        return _joined(v.mean for v in self.k_vectors)
+        return joined(v.mean for v in self.k_vectors)
 
     @property
     def k_scale(self) -> tuple[float, ...] | None:
         """The scales of all layers, one after another; None if there are none."""
-        return _joined(v.scale for v in self.k_vectors)
+        return joined(v.scale for v in self.k_vectors)
 
     @property
     def k_mean_n_values(self) -> tuple[int, ...] | None:
@@ -310,10 +219,10 @@ class Plan:
     def _from_values(cls, values: Mapping[str, object]) -> Plan:
         if values.get("schema_version") != cls.schema_version:
             raise PlanError(
-                f"schema_version: got {_brief(values.get('schema_version'))}, this version reads {cls.schema_version}. "
+                f"schema_version: got {brief(values.get('schema_version'))}, this version reads {cls.schema_version}. "
                 "Update kvtuner-gguf, or calibrate again."
             )
-        found = {where: _checked(key, kind, values[key]) for key, kind, where in _FIELDS if key in values}
+        found = {where: checked(key, kind, values[key]) for key, kind, where in _FIELDS if key in values}
         with blamed_on("rival"):
             rival = Pair.parse(found["rival"][:80]) if "rival" in found else None
         return cls(
@@ -323,7 +232,7 @@ class Plan:
             rival=rival,
             rival_quality=_quality(found, "rival_quality"),
             rival_bits=found.get("rival_bits"),
-            k_vectors=_k_vectors(found),
+            k_vectors=k_vectors_of(found),
             calibration={k[len(_CALIBRATION) :]: v for k, v in values.items() if k.startswith(_CALIBRATION)},
         )
 
@@ -340,7 +249,7 @@ class Plan:
         except (ValueError, RecursionError) as err:
             raise PlanError(f"plan: not JSON ({err}). Write it with 'kvtuner-gguf', or correct it there.") from err
         if not isinstance(values, dict):
-            raise PlanError(f"plan: got JSON {_brief(values)}, need an object with type_k and type_v. Calibrate again.")
+            raise PlanError(f"plan: got JSON {brief(values)}, need an object with type_k and type_v. Calibrate again.")
         return cls._from_values(values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -379,49 +288,6 @@ def _pairs(type_k: list[str] | None, type_v: list[str] | None) -> tuple[Pair, ..
     return tuple(map(Pair, type_k, type_v))
 
 
-def _k_vectors(found: Mapping[str, Any]) -> tuple[KVectors, ...]:
-    sides: list[list[list[float]]] = []
-    for key in ("k_mean", "k_scale"):
-        values, n_values = found.get(key), found.get(f"{key}_n_values")
-        if (values is None) != (n_values is None):
-            raise PlanError(f"{key}: got it without its n_values or the other way round, need both. Calibrate again.")
-        if values is not None and sum(n_values) != len(values):
-            raise PlanError(f"{key}: got {len(values)} values, {key}.n_values adds up to {sum(n_values)}. Calibrate again.")
-        ends = list(accumulate(n_values or ()))
-        sides.append([values[end - n : end] for n, end in zip(n_values or (), ends)])
-    mean, scale = sides
-    if mean and scale and len(mean) != len(scale):
-        raise PlanError(f"k_scale.n_values: got {len(scale)} layers, k_mean.n_values has {len(mean)}, need the same. Calibrate again.")
-    vectors = []
-    for il, (m, s) in enumerate(zip_longest(mean, scale, fillvalue=())):
-        with blamed_on(f"layer {il}"):
-            vectors.append(KVectors(tuple(m), tuple(s)))
-    return tuple(vectors)
-
-
-def _joined(parts: Iterable[tuple[float, ...]]) -> tuple[float, ...] | None:
-    return tuple(chain.from_iterable(parts)) or None
-
-
-def vector_bytes(k_vectors: Iterable[KVectors]) -> int:
-    """Bytes of the vectors as a plan stores them."""
-    return 4 * sum(len(v.mean) + len(v.scale) for v in k_vectors)
-
-
-def where_quantized(k_vectors: Sequence[KVectors], pairs: Sequence[Pair]) -> tuple[KVectors, ...]:
-    """The vectors of the layers whose K is quantized; elsewhere they would cost time and change nothing."""
-    return tuple(v if p.type_k and codec(p.type_k).block_size > 1 else KVectors() for v, p in zip(k_vectors, pairs))
-
-
-@contextmanager
-def blamed_on(where: object) -> Iterator[None]:
-    """Turns a CodecError or PlanError of the block into a PlanError that starts with where."""
-    try:
-        yield
-    except (CodecError, PlanError) as err:
-        raise PlanError(f"{where}: {err}") from err
-
-
 def _quality(found: Mapping[str, object], name: str) -> Quality | None:
     values = {where[len(name) + 1 :]: value for where, value in found.items() if where.startswith(name + ".")}
     missing = [key for key, kind in _QUALITY if kind == "f32" and key not in values]
@@ -432,72 +298,3 @@ def _quality(found: Mapping[str, object], name: str) -> Quality | None:
 
 def _calibration_kind(value: object) -> str:
     return "str" if isinstance(value, str) else "u32"
-
-
-def _checked(key: str, kind: str, value: object) -> object:
-    """The value as it is stored, or PlanError if it is not of this kind."""
-    if kind == "arr_str" and isinstance(value, (list, tuple)) and all(map(_is_text, value)):
-        return list(value)
-    if kind == "arr_f32" and isinstance(value, (list, tuple)):
-        return [_checked(key, "f32", x) for x in value]
-    if kind == "arr_u32" and isinstance(value, (list, tuple)):
-        return [_checked(key, "u32", x) for x in value]
-    if kind == "str" and _is_text(value):
-        return value
-    if kind == "u32" and isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < 1 << 32:
-        return int(value)
-    if kind == "f32" and isinstance(value, Real) and not isinstance(value, bool):
-        with suppress(OverflowError):
-            if math.isfinite(value):
-                return _shortest_f32(float(value))
-    need = {"arr_str": "an array of strings", "arr_f32": "an array of floats", "arr_u32": "an array of whole numbers", "str": "one line of text", "f32": "a finite 32-bit float"}
-    raise PlanError(f"{key}: got {_brief(value)}, need {need.get(kind, 'a whole number below 2^32')}. Calibrate again.")
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not _CONTROL.search(value)
-
-
-def _shortest_f32(value: float) -> float:
-    """The decimal with the fewest digits that is the same f32, so that JSON and GGUF read back alike."""
-    packed = struct.pack("<f", value)
-    value = struct.unpack("<f", packed)[0]
-    return next(x for x in (float(f"{value:.{n}g}") for n in range(6, 10)) if struct.pack("<f", x) == packed)
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-@contextmanager
-def atomic_file(target: Path, like: os.stat_result | None = None) -> Iterator[BinaryIO]:
-    """A file to write that becomes target when the block ends, and leaves no trace if it does not end well.
-
-    It lies beside the target, is synced and then renamed over it. Mode and owner are those of `like`,
-    else of the target if there is one. Unbuffered: write() may take less than it is given for huge data.
-    Raises OSError; what stood at target is then unchanged.
-    """
-    if like is None and target.exists():
-        like = os.stat(target)
-    temp = target.with_name(f"{target.name[:50]}.{secrets.token_hex(8)}.kvtuner-tmp")  # seen, if a power cut leaves it
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    try:
-        with open(os.open(temp, flags, 0o666 if like is None else 0o600), "w+b", buffering=0) as out:
-            yield out
-            os.fsync(out.fileno())
-        if like is not None:
-            with suppress(AttributeError, OSError):  # only root may give a file away; Windows has no owners
-                os.chown(temp, like.st_uid, like.st_gid)
-            os.chmod(temp, like.st_mode & 0o7777)
-        os.replace(temp, target)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temp)
-        raise
-    with suppress(OSError):  # makes the rename durable, where the system knows how: Windows does not
-        fd = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

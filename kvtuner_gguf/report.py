@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .plan import Geometry, Pair, Plan, Quality
+from .geometry import Geometry
+from .pair import Pair
+from .plan import Plan, Quality
 
 MIB = 1024 * 1024
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from . import native
 from .errors import NativeError
-from .plan import Geometry, KVectors, Pair
+from .geometry import Geometry
+from .kvectors import KVectors
+from .pair import Pair
 
 
 def default_threads() -> int:

@@ -26,7 +26,8 @@ from kvtuner_gguf.calibrate.evaluate import make_reference, measure
 from kvtuner_gguf.calibrate.results import Capture, LayerSample
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
 from kvtuner_gguf.codecs import CODECS
-from kvtuner_gguf.plan import Pair, Plan
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.runtime import Session
 
 RoundTrip = Callable[[np.ndarray], np.ndarray]

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-from kvtuner_gguf.plan import KVectors, Pair
+from kvtuner_gguf.kvectors import KVectors
+from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.runtime import Context, Session
 
 N_GEN = 32

@@ -12,7 +12,7 @@ from kvtuner_gguf.calibrate.condition import condition
 from kvtuner_gguf.calibrate.error import attention_scores, k_error
 from kvtuner_gguf.calibrate.evaluate import make_reference, measure
 from kvtuner_gguf.calibrate.text import chunks_of
-from kvtuner_gguf.plan import Pair
+from kvtuner_gguf.pair import Pair
 
 pytestmark = [pytest.mark.native, pytest.mark.model]
 N_CTX = 512

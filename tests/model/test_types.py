@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvtuner_gguf.calibrate.evaluate import Chunks, Reference, make_reference, measure
-from kvtuner_gguf.plan import Pair
+from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.runtime import Session
 
 pytestmark = [pytest.mark.native, pytest.mark.model]

@@ -9,7 +9,9 @@ import numpy as np
 from gguf import GGUFValueType
 from models import BOS, FIRST_BYTE
 
-from kvtuner_gguf.plan import KVectors, Pair, Plan
+from kvtuner_gguf.kvectors import KVectors
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.plan import Plan
 
 if TYPE_CHECKING:
     from kvtuner_gguf.runtime import Context

@@ -13,7 +13,8 @@ from test_state import assert_refused, every_kind, restore, save, saved
 from kvtuner_gguf import native
 from kvtuner_gguf.errors import NativeError, PlanError
 from kvtuner_gguf.gguf_file import read_plan, write_plan
-from kvtuner_gguf.plan import KVectors, Plan
+from kvtuner_gguf.kvectors import KVectors
+from kvtuner_gguf.plan import Plan
 
 pytestmark = pytest.mark.native
 

@@ -8,7 +8,7 @@ from running import feed, metadata, mixture, prompt, uniform
 from kvtuner_gguf import native
 from kvtuner_gguf.codecs import CODECS
 from kvtuner_gguf.errors import CodecError, NativeError
-from kvtuner_gguf.plan import Pair
+from kvtuner_gguf.pair import Pair
 
 pytestmark = pytest.mark.native
 

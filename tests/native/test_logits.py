@@ -5,7 +5,7 @@ import pytest
 from running import feed, mixture, prompt, uniform
 
 from kvtuner_gguf.codecs import CODECS
-from kvtuner_gguf.plan import Pair
+from kvtuner_gguf.pair import Pair
 
 pytestmark = pytest.mark.native
 

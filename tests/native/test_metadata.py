@@ -15,7 +15,8 @@ from kvtuner_gguf import native
 from kvtuner_gguf.errors import NativeError
 from kvtuner_gguf.gguf_file import weights_hash, write_plan
 from kvtuner_gguf.gguf_header import read_header
-from kvtuner_gguf.plan import Pair, Plan
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.plan import Plan
 
 pytestmark = pytest.mark.native
 

@@ -5,7 +5,7 @@ import pytest
 from running import MIXTURE, feed, prompt
 
 from kvtuner_gguf.codecs import CODECS
-from kvtuner_gguf.plan import Pair
+from kvtuner_gguf.pair import Pair
 
 pytestmark = pytest.mark.native
 

@@ -7,7 +7,7 @@ from kvtuner_gguf.calibrate.cluster import cluster
 from kvtuner_gguf.calibrate.prune import pareto_menus
 from kvtuner_gguf.calibrate.results import ErrorTable, Groups, Menus
 from kvtuner_gguf.errors import CalibrationError
-from kvtuner_gguf.plan import Pair
+from kvtuner_gguf.pair import Pair
 
 PAIRS = tuple(map(Pair.parse, ("q8_0", "q8_0/q4_0", "q4_0/q8_0", "q4_0")))
 KEY_FIRST, VALUE_FIRST = (PAIRS[3], PAIRS[1], PAIRS[0]), (PAIRS[3], PAIRS[2], PAIRS[0])

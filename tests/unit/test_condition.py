@@ -12,7 +12,7 @@ from kvtuner_gguf.calibrate.condition import condition as condition_by
 from kvtuner_gguf.calibrate.condition import vectors_of as vectors_of_moments
 from kvtuner_gguf.calibrate.error import after_codec, attention_scores, error_table, k_error
 from kvtuner_gguf.calibrate.results import Conditions
-from kvtuner_gguf.plan import KVectors
+from kvtuner_gguf.kvectors import KVectors
 
 N_KV_HEAD, HEAD_DIM = 2, 64
 

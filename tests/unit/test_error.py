@@ -23,7 +23,7 @@ from kvtuner_gguf.calibrate.error import (
     value_error,
 )
 from kvtuner_gguf.calibrate.results import Capture, ErrorTable, LayerSample, save_sample
-from kvtuner_gguf.plan import Pair
+from kvtuner_gguf.pair import Pair
 
 TYPES = ("f16", "q8_0", "q5_0", "q4_0")
 

@@ -21,7 +21,8 @@ from kvtuner_gguf import gguf_file, gguf_header
 from kvtuner_gguf.errors import PlanError
 from kvtuner_gguf.gguf_file import read_metadata, read_plan, weights_hash, write_plan
 from kvtuner_gguf.gguf_header import read_header
-from kvtuner_gguf.plan import Pair, Plan, Quality
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.plan import Plan, Quality
 
 PLAN = Plan(
     pairs=(Pair("q8_0", "q4_0"), Pair("", ""), Pair("q4_0", "iq4_nl")),
@@ -228,8 +229,7 @@ def test_a_killed_write_leaves_the_old_file(new_file, model, tmp_path):
     target = tmp_path / "new.gguf" if new_file else model
     program = f"""
 import sys, time
-from kvtuner_gguf import gguf_file
-from kvtuner_gguf.plan import Pair, Plan
+from kvtuner_gguf import Pair, Plan, gguf_file
 real = gguf_file._copy_range
 def half(file, pos, end, out):
     real(file, pos, (pos + end) // 2, out)
@@ -256,10 +256,10 @@ def test_a_file_that_the_disk_does_not_take_leaves_the_old_one(tmp_path):
     original = model.read_bytes()
     program = f"""
 import resource
-from kvtuner_gguf import errors, gguf_file, plan
+from kvtuner_gguf import Pair, Plan, errors, gguf_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 try:
-    gguf_file.write_plan({str(model)!r}, plan.Plan.uniform(plan.Pair("q8_0", "q8_0"), 3))
+    gguf_file.write_plan({str(model)!r}, Plan.uniform(Pair("q8_0", "q8_0"), 3))
 except errors.PlanError as err:
     print(err)
 """

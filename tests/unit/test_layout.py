@@ -9,7 +9,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = {"text", "capture", "condition", "error", "prune", "cluster", "search", "solve", "evaluate"}
-LEAVES = {"errors": set(), "codecs": {"errors"}, "native": {"errors"}, "plan": {"codecs", "errors"}, "report": {"plan"}}
+LEAVES = {
+    "errors": set(),
+    "atomic": set(),
+    "codecs": {"errors"},
+    "native": {"errors"},
+    "values": {"errors"},
+    "pair": {"codecs", "errors"},
+    "kvectors": {"codecs", "errors", "pair", "values"},
+    "geometry": {"codecs", "errors", "kvectors", "pair"},
+    "plan": {"atomic", "codecs", "errors", "kvectors", "pair", "values"},
+    "report": {"geometry", "pair", "plan"},
+}
 
 
 def imports(path: Path) -> set[str]:

@@ -9,8 +9,11 @@ import stat
 import numpy as np
 import pytest
 
+from kvtuner_gguf.atomic import atomic_file
 from kvtuner_gguf.errors import PlanError
-from kvtuner_gguf.plan import PREFIX, KVectors, Pair, Plan, Quality, atomic_file, where_quantized
+from kvtuner_gguf.kvectors import KVectors, where_quantized
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.plan import PREFIX, Plan, Quality
 
 Q8, Q4, NONE = Pair("q8_0", "q4_0"), Pair("q4_0", "q4_0"), Pair("", "")
 QUALITY = Quality(kld_mean=0.0123, kld_p999=1.25, same_top=0.975, n_positions=4096)

@@ -6,7 +6,8 @@ import pytest
 from kvtuner_gguf.calibrate.prune import pair_bits, pareto_menus, pareto_pairs
 from kvtuner_gguf.calibrate.results import ErrorTable
 from kvtuner_gguf.errors import CalibrationError
-from kvtuner_gguf.plan import Geometry, Pair
+from kvtuner_gguf.geometry import Geometry
+from kvtuner_gguf.pair import Pair
 
 # KVTuner, Table 3: e_o of Llama-3.1-8B-Instruct, per-token-asym, by nominal bits of K and V
 PAPER = {

@@ -19,7 +19,7 @@ from kvtuner_gguf.calibrate.results import (
     save_sample,
 )
 from kvtuner_gguf.errors import CalibrationError
-from kvtuner_gguf.plan import Pair
+from kvtuner_gguf.pair import Pair
 
 Q8, Q84, Q4 = Pair.parse("q8_0"), Pair.parse("q8_0/q4_0"), Pair.parse("q4_0")
 NONE = Pair("", "")

@@ -8,7 +8,8 @@ import pytest
 from kvtuner_gguf.calibrate.results import Groups, Menus
 from kvtuner_gguf.calibrate.search import assign, nsga2
 from kvtuner_gguf.errors import CalibrationError
-from kvtuner_gguf.plan import Geometry, Pair
+from kvtuner_gguf.geometry import Geometry
+from kvtuner_gguf.pair import Pair
 
 MENU = tuple(map(Pair.parse, ("q4_0", "q5_0/q4_0", "q5_1", "q8_0/q5_0", "q8_0")))
 IL = tuple(il for il in range(12) if il != 5)  # layer 5 has no KV of its own

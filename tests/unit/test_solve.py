@@ -10,7 +10,8 @@ import pytest
 from kvtuner_gguf.calibrate.results import ErrorTable, Trial
 from kvtuner_gguf.calibrate.solve import Additive, cheapest, fit, fitted_search, solve
 from kvtuner_gguf.errors import CalibrationError
-from kvtuner_gguf.plan import Geometry, Pair
+from kvtuner_gguf.geometry import Geometry
+from kvtuner_gguf.pair import Pair
 
 TYPES = ("f16", "q8_0", "q5_0", "q4_0")
 ERROR = {"f16": 0.0, "q8_0": 0.01, "q5_0": 0.06, "q4_0": 0.12}

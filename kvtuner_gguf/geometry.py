@@ -1,0 +1,43 @@
+"""What a model caches, and what a plan makes of it in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .codecs import codec
+from .errors import PlanError
+from .kvectors import KVectors, vector_bytes
+from .pair import Pair
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How many values a model caches: what a plan's bytes are computed from.
+
+    values_k values_v  cached values of each layer at n_ctx (cells times row); 0 where a layer has no KV of its own
+    n_ctx              tokens of context at which they are counted
+    """
+
+    values_k: tuple[int, ...]
+    values_v: tuple[int, ...]
+    n_ctx: int
+
+    @property
+    def n_layer(self) -> int:
+        return len(self.values_k)
+
+    def bytes(self, pairs: tuple[Pair, ...], k_vectors: Iterable[KVectors] = ()) -> int:
+        """Bytes of the cache with these pairs, and of the vectors. Raises PlanError if there is not one pair per layer."""
+        if len(pairs) != self.n_layer:
+            raise PlanError(f"plan has {len(pairs)} layers, the model has {self.n_layer}. Calibrate this model again.")
+        total = vector_bytes(k_vectors)
+        for pair, n_k, n_v in zip(pairs, self.values_k, self.values_v):
+            total += codec(pair.type_k or "f16").row_bytes(n_k) if n_k else 0
+            total += codec(pair.type_v or "f16").row_bytes(n_v) if n_v else 0
+        return total
+
+    def bits_per_value(self, pairs: tuple[Pair, ...], k_vectors: Iterable[KVectors] = ()) -> float:
+        """Real bits per cached value, scales and vectors included, averaged over all cached values."""
+        n_values = sum(self.values_k) + sum(self.values_v)
+        return 8 * self.bytes(pairs, k_vectors) / n_values if n_values else 0.0

@@ -1,0 +1,60 @@
+"""Values on their way into a plan: checked, kept as they are stored, and named in an error."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from numbers import Integral, Real
+
+from .errors import CodecError, PlanError
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # would garble a terminal, or has no UTF-8
+
+
+@contextmanager
+def blamed_on(where: object) -> Iterator[None]:
+    """Turns a CodecError or PlanError of the block into a PlanError that starts with where."""
+    try:
+        yield
+    except (CodecError, PlanError) as err:
+        raise PlanError(f"{where}: {err}") from err
+
+
+def checked(key: str, kind: str, value: object) -> object:
+    """The value as it is stored, or PlanError if it is not of this kind."""
+    if kind == "arr_str" and isinstance(value, (list, tuple)) and all(map(_is_text, value)):
+        return list(value)
+    if kind == "arr_f32" and isinstance(value, (list, tuple)):
+        return [checked(key, "f32", x) for x in value]
+    if kind == "arr_u32" and isinstance(value, (list, tuple)):
+        return [checked(key, "u32", x) for x in value]
+    if kind == "str" and _is_text(value):
+        return value
+    if kind == "u32" and isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < 1 << 32:
+        return int(value)
+    if kind == "f32" and isinstance(value, Real) and not isinstance(value, bool):
+        with suppress(OverflowError):
+            if math.isfinite(value):
+                return _shortest_f32(float(value))
+    need = {"arr_str": "an array of strings", "arr_f32": "an array of floats", "arr_u32": "an array of whole numbers", "str": "one line of text", "f32": "a finite 32-bit float"}
+    raise PlanError(f"{key}: got {brief(value)}, need {need.get(kind, 'a whole number below 2^32')}. Calibrate again.")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not _CONTROL.search(value)
+
+
+def _shortest_f32(value: float) -> float:
+    """The decimal with the fewest digits that is the same f32, so that JSON and GGUF read back alike."""
+    packed = struct.pack("<f", value)
+    value = struct.unpack("<f", packed)[0]
+    return next(x for x in (float(f"{value:.{n}g}") for n in range(6, 10)) if struct.pack("<f", x) == packed)
+
+
+def brief(value: object) -> str:
+    """The value as an error shows it, 60 characters at most."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
