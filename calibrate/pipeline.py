@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from .. import native
-from ..default_model import cache_dir
-from ..errors import CalibrationError, KvtunerError
+from ..codecs import codec
+from ..errors import CalibrationError
 from ..geometry import Geometry
 from ..gguf_file import weights_hash
-from ..gguf_header import read_header
-from ..codecs import codec
 from ..kvectors import KVectors, vector_bytes, where_quantized
 from ..pair import Pair
 from ..plan import Plan, Quality
@@ -30,70 +26,16 @@ from .cluster import cluster
 from .condition import condition
 from .error import attention_scores, error_table, k_error
 from .evaluate import N_UBATCH, Chunks, Reference, make_reference, measure
+from .options import IN_PLACE_OF, N_TRIALS, Options, Outcome
 from .prune import pareto_menus
 from .results import Capture, Conditions, ErrorTable, Trial, Trials
+from .saved import EvaluationCache, work_dir
 from .search import nsga2
-from .solve import Additive, cheapest, fit, fitted_search, near, solve
+from .solve import Additive, cheapest, fitted_search, kld_search, near, uniform_pairs
 from .text import Text, chunks_of, read_text, write_text
 
 STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
 SEARCH_CTX = 512  # tokens of a chunk that plans are tried on
-DEFAULT_TYPES = ("f16", "q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q3_64", "q3_32", "q2_64", "q2_32")
-PAPER_TYPES = ("q8_0", "q4_0", "q2_64", "q2_32")  # KVTuner's 8, 4 and 2 bits
-IN_PLACE_OF = {"q3_32": "q3_64", "q2_32": "q2_64"}  # by default only where a head is no multiple of the wider block
-DEFAULT_BITS = 6.0
-N_TRIALS = {"fitted": 32, "paper": 100}
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What the user wants, in one unit: bits per value, bytes at the context, or a mean KLD. One of the three."""
-
-    bits: float | None = None
-    memory_bytes: int | None = None
-    max_kld: float | None = None
-
-    def __post_init__(self) -> None:
-        given = [v for v in (self.bits, self.memory_bytes, self.max_kld) if v is not None]
-        if len(given) != 1 or not given[0] > 0:
-            raise CalibrationError(f"goal: got {self}, need one of bits, memory and max-kld, above 0.")
-
-    def max_bytes(self, geometry: Geometry) -> int | None:
-        """The byte budget at the geometry's context; None if the goal is a KLD."""
-        if self.memory_bytes is not None:
-            return self.memory_bytes
-        n_values = sum(geometry.values_k) + sum(geometry.values_v)
-        return int(self.bits * n_values / 8 + 1e-6) if self.bits is not None else None
-
-
-@dataclass(frozen=True)
-class Options:
-    """One calibration. n_ctx: context at which bytes are counted; n_chunk: pieces of text, which all stages scale with."""
-
-    model: Path
-    goal: Goal
-    method: str = "fitted"
-    n_ctx: int = 8192
-    text: Path | None = None
-    n_chunk: int = 4
-    seed: int = 0
-    n_trials: int | None = None
-    n_threads: int | None = None
-    n_gpu_layers: int = 0
-    resume: bool = False
-    types: tuple[str, ...] = ()
-    k_mean: bool | None = None
-    k_scale: bool | None = None
-
-    @property
-    def conditioning(self) -> tuple[bool, bool]:
-        """Whether K's mean may be taken off, and K scaled: the paper knows neither."""
-        default = self.method != "paper"
-        return tuple(default if x is None else x for x in (self.k_mean, self.k_scale))
-
-    @property
-    def candidate_types(self) -> tuple[str, ...]:
-        return self.types or (PAPER_TYPES if self.method == "paper" else DEFAULT_TYPES)
 
 
 class Progress(Protocol):
@@ -106,25 +48,6 @@ class Progress(Protocol):
         """One line."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """plan: to be written; comparison: the held-out table; searched: the plan found, which is not `plan` if it lost."""
-
-    plan: Plan
-    searched: tuple[Pair, ...]
-    won: bool
-    comparison: Comparison
-    geometry: Geometry
-
-
-def work_dir(options: Options) -> Path:
-    """Where the stages' records of this calibration are: the same text and model, the same folder."""
-    parts = [_weights_sample(options.model), options.n_chunk, options.seed, N_UBATCH, STREAM, SEARCH_CTX]
-    if options.text:
-        parts.append(hashlib.sha256(options.text.read_bytes()).hexdigest())
-    return cache_dir() / "calibrate" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
 def calibrate(options: Options, progress: Progress) -> Outcome:
     """Measure the model, find a plan for the goal, and prove it on held-out text. Writes nothing but its own records.
 
@@ -132,7 +55,7 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
     """
     if options.text is not None and not options.text.is_file():
         raise CalibrationError(f"text '{options.text}' does not exist. Check the path given with -f.")
-    work = work_dir(options)
+    work = work_dir(options, N_UBATCH, STREAM, SEARCH_CTX)
     if not options.resume:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
@@ -183,9 +106,10 @@ class _Run:
         mean, scale = self.options.conditioning
         if not (mean or scale):
             return Conditions((KVectors(),) * self.session.n_layer, {})
+        goal_bits = self.geometry.bits_of(self.max_bytes or 0)
         quantized = {il: [Pair(t, t) for t in k if codec(t).block_size > 1] for il, (k, _) in self.types_of_layers().items()}
         coarsest = {
-            il: min((p.type_k for p in near(pairs, self.goal_bits)), key=lambda t: codec(t).bits_per_value)
+            il: min((p.type_k for p in near(pairs, goal_bits)), key=lambda t: codec(t).bits_per_value)
             for il, pairs in quantized.items()
             if pairs
         }
@@ -277,7 +201,7 @@ class _Run:
         if self.budget is not None and self.budget < cheapest(model):
             raise CalibrationError(
                 f"goal of {self.max_bytes} bytes at {self.options.n_ctx} tokens "
-                f"({8 * self.max_bytes / (sum(self.geometry.values_k) + sum(self.geometry.values_v)):.2f} bits): "
+                f"({self.geometry.bits_of(self.max_bytes):.2f} bits): "
                 f"the cheapest plan needs {cheapest(model) + self.max_bytes - self.budget}. Allow more, or a smaller -c."
             )
         reference = self.search_reference(text)
@@ -287,7 +211,7 @@ class _Run:
         def kld(pairs: tuple[Pair, ...]) -> float:
             return quality(pairs).kld_mean
 
-        uniform = self.uniform_pairs(model)
+        uniform = uniform_pairs(model, self.geometry, self.max_bytes)
         with self.progress.bar(f"search: real runs ({self.options.method})", self.n_trials) as advance:
             done = 0
 
@@ -303,16 +227,14 @@ class _Run:
                     model, uniform, kld, self.geometry, self.budget, n_trials=self.n_trials, seed=self.options.seed, progress=progress
                 )[1]
             else:
-                found = self.choose(self.kld_search(model, uniform, kld, progress))
+                goal = self.options.goal.max_kld
+                found = self.choose(kld_search(model, uniform, kld, self.geometry, goal, n_trials=self.n_trials, progress=progress))
         with self.progress.bar("search: uniform pairs", len(uniform)) as advance:  # measured already, if K is not conditioned
             rivals = []
             for pairs in uniform:
-                rivals.append(self.trial(pairs, lambda p: stock(p).kld_mean))
+                rivals.append(Trial.of(pairs, stock(pairs).kld_mean, self.geometry))
                 advance(1)
         return found, rivals
-
-    def trial(self, pairs: tuple[Pair, ...], kld: Callable[[tuple[Pair, ...]], float]) -> Trial:
-        return Trial(pairs, kld(pairs), self.geometry.bits_per_value(pairs), self.geometry.bytes(pairs))
 
     def paper_search(self, errors: ErrorTable, kld: Callable, progress: Callable[[int, int], None]) -> Trials:
         """KVTuner as published: menus by output_error, DBSCAN groups, NSGA-II over (KLD, bits)."""
@@ -322,55 +244,10 @@ class _Run:
         menus = pareto_menus(errors, geometry=self.geometry)
         groups = cluster(errors, menus)
         groups.save(self.work / "groups.json")
-        n_values = sum(self.geometry.values_k) + sum(self.geometry.values_v)
-        bits = 8 * self.budget / n_values if self.budget is not None else None
+        bits = self.geometry.bits_of(self.budget) if self.budget is not None else None
         return nsga2(
             groups, menus, kld, self.geometry, n_trials=self.n_trials, seed=self.options.seed, max_bits=bits, progress=progress
         )
-
-    def kld_search(self, model: Additive, uniform: Sequence[tuple[Pair, ...]], kld: Callable, progress: Callable[[int, int], None]) -> Trials:
-        """The fewest bytes whose KLD is within the goal: the budget is moved to where the fitted model meets it."""
-        target = self.options.goal.max_kld
-        trials = [self.trial(pairs, kld) for pairs in uniform]
-        budgets = np.linspace(cheapest(model), self.geometry.bytes(uniform[-1]), 40).astype(int)
-        while len(trials) < self.n_trials:
-            x, floor = fit(model, trials)
-            prices = model.prices(x)
-            plans = [solve(model, prices, int(b)) for b in budgets]
-            fits = [p for p in plans if floor + float(model.features(p) @ x) <= target] or [plans[-1]]
-            new = next((p for p in fits if p not in {t.pairs for t in trials}), None)
-            if new is None:
-                break
-            trials.append(self.trial(new, kld))
-            progress(len(trials), self.n_trials)
-            if sum(t.kld <= target for t in trials[-4:]) >= 3 and len(trials) > len(uniform) + 8:
-                break
-        return Trials(tuple(trials))
-
-    @property
-    def goal_bits(self) -> float:
-        """Bits per value of the budget; 0 if there is none."""
-        n_values = sum(self.geometry.values_k) + sum(self.geometry.values_v)
-        return 8 * self.max_bytes / n_values if self.max_bytes else 0.0
-
-    def uniform_pairs(self, model: Additive) -> list[tuple[Pair, ...]]:
-        """Uniform plans to compare with and to fit the model to: the likeliest within the budget; cheapest and best at the ends."""
-        everywhere = [p for i, p in enumerate(model.pairs) if not np.isnan(model.sq_k[:, i]).any() and p.type_k != "f16" != p.type_v]
-        plans = {p: tuple(p if il in model.il else Pair("", "") for il in range(model.n_layer)) for p in everywhere}
-        sizes = {p: self.geometry.bytes(plans[p]) for p in everywhere}
-        sums = {p: model.features(plans[p]).reshape(2, -1).sum(axis=1) for p in everywhere}
-        within = [p for p in everywhere if self.max_bytes is None or sizes[p] <= self.max_bytes]
-        chosen: dict[Pair, None] = {}
-        for weight in ((1, 1), (4, 1), (1, 4)):  # K may count for more than V, or less
-            ranked = sorted(within, key=lambda p: (float(sums[p] @ weight), p))
-            chosen |= dict.fromkeys(ranked[:2])
-        if everywhere:
-            chosen[min(near(everywhere, self.goal_bits), key=lambda p: (sizes[p], p))] = None
-            best = max(everywhere, key=lambda p: (sizes[p], p))
-            if self.max_bytes is None:
-                chosen.pop(best, None)
-                chosen[best] = None
-        return [plans[p] for p in chosen]
 
     # prove
 
@@ -398,11 +275,10 @@ class _Run:
     def prove(self, text: Text, found: Trial, rivals: list[Trial], reference: Reference) -> Outcome:
         """Held-out quality of the plan, of the best uniform pair at the same bytes, and of what else the table shows."""
         has_kv = [bool(k) for k in self.geometry.values_k]
-        named = {str(Pair(t, t)): Plan.uniform(Pair(t, t), len(has_kv), has_kv).pairs for t in ("q8_0", "q4_0")}
+        supported = self.session.supported(("q8_0", "q4_0")).values()
+        named = {str(Pair(t, t)): _all(has_kv, t) for t in ("q8_0", "q4_0") if all(t in k for k, _ in supported)}
         shuffled = _shuffled(found.pairs, has_kv, self.options.seed)
         runs = {found.pairs, shuffled, *(t.pairs for t in rivals), *named.values()}
-        supported = self.session.supported(("q8_0", "q4_0"))
-        named = {n: p for n, p in named.items() if all(n.split("/")[0] in k for k, _ in supported.values())}
         quality, stock = self.evaluate(reference, "heldout"), self.evaluate(reference, "heldout", stock=True)
         vectors = self.vectors_of(found.pairs)
         with self.progress.bar("prove: held-out text", len(runs) + 1 + any(vectors)) as advance:
@@ -458,39 +334,6 @@ class _Run:
                 "rotation": "hadamard" if rotated else "none",
             },
         )
-
-
-def _weights_sample(model: Path) -> str:
-    """Hash of the tensor table and of the start of each tensor: the same with and without a plan in the file."""
-    digest = hashlib.sha256(weights_hash(model).encode())
-    tensors = read_header(model).tensors
-    with model.open("rb") as file:
-        for tensor in tensors:
-            file.seek(tensor.offset)
-            digest.update(file.read(min(tensor.n_bytes or 4096, 4096)))
-    return digest.hexdigest()
-
-
-class EvaluationCache:
-    """Qualities that were measured, one JSON line each, so that an interrupted search goes on where it was."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.known: dict[tuple[str, str], Quality] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                item = json.loads(line)
-                self.known[item["what"], item["pairs"]] = Quality(**item["quality"])
-            except (ValueError, KeyError, TypeError, KvtunerError):
-                continue  # the line that was being written at the interruption
-
-    def get(self, what: str, measure_: Callable[[tuple[Pair, ...]], Quality], pairs: tuple[Pair, ...]) -> Quality:
-        key = (what, " ".join(map(str, pairs)))
-        if key not in self.known:
-            self.known[key] = measure_(pairs)
-            with self.path.open("a") as file:
-                file.write(json.dumps({"what": what, "pairs": key[1], "quality": vars(self.known[key])}) + "\n")
-        return self.known[key]
 
 
 def _all(has_kv: Sequence[bool], type_name: str) -> tuple[Pair, ...]:

@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from ..errors import CalibrationError
+from ..geometry import Geometry
 from ..kvectors import KVectors
 from ..pair import Pair
 
@@ -383,6 +384,11 @@ class Trial:
                 f"trial {' '.join(map(str, self.pairs))}: KLD {self.kld} at {self.n_bytes} bytes, "
                 "need a finite KLD. Leave these types out."
             )
+
+    @classmethod
+    def of(cls, pairs: tuple[Pair, ...], kld: float, geometry: Geometry) -> Trial:
+        """The trial of these pairs, with what they cost at the geometry."""
+        return cls(pairs, kld, geometry.bits_per_value(pairs), geometry.bytes(pairs))
 
 
 @dataclass(frozen=True)

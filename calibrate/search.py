@@ -44,7 +44,7 @@ def nsga2(
         chosen = [menu[trial.suggest_int(f"group_{i}", 0, len(menu) - 1)] for i, menu in enumerate(group_menus)]
         pairs = assign(groups, chosen, geometry.n_layer)
         if pairs not in tried:
-            tried[pairs] = Trial(pairs, float(evaluate(pairs)), geometry.bits_per_value(pairs), geometry.bytes(pairs))
+            tried[pairs] = Trial.of(pairs, float(evaluate(pairs)), geometry)
         if max_bits is not None:
             trial.set_constraint("bits_per_value", tried[pairs].bits_per_value - max_bits)
         if progress:

@@ -158,6 +158,29 @@ def near(pairs: Sequence[Pair], bits: float) -> list[Pair]:
     return [p for p in quantized if all(abs(codec(t).bits_per_value - bits) < FIT_REACH for t in vars(p).values())] or quantized
 
 
+def uniform_pairs(model: Additive, geometry: Geometry, max_bytes: int | None) -> list[tuple[Pair, ...]]:
+    """Uniform plans to compare with and to fit the model to: the likeliest within the budget; cheapest and best at the ends.
+
+    max_bytes  None: no budget, and the plan of the most bytes is the last
+    """
+    everywhere = [p for i, p in enumerate(model.pairs) if not np.isnan(model.sq_k[:, i]).any() and p.type_k != "f16" != p.type_v]
+    plans = {p: tuple(p if il in model.il else Pair("", "") for il in range(model.n_layer)) for p in everywhere}
+    sizes = {p: geometry.bytes(plans[p]) for p in everywhere}
+    sums = {p: model.features(plans[p]).reshape(2, -1).sum(axis=1) for p in everywhere}
+    within = [p for p in everywhere if max_bytes is None or sizes[p] <= max_bytes]
+    chosen: dict[Pair, None] = {}
+    for weight in ((1, 1), (4, 1), (1, 4)):  # K may count for more than V, or less
+        ranked = sorted(within, key=lambda p: (float(sums[p] @ weight), p))
+        chosen |= dict.fromkeys(ranked[:2])
+    if everywhere:
+        chosen[min(near(everywhere, geometry.bits_of(max_bytes or 0)), key=lambda p: (sizes[p], p))] = None
+        best = max(everywhere, key=lambda p: (sizes[p], p))
+        if max_bytes is None:
+            chosen.pop(best, None)
+            chosen[best] = None
+    return [plans[p] for p in chosen]
+
+
 def fitted_search(
     model: Additive,
     start: Sequence[tuple[Pair, ...]],
@@ -181,7 +204,7 @@ def fitted_search(
 
     def run(pairs: tuple[Pair, ...]) -> Trial:
         if pairs not in tried:
-            tried[pairs] = Trial(pairs, float(evaluate(pairs)), geometry.bits_per_value(pairs), geometry.bytes(pairs))
+            tried[pairs] = Trial.of(pairs, float(evaluate(pairs)), geometry)
         if progress:
             progress(len(tried), n_trials)
         return tried[pairs]
@@ -203,9 +226,42 @@ def fitted_search(
     return Trials(tuple(tried.values())), best
 
 
+def kld_search(
+    model: Additive,
+    start: Sequence[tuple[Pair, ...]],
+    evaluate: Evaluate,
+    geometry: Geometry,
+    max_kld: float,
+    *,
+    n_trials: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trials:
+    """Trials towards the fewest bytes whose KLD is within max_kld: the budget is moved to where the fitted model meets it.
+
+    start     plans to begin with, the dearest last
+    evaluate  one pair per layer -> KLD, nats
+    """
+    trials = [Trial.of(pairs, evaluate(pairs), geometry) for pairs in start]
+    budgets = np.linspace(cheapest(model), geometry.bytes(start[-1]), 40).astype(int)
+    while len(trials) < n_trials:
+        x, floor = fit(model, trials)
+        prices = model.prices(x)
+        plans = [solve(model, prices, int(b)) for b in budgets]
+        fits = [p for p in plans if floor + float(model.features(p) @ x) <= max_kld] or [plans[-1]]
+        new = next((p for p in fits if p not in {t.pairs for t in trials}), None)
+        if new is None:
+            break
+        trials.append(Trial.of(new, evaluate(new), geometry))
+        if progress:
+            progress(len(trials), n_trials)
+        if sum(t.kld <= max_kld for t in trials[-4:]) >= 3 and len(trials) > len(start) + 8:
+            break
+    return Trials(tuple(trials))
+
+
 def contrast(model: Additive, geometry: Geometry, max_bytes: int, rng: np.random.Generator) -> tuple[Pair, ...]:
     """Half of the layers at their worst pair near the goal, half at their best, K and V apart where a layer can: a plan for fitting."""
-    bits = 8 * max_bytes / (sum(geometry.values_k) + sum(geometry.values_v))
+    bits = geometry.bits_of(max_bytes)
     pairs = [Pair("", "")] * model.n_layer
     n = len(model.il)
     low_k, low_v = rng.permutation(n) < n / 2, rng.permutation(n) < n / 2

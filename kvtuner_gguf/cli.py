@@ -114,7 +114,7 @@ def calibrate(model: Path, output: Path | None, as_json: bool, **given: Any) -> 
     q8_0's 8.5, and above the 4.5 to 5.5 at which many models lose more than they save.
     """
     pipeline = _pipeline()
-    outcome = pipeline.calibrate(_options(pipeline, model, **given), Terminal())
+    outcome = pipeline.calibrate(_options(model, **given), Terminal())
     written = _write(outcome.plan, model, output)
     if as_json:
         print_json(_outcome_json(outcome, written))
@@ -136,20 +136,21 @@ def _pipeline() -> Any:
     return pipeline
 
 
-def _options(pipeline: Any, model: Path, **given: Any) -> Any:
+def _options(model: Path, **given: Any) -> Any:
+    from .calibrate.options import DEFAULT_BITS, Goal, Options
+    from .codecs import codec
+
     goals = {"bits": given.pop("bits"), "memory_bytes": given.pop("memory"), "max_kld": given.pop("max_kld")}
     named = [name for name, value in goals.items() if value is not None]
     if len(named) > 1:
         raise click.UsageError("give one goal: --bits, --memory or --max-kld.")
     if not named:
-        goals["bits"] = pipeline.DEFAULT_BITS
+        goals["bits"] = DEFAULT_BITS
     if goals["max_kld"] is not None and given["method"] == "paper":
         raise click.UsageError("--method paper searches within --bits or --memory, not for --max-kld.")
-    from .codecs import codec
-
     types = tuple(codec(t.strip()).name for t in (given.pop("types") or "").split(",") if t.strip())
     given["n_threads"], given["types"] = given.pop("threads"), types
-    return pipeline.Options(model, pipeline.Goal(**goals), **given)
+    return Options(model, Goal(**goals), **given)
 
 
 def _write(plan: Plan, model: Path, output: Path | None) -> Path:
@@ -401,8 +402,10 @@ def demo(n_trials: int | None, output: Path, seed: int, threads: int | None) -> 
 
     start = time.monotonic()
     pipeline = _pipeline()
+    from .calibrate.options import DEFAULT_BITS, Goal, Options
+
     model = default_model()
-    options = pipeline.Options(model, pipeline.Goal(bits=pipeline.DEFAULT_BITS), seed=seed, n_trials=n_trials, n_threads=threads)
+    options = Options(model, Goal(bits=DEFAULT_BITS), seed=seed, n_trials=n_trials, n_threads=threads)
     outcome = pipeline.calibrate(options, Terminal())
     click.echo(_outcome_text(outcome, _write(outcome.plan, model, output)))
     question = "What is a key-value cache good for? Answer in two sentences."

@@ -27,6 +27,15 @@ class Geometry:
     def n_layer(self) -> int:
         return len(self.values_k)
 
+    @property
+    def n_values(self) -> int:
+        """Cached values of all layers, K and V."""
+        return sum(self.values_k) + sum(self.values_v)
+
+    def bits_of(self, n_bytes: int) -> float:
+        """Bits per value of a cache of so many bytes; 0 for a model that caches nothing."""
+        return 8 * n_bytes / self.n_values if self.n_values else 0.0
+
     def bytes(self, pairs: tuple[Pair, ...], k_vectors: Iterable[KVectors] = ()) -> int:
         """Bytes of the cache with these pairs, and of the vectors. Raises PlanError if there is not one pair per layer."""
         if len(pairs) != self.n_layer:
@@ -39,5 +48,4 @@ class Geometry:
 
     def bits_per_value(self, pairs: tuple[Pair, ...], k_vectors: Iterable[KVectors] = ()) -> float:
         """Real bits per cached value, scales and vectors included, averaged over all cached values."""
-        n_values = sum(self.values_k) + sum(self.values_v)
-        return 8 * self.bytes(pairs, k_vectors) / n_values if n_values else 0.0
+        return self.bits_of(self.bytes(pairs, k_vectors))

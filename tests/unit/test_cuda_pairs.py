@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtuner_gguf.calibrate.pipeline import DEFAULT_TYPES, PAPER_TYPES
+from kvtuner_gguf.calibrate.options import DEFAULT_TYPES, PAPER_TYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 
