@@ -5,8 +5,8 @@ from functools import partial
 
 import numpy as np
 import pytest
+from gguf_bytes import F32, U32, array, entry, text, with_entries
 from running import feed, mixture, prompt, uniform, vectors
-from test_metadata import F32, U32, array, entry, text, with_entries
 from test_shift import next_logits
 from test_state import assert_refused, every_kind, restore, save, saved
 

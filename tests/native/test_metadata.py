@@ -9,6 +9,7 @@ from functools import partial
 import models
 import numpy as np
 import pytest
+from gguf_bytes import ARRAY, BOOL, F32, I32, STRING, U8, U32, U64, array, entry, string, strings, text, u32, with_entries
 from running import feed, prompt
 
 from kvtuner_gguf import native
@@ -21,45 +22,7 @@ from kvtuner_gguf.plan import Plan
 pytestmark = pytest.mark.native
 
 N_LAYER = 4
-# numbers of GGUF's value types
-U8, I32, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 5, 4, 6, 7, 8, 9, 10
 F16, Q8_0 = ("f16", "f16"), ("q8_0", "q8_0")
-
-
-def text(value):
-    return struct.pack("<Q", len(value)) + value
-
-
-def entry(key, kind, body):
-    """One metadata entry as it stands in the file."""
-    return text(key.encode()) + struct.pack("<I", kind) + body
-
-
-def u32(key, value):
-    return entry(key, U32, struct.pack("<I", value))
-
-
-def string(key, value):
-    return entry(key, STRING, text(value))
-
-
-def array(key, kind, n, body):
-    return entry(key, ARRAY, struct.pack("<IQ", kind, n) + body)
-
-
-def strings(key, names):
-    return array(key, STRING, len(names), b"".join(map(text, names)))
-
-
-def with_entries(src, dst, entries):
-    """src with these entries added to its metadata."""
-    header, data = read_header(src), src.read_bytes()
-    first, end = header.infos
-    (n_kv,) = struct.unpack_from("<Q", data, 16)
-    head = data[:16] + struct.pack("<Q", n_kv + len(entries)) + data[24:first] + b"".join(entries) + data[first:end]
-    dst.write_bytes(head + bytes(-len(head) % header.alignment) + data[header.data_offset :])
-    return dst
-
 
 VERSION, TYPE_K, TYPE_V = "kvtuner.schema_version", "kvtuner.type_k", "kvtuner.type_v"
 WEIGHTS, ENABLED = "kvtuner.calibration.weights", "kvtuner.enabled"

@@ -1,13 +1,11 @@
-"""gguf_file: what is not the plan's stays byte for byte, a write that fails costs nothing, a broken file is named."""
+"""gguf_file: what is not the plan's stays byte for byte, a write that fails costs nothing."""
 
 import errno
 import os
-import random
 import re
 import shutil
 import signal
 import stat
-import struct
 import subprocess
 import sys
 import time
@@ -16,76 +14,21 @@ from collections import namedtuple
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
+from small_gguf import PLAN, fault, make_model, unchanged
 
 from kvtuner_gguf import gguf_file, gguf_header
-from kvtuner_gguf.errors import PlanError
 from kvtuner_gguf.gguf_file import read_metadata, read_plan, weights_hash, write_plan
 from kvtuner_gguf.gguf_header import read_header
 from kvtuner_gguf.pair import Pair
-from kvtuner_gguf.plan import Plan, Quality
+from kvtuner_gguf.plan import Plan
 
-PLAN = Plan(
-    pairs=(Pair("q8_0", "q4_0"), Pair("", ""), Pair("q4_0", "iq4_nl")),
-    bits_per_value=5.1,
-    quality=Quality(0.0123, 1.25, 0.975, 4096),
-    rival=Pair.parse("q5_0"),
-    rival_quality=Quality(0.02, 2.5, 0.96, 4096),
-    rival_bits=5.5,
-    calibration={"text": "Größe", "seed": 7},
-)
 OTHER = Plan.uniform(Pair("f16", "q5_1"), 3)
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX modes, links and signals")
-
-
-def make_model(path, *, n_layer=3, alignment=None, n_tensors=3, last=None, split=None, extra=()):
-    """A small GGUF with every kind of metadata, a float tensor, a quantized one and one of odd size."""
-    writer = GGUFWriter(path, "llama")
-    if alignment:
-        writer.add_custom_alignment(alignment)
-    writer.add_block_count(n_layer)
-    writer.add_array("tokenizer.ggml.tokens", ["<s>", "é", "", "日本"])
-    writer.add_array("tokenizer.ggml.scores", [0.5, -1.0, 2.0])
-    writer.add_array("test.flags", [True, False])
-    writer.add_bool("test.bool", True)
-    writer.add_float64("test.f64", 0.1)
-    writer.add_uint8("test.u8", 255)
-    writer.add_int64("test.i64", -5)
-    if split:
-        writer.add_uint16("split.no", split[0])
-        writer.add_uint16("split.count", split[1])
-    for key, value in extra:
-        writer.add_string(key, value)
-    rng = np.random.default_rng(n_layer)
-    tensors = [
-        ("token_embd.weight", rng.standard_normal((4, 32)).astype(np.float32), None),
-        ("blk.0.ffn.weight", rng.integers(0, 256, (3, 36), dtype=np.uint8), GGMLQuantizationType.Q4_0),
-        ("norm", rng.standard_normal(7).astype(np.float16), None),
-    ]
-    for name, data, kind in tensors[:n_tensors]:
-        writer.add_tensor(f"s{split[0]}.{name}" if split else name, data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    if last is not None:
-        with open(path, "ab") as file:
-            file.write(last)
-    return path
 
 
 @pytest.fixture
 def model(tmp_path):
     return make_model(tmp_path / "model.gguf")
-
-
-def fault(call, *parts):
-    """The message of the PlanError that call raises; it must hold all parts and end with a cure."""
-    with pytest.raises(PlanError) as caught:
-        call()
-    message = str(caught.value)
-    assert all(str(part) in message for part in parts), message
-    assert re.search(r"\. [A-Z][^.]*.*\.$", message), f"no cure: {message}"
-    return message
 
 
 def contents(path):
@@ -194,11 +137,6 @@ def test_version_2_stays_version_2(model):
 
 
 # ---- a write that fails
-
-
-def unchanged(path, original, names=("model.gguf",)):
-    assert path.read_bytes() == original
-    assert sorted(os.listdir(path.parent)) == sorted(names)
 
 
 @pytest.mark.parametrize(
@@ -417,169 +355,3 @@ def test_the_type_table_is_that_of_ggml(kind):
     if kind != GGMLQuantizationType.Q8_1:  # the package still has the 40 bytes it once had
         assert (block_size, type_size) == GGML_QUANT_SIZES[kind]
     assert name == re.sub(r"_k$", "_K", kind.name.lower())  # ggml writes q6_K, but iq4_nl and q8_0
-
-
-# ---- broken files
-
-
-def string(text):
-    data = text if isinstance(text, bytes) else text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def gguf(*kv, tensors=(), n_kv=None, n_tensors=None, version=3, data=b""):
-    n_kv, n_tensors = len(kv) if n_kv is None else n_kv, len(tensors) if n_tensors is None else n_tensors
-    head = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_kv) + b"".join((*kv, *tensors))
-    return head + bytes(-len(head) % 32) + data
-
-
-def tensor(name="a", shape=(32,), kind=0, offset=0):
-    return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
-
-
-def u32(key, value):
-    return string(key) + struct.pack("<II", 4, value)
-
-
-def array(key, kind, n, data=b""):
-    return string(key) + struct.pack("<IIQ", 9, kind, n) + data
-
-
-BASE = (string("general.architecture") + struct.pack("<I", 8) + string("llama"), u32("llama.block_count", 3))
-HUGE = 1 << 62
-BROKEN = {
-    "empty": (b"", ["starts with b''"]),
-    "text": (b"hello world", ["b'hell'", "need b'GGUF'"]),
-    "magic only": (b"GGUF", ["cut off", "of 4"]),
-    "version 1": (gguf(*BASE, version=1), ["version 1", "need 2 or 3"]),
-    "version 0": (gguf(*BASE, version=0), ["big-endian"]),
-    "version 4": (gguf(*BASE, version=4), ["version 4", "need 2 or 3"]),
-    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), ["big-endian", "0x3000000"]),
-    "many keys": (gguf(*BASE, n_kv=HUGE), [HUGE, "metadata keys"]),
-    "many tensors": (gguf(*BASE, n_tensors=HUGE), [HUGE, "tensors"]),
-    "few keys more": (gguf(*BASE, n_kv=4), ["metadata"]),
-    "few tensors more": (gguf(*BASE, n_tensors=4), ["cut off", "tensor 1"]),
-    "long key": (gguf(struct.pack("<Q", HUGE)), ["metadata key 0", HUGE]),
-    "long string": (gguf(string("a.block_count") + struct.pack("<IQ", 8, 2**64 - 1)), ["'a.block_count'", 2**64 - 1]),
-    "skipped long string": (gguf(string("k") + struct.pack("<IQ", 8, 2**64 - 1)), ["'k'", 2**64 - 1]),
-    "long array": (gguf(array("k", 4, HUGE)), ["'k'", 4 * HUGE]),
-    "long array of strings": (gguf(array("k", 8, HUGE)), ["'k'", 8 * HUGE]),
-    "array of arrays": (gguf(array("k", 9, 1, array("", 9, 1))), ["'k'", "array of type 9"]),
-    "value type 13": (gguf(string("k") + struct.pack("<I", 13)), ["'k'", "13"]),
-    "array of type 99": (gguf(array("k", 99, 1)), ["'k'", "99"]),
-    "key twice": (gguf(*BASE, BASE[1]), ["'llama.block_count' stands twice"]),
-    "key not UTF-8": (gguf(string(b"\xff\xfe") + bytes(12)), ["metadata key 0", "UTF-8"]),
-    "plan not UTF-8": (gguf(array("kvtuner.type_k", 8, 1, string(b"q8\xff"))), ["'kvtuner.type_k'", "UTF-8"]),
-    "alignment 0": (gguf(u32("general.alignment", 0)), ["general.alignment", "got 0"]),
-    "alignment 33": (gguf(u32("general.alignment", 33)), ["general.alignment", "got 33"]),
-    "alignment 2^31": (gguf(u32("general.alignment", 1 << 31)), ["general.alignment", 1 << 31]),
-    "alignment text": (gguf(string("general.alignment") + struct.pack("<I", 8) + string("x")), ["got 'x'"]),
-    "block_count text": (gguf(BASE[0], string("llama.block_count") + struct.pack("<I", 8) + string("3")), ["got '3'"]),
-    "split.no text": (gguf(*BASE, string("split.no") + struct.pack("<I", 8) + string("3")), ["split.no", "got '3'"]),
-    "5 dimensions": (gguf(*BASE, tensors=[tensor(shape=(1,) * 5)]), ["tensor 'a'", "5 dimensions"]),
-    "tensor twice": (gguf(*BASE, tensors=[tensor(), tensor()], data=bytes(128)), ["tensor 'a' stands twice"]),
-    "tensor cut off": (gguf(*BASE, tensors=[tensor()], data=bytes(127)), ["cut off", "tensor 'a'"]),
-    "tensor beyond": (gguf(*BASE, tensors=[tensor(offset=2**64 - 1)], data=bytes(128)), ["cut off", "tensor 'a'"]),
-    "tensor huge": (gguf(*BASE, tensors=[tensor(shape=(2**63,) * 4)], data=bytes(128)), ["cut off", "tensor 'a'"]),
-    "long name": (gguf(*BASE, tensors=[struct.pack("<Q", HUGE)]), ["tensor 0", HUGE]),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_named(name, tmp_path):
-    data, parts = BROKEN[name]
-    path = tmp_path / "broken.gguf"
-    path.write_bytes(data)
-    for call in (read_header, read_metadata, read_plan, weights_hash, lambda p: write_plan(p, PLAN)):
-        fault(lambda call=call: call(path), path, *parts)
-    unchanged(path, data, ["broken.gguf"])
-
-
-def test_a_file_that_is_no_file_is_named(tmp_path):
-    fault(lambda: read_header(tmp_path / "none.gguf"), "none.gguf", "No such file")
-    fault(lambda: write_plan(tmp_path, PLAN), tmp_path, "folder")
-    if hasattr(os, "mkfifo"):
-        os.mkfifo(tmp_path / "pipe")
-        fault(lambda: read_plan(tmp_path / "pipe"), "pipe", "device")
-
-
-@pytest.mark.parametrize(
-    ("kv", "parts"),
-    [
-        ((BASE[1],), ["block_count"]),
-        ((BASE[0],), ["llama.block_count"]),
-        ((BASE[0], u32("llama.block_count", 0)), ["llama.block_count"]),
-    ],
-)
-def test_a_file_without_layers_takes_no_plan(kv, parts, tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(gguf(*kv))
-    fault(lambda: write_plan(path, PLAN), path, *parts)
-
-
-def test_a_faulty_plan_in_a_file_is_named_and_can_be_replaced(tmp_path):
-    path = tmp_path / "model.gguf"
-    sides = [array(f"kvtuner.type_{side}", 8, 3, string("q8_0") * 2 + string("q9")) for side in "kv"]
-    path.write_bytes(gguf(*BASE, u32("kvtuner.schema_version", 1), *sides))
-    fault(lambda: read_plan(path), path, "type_k: layer 2", "q9")
-    write_plan(path, PLAN)
-    assert read_plan(path) == PLAN
-    path.write_bytes(gguf(*BASE, u32("kvtuner.schema_version", 1), u32("kvtuner.type_k", 1)))
-    fault(lambda: read_plan(path), path, "type_k", "got 1")
-    path.write_bytes(gguf(*BASE, u32("kvtuner.schema_version", 2), *sides))
-    fault(lambda: read_plan(path), path, "schema_version", "got 2")
-    path.write_bytes(gguf(BASE[0], u32("llama.block_count", 4), u32("kvtuner.schema_version", 1), *sides))
-    fault(lambda: read_plan(path), path)
-
-
-def test_a_tensor_type_of_the_future_can_be_written_but_not_hashed(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(gguf(*BASE, tensors=[tensor(kind=99)], data=bytes(128)))
-    assert read_plan(write_plan(path, PLAN)) == PLAN
-    fault(lambda: weights_hash(path), path, "'a'", "type")
-
-
-def test_names_from_a_file_do_not_reach_the_terminal_raw(tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(gguf(*BASE, tensors=[tensor(name="\x1b[2J" + "x" * 5000)]))
-    message = fault(lambda: read_header(path), "\\x1b")
-    assert "\x1b" not in message and len(message) < 400
-
-
-def test_a_truncation_anywhere_is_a_plan_error(model):
-    data, end = model.read_bytes(), read_header(model).tensors[-1]
-    for size in range(0, end.offset + end.n_bytes, 3):
-        model.write_bytes(data[:size])
-        with pytest.raises(PlanError):
-            read_header(model)
-
-
-def test_damage_is_a_plan_error_or_nothing(model):
-    rng, data = random.Random(0), model.read_bytes()
-    header = read_header(model).data_offset
-    for _ in range(400):
-        broken = bytearray(data)
-        for _ in range(rng.randint(1, 4)):
-            broken[rng.randrange(header)] = rng.choice((0, 1, 8, 9, 127, 128, 255, rng.randrange(256)))
-        model.write_bytes(broken)
-        try:
-            read_header(model, prefix="")
-        except PlanError:
-            pass
-
-
-def test_a_hostile_header_costs_little(tmp_path):
-    path = tmp_path / "model.gguf"
-    cases = [
-        gguf(array("k", 8, 1 << 20), data=bytes(8 << 20)),  # empty strings
-        gguf(array("kvtuner.x", 0, 1 << 24), data=bytes(1 << 24)),
-        gguf(n_kv=1 << 20, data=bytes(13 << 20)),  # empty keys
-    ]
-    for data in cases:
-        path.write_bytes(data)
-        start = time.process_time()
-        try:
-            read_header(path)
-        except PlanError:
-            pass
-        assert time.process_time() - start < 5
