@@ -21,11 +21,12 @@ N_UBATCH = 512  # of all runs that are compared
 class Chunks:
     """A text as equal pieces, each run from an empty cache.
 
-    tokens  (n_chunk, n_ctx) int32
-    The second half of each chunk is scored, as llama-perplexity does.
+    tokens    (n_chunk, n_ctx) int32
+    n_skip    positions at the start of each chunk that are not scored; by default half of it, as llama-perplexity does
     """
 
     tokens: np.ndarray
+    n_skip: int | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.tokens.shape[1] < 16:
@@ -38,7 +39,7 @@ class Chunks:
     @property
     def first(self) -> int:
         """Index in a chunk of the first position that is scored."""
-        return self.n_ctx // 2
+        return self.n_ctx // 2 if self.n_skip is None else self.n_skip
 
     @property
     def n_positions(self) -> int:

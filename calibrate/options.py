@@ -15,7 +15,7 @@ DEFAULT_TYPES = ("f16", "q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl
 PAPER_TYPES = ("q8_0", "q4_0", "q2_64", "q2_32")  # KVTuner's 8, 4 and 2 bits
 IN_PLACE_OF = {"q3_32": "q3_64", "q2_32": "q2_64"}  # by default only where a head is no multiple of the wider block
 DEFAULT_BITS = 6.0
-N_TRIALS = {"fitted": 32, "paper": 100}
+PAPER_TRIALS = 100
 
 
 @dataclass(frozen=True)
@@ -76,4 +76,23 @@ class Outcome:
     searched: tuple[Pair, ...]
     won: bool
     comparison: Comparison
+    geometry: Geometry
+
+
+@dataclass(frozen=True)
+class Point:
+    """One plan of the front: real bits per value, bytes at the context, predicted mean KLD."""
+
+    bits_per_value: float
+    n_bytes: int
+    kld: float
+
+
+@dataclass(frozen=True)
+class Solved:
+    """plan: of the goal, not proved; kld: what it is predicted to have; front: by ascending bytes."""
+
+    plan: Plan
+    kld: float
+    front: tuple[Point, ...]
     geometry: Geometry

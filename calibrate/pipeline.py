@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,21 +22,26 @@ from ..pair import Pair
 from ..plan import Plan, Quality
 from ..report import Comparison, Row
 from ..runtime import Session
+from .additive import Additive, fit
 from .capture import capture
 from .cluster import cluster
 from .condition import condition
 from .error import attention_scores, error_table, k_error
 from .evaluate import N_UBATCH, Chunks, Reference, make_reference, measure
-from .options import IN_PLACE_OF, N_TRIALS, Options, Outcome
+from .options import IN_PLACE_OF, PAPER_TRIALS, Options, Outcome, Point, Solved
+from .prices import N_FLOOR, floor_plans, price, price_ladders
 from .prune import pareto_menus
 from .results import Capture, Conditions, ErrorTable, Trial, Trials
 from .saved import EvaluationCache, work_dir
 from .search import nsga2
-from .solve import Additive, cheapest, fitted_search, kld_search, near, uniform_pairs
+from .solve import cheapest, front, kld_search, refine, solve, uniform_pairs
 from .text import Text, chunks_of, read_text, write_text
 
 STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
+JUDGED_BITS = 4.5  # of the type of K that conditioning is judged with: an error of a rotated type has the same shape at all bits
 SEARCH_CTX = 512  # tokens of a chunk that plans are tried on
+SEARCH_SKIP = 128  # of them not scored: three chunks tell as much as four whose second half is
+N_REFINE = 14  # runs of the default method around the goal, once the layers are priced
 
 
 class Progress(Protocol):
@@ -53,14 +59,12 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
 
     Raises CalibrationError if the goal cannot be met, or the text is too short.
     """
-    if options.text is not None and not options.text.is_file():
-        raise CalibrationError(f"text '{options.text}' does not exist. Check the path given with -f.")
-    work = work_dir(options, N_UBATCH, STREAM, SEARCH_CTX)
+    work = _work(options)
     if not options.resume:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     with Session(options.model, n_threads=options.n_threads, n_gpu_layers=options.n_gpu_layers) as session:
-        run = _Run(options, session, progress, work)
+        run = Run(options, session, progress, work)
         outcome = run.outcome()
     for name in (f"capture-{options.n_ctx}", "search.f16", "heldout.f16"):  # large, and quick to make again
         path = work / name
@@ -68,19 +72,42 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
     return outcome
 
 
-class _Run:
+def solve_saved(options: Options, progress: Progress) -> Solved:
+    """Another goal from what `calibrate` measured with the same options: no run is made, and nothing is proved.
+
+    Raises CalibrationError if nothing was measured, or the goal cannot be met.
+    """
+    with Session(options.model, no_alloc=True) as session:
+        return Run(options, session, progress, _work(options), saved_only=True).solved()
+
+
+def _work(options: Options) -> Path:
+    if options.text is not None and not options.text.is_file():
+        raise CalibrationError(f"text '{options.text}' does not exist. Check the path given with -f.")
+    return work_dir(options, N_UBATCH, STREAM, SEARCH_CTX, SEARCH_SKIP)
+
+
+class Run:
     """One calibration in progress: its records, made when a stage asks for them."""
 
-    def __init__(self, options: Options, session: Session, progress: Progress, work: Path) -> None:
+    def __init__(self, options: Options, session: Session, progress: Progress, work: Path, *, saved_only: bool = False) -> None:
         self.options, self.session, self.progress, self.work = options, session, progress, work
         with Session(options.model, no_alloc=True) as shape:
             self.geometry = shape.geometry(options.n_ctx)
         if not any(self.geometry.values_k):
             raise CalibrationError(f"model '{options.model}' has no layer with a K/V cache of its own. There is nothing to plan.")
         self.max_bytes = options.goal.max_bytes(self.geometry)
-        self.n_trials = options.n_trials or N_TRIALS[options.method]
         self.cache = EvaluationCache(work / "evaluations.jsonl")
+        self.saved_only = saved_only
         self.k_vectors: tuple[KVectors, ...] = ()
+
+    def only_saved(self, path: Path) -> None:
+        """Raises CalibrationError if this run may not measure, so that `path` cannot be made."""
+        if self.saved_only:
+            raise CalibrationError(
+                f"model '{self.options.model}' was not measured with these options ({path} is missing). "
+                f"Run first: kvtuner-gguf calibrate {self.options.model} -o plan.json"
+            )
 
     # text, capture, error
 
@@ -91,6 +118,7 @@ class _Run:
         if path.exists():
             with np.load(path) as f:
                 return Text(str(f["name"]), str(f["sha256"]), f["calibration"], f["heldout"])
+        self.only_saved(path)
         if self.options.text:
             text = read_text(self.session, self.options.text, n_calibration, n_heldout)
         else:
@@ -102,24 +130,20 @@ class _Run:
         return text
 
     def conditions(self, text: Text) -> Conditions:
-        """How each layer's K is conditioned, by what the coarsest type within reach of the goal does to it."""
+        """How each layer's K is conditioned, by what it does to a type of about JUDGED_BITS, whatever the goal."""
         mean, scale = self.options.conditioning
         if not (mean or scale):
             return Conditions((KVectors(),) * self.session.n_layer, {})
-        goal_bits = self.geometry.bits_of(self.max_bytes or 0)
-        quantized = {il: [Pair(t, t) for t in k if codec(t).block_size > 1] for il, (k, _) in self.types_of_layers().items()}
-        coarsest = {
-            il: min((p.type_k for p in near(pairs, goal_bits)), key=lambda t: codec(t).bits_per_value)
-            for il, pairs in quantized.items()
-            if pairs
-        }
-        path = self.work / f"conditions-{self.options.n_ctx}-{mean:d}{scale:d}-{'-'.join(dict.fromkeys(coarsest.values()))}.json"
+        quantized = {il: [t for t in k if codec(t).block_size > 1] for il, (k, _) in self.types_of_layers().items()}
+        judged = {il: min(k, key=lambda t: abs(codec(t).bits_per_value - JUDGED_BITS)) for il, k in quantized.items() if k}
+        path = self.work / f"conditions-{self.options.n_ctx}-{mean:d}{scale:d}-{'-'.join(dict.fromkeys(judged.values()))}.json"
         if path.exists():
             return Conditions.load(path)
+        self.only_saved(path)
         captured = self.captured(text)
         with self.progress.bar("condition: K without its mean, scaled", len(captured.il)) as advance:
             error = partial(k_error, round_trip=native.round_trip)
-            found = condition(captured, error, lambda s: attention_scores(s, s.k), coarsest, mean=mean, scale=scale, progress=advance)
+            found = condition(captured, error, lambda s: attention_scores(s, s.k), judged, mean=mean, scale=scale, progress=advance)
         found.save(path)
         return found
 
@@ -129,6 +153,7 @@ class _Run:
         path = self.work / f"errors-{'-'.join(names)}{self.tag}.json"
         if path.exists():
             return ErrorTable.load(path)
+        self.only_saved(path)
         captured = self.captured(text)
         if any("f16" not in k or "f16" not in v for k, v in types.values()):
             raise CalibrationError("some layers cannot be set to f16. This model is not supported.")
@@ -161,7 +186,8 @@ class _Run:
 
     def search_reference(self, text: Text) -> Reference:
         tail = text.calibration[len(text.calibration) // 2 :]
-        return self.reference("search", chunks_of(tail, SEARCH_CTX, self.options.n_chunk, "calibration text"))
+        n_chunk = max(1, self.options.n_chunk * 3 // 4)
+        return self.reference("search", chunks_of(tail, SEARCH_CTX, n_chunk, "calibration text", min(SEARCH_SKIP, SEARCH_CTX // 4)))
 
     def reference(self, name: str, chunks: Chunks) -> Reference:
         with self.progress.bar(f"{name}: f16 reference", chunks.n_positions) as advance:
@@ -198,12 +224,7 @@ class _Run:
         self.k_vectors = self.conditions(text).k_vectors
         errors = self.errors(text)
         model = Additive.of(errors, self.geometry)
-        if self.budget is not None and self.budget < cheapest(model):
-            raise CalibrationError(
-                f"goal of {self.max_bytes} bytes at {self.options.n_ctx} tokens "
-                f"({self.geometry.bits_of(self.max_bytes):.2f} bits): "
-                f"the cheapest plan needs {cheapest(model) + self.max_bytes - self.budget}. Allow more, or a smaller -c."
-            )
+        self.affordable(model)
         reference = self.search_reference(text)
         quality = self.evaluate(reference, "search")
         stock = self.evaluate(reference, "search", stock=True)
@@ -212,31 +233,38 @@ class _Run:
             return quality(pairs).kld_mean
 
         uniform = uniform_pairs(model, self.geometry, self.max_bytes)
-        with self.progress.bar(f"search: real runs ({self.options.method})", self.n_trials) as advance:
-            done = 0
-
-            def progress(n: int, _total: int) -> None:
-                nonlocal done
-                advance(max(0, n - done))
-                done = max(done, n)
-
-            if self.options.method == "paper":
-                found = self.choose(self.paper_search(errors, kld, progress))
-            elif self.budget is not None:
-                found = fitted_search(
-                    model, uniform, kld, self.geometry, self.budget, n_trials=self.n_trials, seed=self.options.seed, progress=progress
-                )[1]
-            else:
-                goal = self.options.goal.max_kld
-                found = self.choose(kld_search(model, uniform, kld, self.geometry, goal, n_trials=self.n_trials, progress=progress))
-        with self.progress.bar("search: uniform pairs", len(uniform)) as advance:  # measured already, if K is not conditioned
+        found = self.paper_search(errors, kld) if self.options.method == "paper" else self.fitted_search(model, uniform, kld)
+        with self.progress.bar("search: uniform pairs as stock has them", len(uniform)) as advance:
             rivals = []
             for pairs in uniform:
                 rivals.append(Trial.of(pairs, stock(pairs).kld_mean, self.geometry))
                 advance(1)
         return found, rivals
 
-    def paper_search(self, errors: ErrorTable, kld: Callable, progress: Callable[[int, int], None]) -> Trials:
+    def fitted_search(self, model: Additive, uniform: list[tuple[Pair, ...]], kld: Callable) -> Trial:
+        """The default: runs that price each layer's K and V, then the best plans by these prices, to correct them at the goal."""
+        n_price, n_refine = 2 * len(model.il) + N_FLOOR, N_REFINE
+        if self.options.n_trials is not None:
+            rest = max(3, self.options.n_trials - len(uniform))
+            n_price, n_refine = 2 * rest // 3, rest - 2 * rest // 3
+        floors = floor_plans(model) if n_price > 2 * N_FLOOR else []
+        ladders = price_ladders(model, n_price - len(floors))
+
+        def run(pairs: tuple[Pair, ...]) -> Trial:
+            return Trial.of(pairs, kld(pairs), self.geometry)
+
+        known = []
+        with self.progress.bar("search: price of each layer's K and V", len(uniform) + len(floors) + len(ladders)) as advance:
+            for trial in chain(map(run, [*uniform, *floors]), (price(ladder, run) for ladder in ladders)):
+                known.append(trial)
+                advance(1)
+        with self.progress.bar("search: best plans by these prices", n_refine) as advance:
+            if self.budget is None:
+                goal = self.options.goal.max_kld
+                return self.choose(kld_search(model, known, kld, self.geometry, goal, n_trials=n_refine, progress=advance))
+            return refine(model, known, kld, self.geometry, self.budget, n_trials=n_refine, seed=self.options.seed, progress=advance)[1]
+
+    def paper_search(self, errors: ErrorTable, kld: Callable) -> Trial:
         """KVTuner as published: menus by output_error, DBSCAN groups, NSGA-II over (KLD, bits)."""
         only = [i for i, p in enumerate(errors.pairs) if {p.type_k, p.type_v} <= set(self.options.candidate_types)]
         columns = {name: errors.measure(name)[:, only] for name in errors.MEASURES}
@@ -245,9 +273,41 @@ class _Run:
         groups = cluster(errors, menus)
         groups.save(self.work / "groups.json")
         bits = self.geometry.bits_of(self.budget) if self.budget is not None else None
-        return nsga2(
-            groups, menus, kld, self.geometry, n_trials=self.n_trials, seed=self.options.seed, max_bits=bits, progress=progress
-        )
+        n_trials = self.options.n_trials or PAPER_TRIALS
+        with self.progress.bar("search: real runs (paper)", n_trials) as advance:
+            tried = nsga2(groups, menus, kld, self.geometry, n_trials=n_trials, seed=self.options.seed, max_bits=bits, progress=advance)
+        return self.choose(tried)
+
+    def affordable(self, model: Additive) -> None:
+        """Raises CalibrationError if no plan is within the goal's bytes."""
+        if self.budget is not None and self.budget < cheapest(model):
+            raise CalibrationError(
+                f"goal of {self.max_bytes} bytes at {self.options.n_ctx} tokens ({self.geometry.bits_of(self.max_bytes):.2f} bits): "
+                f"the cheapest plan needs {cheapest(model) + self.max_bytes - self.budget}. Allow more, or a smaller -c."
+            )
+
+    def solved(self) -> Solved:
+        """The plan of the goal by what was measured for this goal or others, and the whole front."""
+        text = self.text()
+        self.k_vectors = self.conditions(text).k_vectors
+        model = Additive.of(self.errors(text), self.geometry)
+        self.affordable(model)
+        runs = self.cache.of("search" + self.tag)
+        known = [Trial.of(pairs, q.kld_mean, self.geometry) for pairs, q in runs if {pairs[il] for il in model.il} <= {*model.pairs}]
+        if len(known) < 8:
+            self.only_saved(self.cache.path)
+        x, floor = fit(model, known)
+        points = front(model, x, floor)
+        goal = self.options.goal.max_kld
+        if self.budget is not None:
+            pairs = solve(model, model.prices(x), self.budget)
+        else:
+            pairs = next((plan for plan, kld in points if kld <= goal), None)
+            if pairs is None:
+                raise CalibrationError(f"goal of a KLD of {goal:g}: the best plan is predicted to have {points[-1][1]:.6f}. Allow a larger --max-kld.")
+        rows = [Point(self.geometry.bits_per_value(p, v), self.geometry.bytes(p, v), kld) for p, kld in points for v in [self.vectors_of(p)]]
+        predicted = floor + float(model.features(pairs) @ x)
+        return Solved(self.final_plan(text, pairs, self.vectors_of(pairs)), predicted, tuple(rows), self.geometry)
 
     # prove
 
@@ -308,7 +368,12 @@ class _Run:
         return Outcome(plan, found.pairs, won, comparison, self.geometry)
 
     def final_plan(
-        self, text: Text, pairs: tuple[Pair, ...], k_vectors: tuple[KVectors, ...], quality: Quality, rival: tuple[Quality, Trial] | None
+        self,
+        text: Text,
+        pairs: tuple[Pair, ...],
+        k_vectors: tuple[KVectors, ...],
+        quality: Quality | None = None,
+        rival: tuple[Quality, Trial] | None = None,
     ) -> Plan:
         from .. import __version__
 

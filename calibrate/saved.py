@@ -55,3 +55,12 @@ class EvaluationCache:
             with self.path.open("a") as file:
                 file.write(json.dumps({"what": what, "pairs": key[1], "quality": vars(self.known[key])}) + "\n")
         return self.known[key]
+
+    def of(self, what: str) -> list[tuple[tuple[Pair, ...], Quality]]:
+        """All that was measured so, in order."""
+        return [(tuple(_pair(p) for p in pairs.split(" ")), quality) for (w, pairs), quality in self.known.items() if w == what]
+
+
+def _pair(text: str) -> Pair:
+    """'q8_0/q4_0', or '/' of a layer without KV."""
+    return Pair(*text.split("/"))

@@ -22,7 +22,7 @@ def nsga2(
     n_trials: int,
     seed: int,
     max_bits: float | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> Trials:
     """The distinct assignments that NSGA-II tried, in order, beginning with the cheapest and the dearest.
 
@@ -30,7 +30,7 @@ def nsga2(
               twice with the same pairs.
     n_trials  proposals, repeated ones included; fewer are made if no assignment is left to try
     max_bits  soft constraint on the real bits per cached value: plans above it are tried, but never preferred
-    progress  called with (proposals done, n_trials)
+    progress  gets 1 for each proposal
     The same seed and evaluate give the same trials. Raises CalibrationError if the layers of a group differ in menu, or
     a KLD is not finite. Source: KVTuner (arXiv 2502.04420), section 5.1, and its released search, which takes NSGA-II.
     """
@@ -47,8 +47,7 @@ def nsga2(
             tried[pairs] = Trial.of(pairs, float(evaluate(pairs)), geometry)
         if max_bits is not None:
             trial.set_constraint("bits_per_value", tried[pairs].bits_per_value - max_bits)
-        if progress:
-            progress(trial.number + 1, n_trials)
+        progress(1)
         if len(tried) == n_assignments:
             trial.study.stop()
         return tried[pairs].kld, tried[pairs].n_bytes

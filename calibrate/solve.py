@@ -1,16 +1,8 @@
-"""The default search: an additive model of the KLD, fitted to real runs, solved exactly under a byte budget.
-
-KLD(plan) ~ floor + sum over layers of  x_k * error(type_k)^2 + x_v * error(type_v)^2
-
-The squared error of the residual stream tells how a layer's damage grows from type to type, and roughly how much the layer
-matters. What remains, x, is fitted to measured KLDs of whole plans: each run tells of all layers at once. A single KLD is
-noisy, as any change of rounding moves the model a little, so the plan is chosen by the fitted model, not by its luckiest run.
-"""
+"""Prices -> plans: the best one under a byte budget, exactly, and the searches that put the model to the test where it will be used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,66 +10,13 @@ from ..codecs import codec
 from ..errors import CalibrationError
 from ..geometry import Geometry
 from ..pair import Pair
-from .results import ErrorTable, Trial, Trials
+from .additive import F16, Additive, fit
+from .results import Trial, Trials
 
 Evaluate = Callable[[tuple[Pair, ...]], float]
 
-PRIOR_SPREAD = 1.0  # how far a layer's x may lie from its side's mean, relative: one standard deviation
-FIT_REACH = 2.75  # bits per value around the goal, within which types are run to fit the model: far off it is not additive
-NOISE = 0.1  # how far a measured KLD may lie from the model, relative
-
-
-@dataclass(frozen=True, eq=False)
-class Additive:
-    """Squared stream_error of each layer and pair, split by side, and the bytes they cost.
-
-    il     (n_il,) layers that have KV
-    pairs  the pairs of the columns
-    sq_k   (n_il, n_pair) squared error of the pair's K type alone, NaN where the layer cannot hold the pair
-    sq_v   (n_il, n_pair) of its V type alone; 0 where V lies in K's rows
-    bytes  (n_il, n_pair) at the geometry's n_ctx
-    """
-
-    il: tuple[int, ...]
-    pairs: tuple[Pair, ...]
-    sq_k: np.ndarray
-    sq_v: np.ndarray
-    n_bytes: np.ndarray
-    n_layer: int
-
-    @classmethod
-    def of(cls, errors: ErrorTable, geometry: Geometry) -> Additive:
-        column = {pair: i for i, pair in enumerate(errors.pairs)}
-        error = errors.stream_error**2
-        sq_k, sq_v = np.full(error.shape, np.nan), np.full(error.shape, np.nan)
-        for i, pair in enumerate(errors.pairs):
-            k, v = column.get(Pair(pair.type_k, "f16")), column.get(Pair("f16", pair.type_v))
-            alone = np.full(len(error), np.nan)
-            k_alone = error[:, k] if k is not None else alone
-            v_alone = error[:, v] if v is not None else alone
-            one_tensor = np.isnan(k_alone) & ~np.isnan(error[:, i])  # V lies in K's rows
-            sq_k[:, i] = np.where(one_tensor, error[:, i], k_alone)
-            sq_v[:, i] = np.where(one_tensor, 0.0, v_alone)
-        holes = np.isnan(error)
-        sq_k[holes] = sq_v[holes] = np.nan
-        n_bytes = np.array([[_layer_bytes(geometry, il, pair) for pair in errors.pairs] for il in errors.il])
-        return cls(errors.il, errors.pairs, sq_k, sq_v, n_bytes, geometry.n_layer)
-
-    def features(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """(2*n_il,) squared errors that a plan has: of K in each layer, then of V."""
-        columns = [self.pairs.index(pairs[il]) for il in self.il]
-        rows = np.arange(len(self.il))
-        return np.concatenate([self.sq_k[rows, columns], self.sq_v[rows, columns]])
-
-    def prices(self, x: np.ndarray) -> np.ndarray:
-        """(n_il, n_pair) what each pair adds to the KLD; NaN where a layer cannot hold it."""
-        n = len(self.il)
-        return x[:n, None] * self.sq_k + x[n:, None] * self.sq_v
-
-
-def _layer_bytes(geometry: Geometry, il: int, pair: Pair) -> int:
-    one = Geometry((geometry.values_k[il],), (geometry.values_v[il],), geometry.n_ctx)
-    return one.bytes((pair,))
+REACH = 2.75  # bits per value around the goal, within which uniform pairs are worth a run: far off, KLDs no longer add up
+SPREAD = 0.3  # of the prices of a first refinement, as logarithms: one standard deviation
 
 
 def cheapest(model: Additive) -> int:
@@ -128,34 +67,10 @@ def _undominated(prices: np.ndarray, n_bytes: np.ndarray) -> np.ndarray:
     return keep
 
 
-def fit(model: Additive, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
-    """x (2*n_il,) and the floor that explain the trials' KLDs best: ridge regression towards one x per side.
-
-    Residuals count relative to the KLD, as its noise grows with it.
-    """
-    from scipy.optimize import lsq_linear, nnls
-
-    a = np.array([model.features(t.pairs) for t in trials])
-    y = np.array([t.kld for t in trials])
-    n = len(model.il)
-    weight = 1 / np.maximum(y, 1e-6)
-    sides = np.column_stack([a[:, :n].sum(axis=1), a[:, n:].sum(axis=1), np.ones(len(a))])
-    mean, _ = nnls(sides * weight[:, None], y * weight)
-    least = 1e-3 * mean[:2].max() if mean[:2].max() > 0 else 1.0
-    prior = np.repeat(np.maximum(mean[:2], least), n)
-    # unknowns: x/prior of each layer and side, and the floor, scaled alike
-    scale = np.append(prior, max(mean[2], 1e-6))
-    data = np.column_stack([a, np.ones(len(a))]) * scale * (weight / NOISE)[:, None]
-    ridge = np.eye(2 * n + 1) / PRIOR_SPREAD
-    target = np.concatenate([y * weight / NOISE, np.append(np.ones(2 * n), mean[2] / scale[-1]) / PRIOR_SPREAD])
-    found = lsq_linear(np.vstack([data, ridge]), target, bounds=(0, np.inf)).x * scale
-    return found[:-1], float(found[-1])
-
-
 def near(pairs: Sequence[Pair], bits: float) -> list[Pair]:
-    """The pairs of types within FIT_REACH of so many bits per value; all if none is, but f16 only where it must be."""
+    """The pairs of types within REACH of so many bits per value; all if none is, but f16 only where it must be."""
     quantized = [p for p in pairs if "f16" not in vars(p).values()] or list(pairs)
-    return [p for p in quantized if all(abs(codec(t).bits_per_value - bits) < FIT_REACH for t in vars(p).values())] or quantized
+    return [p for p in quantized if all(abs(codec(t).bits_per_value - bits) < REACH for t in vars(p).values())] or quantized
 
 
 def uniform_pairs(model: Additive, geometry: Geometry, max_bytes: int | None) -> list[tuple[Pair, ...]]:
@@ -181,43 +96,38 @@ def uniform_pairs(model: Additive, geometry: Geometry, max_bytes: int | None) ->
     return [plans[p] for p in chosen]
 
 
-def fitted_search(
+def refine(
     model: Additive,
-    start: Sequence[tuple[Pair, ...]],
+    known: Sequence[Trial],
     evaluate: Evaluate,
     geometry: Geometry,
     max_bytes: int,
     *,
     n_trials: int,
     seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[Trials, Trial]:
     """All trials, and the plan within max_bytes that the model, fitted to all of them, holds for the best.
 
-    start     plans to begin with: the rivals, which also tell what the sides' shares are
+    known     what was run before: uniform pairs, prices
     evaluate  one pair per layer -> KLD, nats. Never called twice with the same pairs.
-    A third of the trials are contrasts, which tell the layers apart; the rest are the fitted model's own solutions, with
-    noise that shrinks to none.
+    n_trials  runs to make: the fitted model's own solutions, with noise on its prices that shrinks to none, since the KLDs of
+              low types do not quite add up, and least where they were not measured together
     """
     rng = np.random.default_rng(seed)
-    tried: dict[tuple[Pair, ...], Trial] = {}
+    tried = {t.pairs: t for t in known}
+    n_known = len(tried)
 
     def run(pairs: tuple[Pair, ...]) -> Trial:
         if pairs not in tried:
             tried[pairs] = Trial.of(pairs, float(evaluate(pairs)), geometry)
-        if progress:
-            progress(len(tried), n_trials)
+            progress(1)
         return tried[pairs]
 
-    for pairs in start:
-        run(pairs)
-    n_contrast = len(tried) + max(0, n_trials - len(tried)) // 3
-    for _ in range(n_contrast - len(tried)):
-        run(contrast(model, geometry, max_bytes, rng))
     stale = 0
-    while len(tried) < n_trials - 1 and stale < 10:
+    while len(tried) - n_known < n_trials - 1 and stale < 10:
         x, _ = fit(model, list(tried.values()))
-        spread = 0.5 * (n_trials - len(tried)) / max(1, n_trials - n_contrast) + 0.1 * stale
+        spread = SPREAD * (1 - (len(tried) - n_known) / n_trials) + 0.1 * stale
         plan = solve(model, model.prices(x * np.exp(spread * rng.standard_normal(len(x)))), max_bytes)
         stale = stale + 1 if plan in tried else 0
         run(plan)
@@ -228,51 +138,39 @@ def fitted_search(
 
 def kld_search(
     model: Additive,
-    start: Sequence[tuple[Pair, ...]],
+    known: Sequence[Trial],
     evaluate: Evaluate,
     geometry: Geometry,
     max_kld: float,
     *,
     n_trials: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> Trials:
     """Trials towards the fewest bytes whose KLD is within max_kld: the budget is moved to where the fitted model meets it.
 
-    start     plans to begin with, the dearest last
+    known     what was run before: uniform pairs, prices
     evaluate  one pair per layer -> KLD, nats
+    n_trials  runs to make; fewer if the same plan is found again
     """
-    trials = [Trial.of(pairs, evaluate(pairs), geometry) for pairs in start]
-    budgets = np.linspace(cheapest(model), geometry.bytes(start[-1]), 40).astype(int)
-    while len(trials) < n_trials:
+    trials = list(known)
+    while len(trials) - len(known) < n_trials:
         x, floor = fit(model, trials)
-        prices = model.prices(x)
-        plans = [solve(model, prices, int(b)) for b in budgets]
-        fits = [p for p in plans if floor + float(model.features(p) @ x) <= max_kld] or [plans[-1]]
+        plans = [plan for plan, _ in front(model, x, floor)]
+        fits = [p for p in plans if floor + float(model.features(p) @ x) <= max_kld] or plans[-1:]
         new = next((p for p in fits if p not in {t.pairs for t in trials}), None)
         if new is None:
             break
         trials.append(Trial.of(new, evaluate(new), geometry))
-        if progress:
-            progress(len(trials), n_trials)
-        if sum(t.kld <= max_kld for t in trials[-4:]) >= 3 and len(trials) > len(start) + 8:
+        progress(1)
+        if len(trials) - len(known) > 8 and sum(t.kld <= max_kld for t in trials[-4:]) >= 3:
             break
     return Trials(tuple(trials))
 
 
-def contrast(model: Additive, geometry: Geometry, max_bytes: int, rng: np.random.Generator) -> tuple[Pair, ...]:
-    """Half of the layers at their worst pair near the goal, half at their best, K and V apart where a layer can: a plan for fitting."""
-    bits = geometry.bits_of(max_bytes)
-    pairs = [Pair("", "")] * model.n_layer
-    n = len(model.il)
-    low_k, low_v = rng.permutation(n) < n / 2, rng.permutation(n) < n / 2
-    for row, il in enumerate(model.il):
-        held = {pair: i for i, pair in enumerate(model.pairs) if not np.isnan(model.sq_k[row, i])}
-        allowed = [held[pair] for pair in near(list(held), bits)]
-        size = model.n_bytes[row]
-
-        def preference(i: int) -> float:
-            k, v = model.sq_k[row, i], model.sq_v[row, i]
-            return (-k if low_k[row] else k) + (-v if low_v[row] else v)
-
-        pairs[il] = model.pairs[min(allowed, key=lambda i: (preference(i), size[i]))]
-    return tuple(pairs)
+def front(model: Additive, x: np.ndarray, floor: float, n_points: int = 40) -> list[tuple[tuple[Pair, ...], float]]:
+    """(plan, predicted KLD) of budgets from the cheapest plan to the best of quantized pairs; distinct, by ascending bytes."""
+    dearest = model.lowered({row: model.finest(row) or F16 for row in range(len(model.il))})
+    most = sum(model.n_bytes[row, model.pairs.index(dearest[il])] for row, il in enumerate(model.il))
+    prices = model.prices(x)
+    plans = dict.fromkeys(solve(model, prices, int(b)) for b in np.linspace(cheapest(model), most, n_points))
+    return [(plan, floor + float(model.features(plan) @ x)) for plan in plans]

@@ -73,6 +73,12 @@ def shared(*names: str) -> Callable:
         "ngl": click.option("-ngl", "--n-gpu-layers", default=0, show_default=True, type=click.IntRange(0), help="Layers to keep on the GPU."),
         "chunks": click.option("--chunks", "n_chunk", default=4, show_default=True, type=click.IntRange(2, 1000), help="Pieces of text: more take longer and tell more."),
         "seed": click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the text and the search."),
+        "bits": click.option("--bits", type=float, help="Goal: real bits per cached value, scales included. [default: 6]"),
+        "memory": click.option("--memory", type=Memory(), help="Goal: bytes of the cache at -c, for example 96M."),
+        "kld": click.option("--max-kld", type=float, help="Goal: the least memory whose mean KLD stays within this, in nats."),
+        "types": click.option("--types", help="Cache types to choose from, comma-separated. [default: all but f32 and bf16, and blocks of 32 only where 64 does not fit; paper: q8_0,q4_0,q2_64]"),
+        "mean": click.option("--k-mean/--no-k-mean", default=None, help="Whether K may be cached without its mean, where that helps. [default: yes; paper: no]"),
+        "scale": click.option("--k-scale/--no-k-scale", default=None, help="Whether K may be scaled per channel, where that helps. [default: yes; paper: no]"),
         "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     }
 
@@ -97,14 +103,10 @@ def main() -> None:
 @main.command()
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=FILE, help="Write a new GGUF, or with .json a sidecar. Default: into MODEL itself.")
-@click.option("--bits", type=float, help="Goal: real bits per cached value, scales included. [default: 6]")
-@click.option("--memory", type=Memory(), help="Goal: bytes of the cache at -c, for example 96M.")
-@click.option("--max-kld", type=float, help="Goal: the least memory whose mean KLD stays within this, in nats.")
+@shared("bits", "memory", "kld")
 @click.option("--method", type=click.Choice(["fitted", "paper"]), default="fitted", show_default=True, help="How to search: 'fitted' is ours, 'paper' is KVTuner's.")
-@click.option("--trials", "n_trials", type=click.IntRange(8, 10000), help="Real runs of the search. [default: 32, paper 100]")
-@click.option("--types", help="Cache types to choose from, comma-separated. [default: all but f32 and bf16, and blocks of 32 only where 64 does not fit; paper: q8_0,q4_0,q2_64]")
-@click.option("--k-mean/--no-k-mean", default=None, help="Whether K may be cached without its mean, where that helps. [default: yes; paper: no]")
-@click.option("--k-scale/--no-k-scale", default=None, help="Whether K may be scaled per channel, where that helps. [default: yes; paper: no]")
+@click.option("--trials", "n_trials", type=click.IntRange(8, 10000), help="Real runs of the search. [default: two per layer and about 24 more; paper 100]")
+@shared("types", "mean", "scale")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration of this model stopped, or reuse what it measured.")
 @shared("c", "f", "chunks", "seed", "t", "ngl", "json")
 def calibrate(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
@@ -120,6 +122,30 @@ def calibrate(model: Path, output: Path | None, as_json: bool, **given: Any) -> 
         print_json(_outcome_json(outcome, written))
     else:
         click.echo(_outcome_text(outcome, written))
+
+
+@main.command()
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", type=FILE, help="Write the plan: a new GGUF, or with .json a sidecar. Default: show it only.")
+@shared("bits", "memory", "kld", "types", "mean", "scale", "c", "f", "chunks", "seed", "json")
+def solve(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
+    """Find another plan by what `calibrate` measured of MODEL, in a second and without a run.
+
+    The goal is as in `calibrate`; the other options must be as they were there. The KLDs are predicted, on the text of the
+    search: `kvtuner-gguf evaluate` measures them.
+    """
+    n_ctx, pipeline = given["n_ctx"], _pipeline()
+    solved = pipeline.solve_saved(_options(pipeline, model, **given), Terminal())
+    written = None if output is None else _write(solved.plan, model, output)
+    if as_json:
+        print_json({"written": written and str(written), "plan": json.loads(solved.plan.to_json()), "kld": solved.kld, "front": [vars(p) for p in solved.front]})
+    else:
+        from .report import front_text, layers_text, memory_text
+
+        click.echo(f"{layers_text(solved.plan.pairs)}\n\n{memory_text(solved.plan.pairs, solved.geometry, solved.plan.vector_bytes)}")
+        click.echo(f"\n{front_text([(p.bits_per_value, p.n_bytes, p.kld) for p in solved.front], n_ctx)}\n\npredicted mean KLD of the plan: {solved.kld:.5f}; not proved")
+        if written:
+            click.echo(f"Written to {written}")
 
 
 def _pipeline() -> Any:
@@ -146,10 +172,10 @@ def _options(model: Path, **given: Any) -> Any:
         raise click.UsageError("give one goal: --bits, --memory or --max-kld.")
     if not named:
         goals["bits"] = DEFAULT_BITS
-    if goals["max_kld"] is not None and given["method"] == "paper":
+    if goals["max_kld"] is not None and given.get("method") == "paper":
         raise click.UsageError("--method paper searches within --bits or --memory, not for --max-kld.")
     types = tuple(codec(t.strip()).name for t in (given.pop("types") or "").split(",") if t.strip())
-    given["n_threads"], given["types"] = given.pop("threads"), types
+    given["n_threads"], given["types"] = given.pop("threads", None), types
     return Options(model, Goal(**goals), **given)
 
 

@@ -63,6 +63,12 @@ def comparison_text(c: Comparison) -> str:
     return f"{table(head, rows)}\n{note}"
 
 
+def front_text(points: Sequence[tuple[float, int, float]], n_ctx: int) -> str:
+    """One line per plan of the front: (bits per value, bytes, predicted mean KLD)."""
+    rows = [(f"{bits:.2f}", f"{n_bytes / MIB:.1f}", f"{kld:.5f}") for bits, n_bytes, kld in points]
+    return table(("bits", f"MiB at {n_ctx}", "predicted mean KLD"), rows)
+
+
 def comparison_json(c: Comparison) -> dict[str, Any]:
     rows = [{"name": r.name, "bits_per_value": r.bits_per_value, "bytes": r.n_bytes, **vars(r.quality)} for r in c.rows]
     return {"text": c.text, "n_positions": c.n_positions, "chunk_ctx": c.chunk_ctx, "n_ctx": c.n_ctx, "rows": rows}

@@ -1,7 +1,8 @@
 """llama-bench of two or more builds in turns: tokens per second at each depth, medians, and ratios to the first build.
 
 python tests/bench/attention.py MODEL.gguf STOCK/bin OURS/bin [--pairs q8_0/q8_0,...] [--depths 0,4096,8000] [--threads 1,2] [--rounds 3]
-The last column divides by the first build's f16/f16 in the same test, which is therefore always measured.
+The last columns divide the last build's speed by the first one's: with the same types; with f16/f16, which is therefore always
+measured; and with q8_0/q8_0, if that is. --first-pairs leaves out what the first build is too slow for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from statistics import median
 
 PAIRS = ("f16/f16", "q8_0/q8_0", "q8_0/q4_0", "q4_0/q4_0", "q5_1/iq4_nl", "q5_0/q4_1", "bf16/bf16", "f32/f32")
 BASE = "f16/f16"
+BASES = (BASE, "q8_0/q8_0")
 
 
 def bench(folder: Path, model: Path, pair: str, depth: int, threads: int, tests: list[str]) -> dict[str, float]:
@@ -32,6 +34,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--pairs", default=",".join(PAIRS))
+    parser.add_argument("--first-pairs", help="pairs that the first build runs; by default all")
     parser.add_argument("--depths", default="0,4096,8000")
     parser.add_argument("--threads", default="2")
     parser.add_argument("--rounds", type=int, default=3)
@@ -40,19 +43,23 @@ def main() -> None:
     options = parser.parse_args()
 
     pairs = [BASE, *(p for p in options.pairs.split(",") if p != BASE)]
-    tests = ["-p", str(options.n_prompt), "-n", str(options.n_gen)]
+    of_first = {BASE, *(options.first_pairs or options.pairs).split(",")}
+    tests = [x for flag, n in (("-p", options.n_prompt), ("-n", options.n_gen)) for x in (flag, str(n))]
     n = len(options.folders)
-    print("threads  depth  test   pair          " + "".join(f"{f'build {i}':>10}" for i in range(n)) + f"   last/first   last/first {BASE}")
+    print("threads  depth  test    pair          " + "".join(f"{f'build {i}':>10}" for i in range(n)) + "".join(f"{f'/ first {p}':>18}" for p in ("same", *BASES)))
     for threads in map(int, options.threads.split(",")):
         for depth in map(int, options.depths.split(",")):
-            base: dict[str, float] = {}
+            first: dict[tuple[str, str], float] = {}
             for pair in pairs:
-                runs = [[bench(folder, options.model, pair, depth, threads, tests) for folder in options.folders] for _ in range(options.rounds)]
-                for test in runs[0][0]:
-                    ts = [median(r[i][test] for r in runs) for i in range(n)]
-                    base.setdefault(test, ts[0])
-                    numbers = "".join(f"{t:10.1f}" for t in ts)
-                    print(f"{threads:7}  {depth:5}  {test:5}  {pair:13}{numbers}{ts[-1] / ts[0]:13.2f}{ts[-1] / base[test]:13.2f}", flush=True)
+                folders = [f if i or pair in of_first else None for i, f in enumerate(options.folders)]
+                runs = [[bench(f, options.model, pair, depth, threads, tests) if f else {} for f in folders] for _ in range(options.rounds)]
+                for test in runs[0][-1]:
+                    ts = [median(r[i][test] for r in runs) if test in runs[0][i] else None for i in range(n)]
+                    if ts[0]:
+                        first[test, pair] = ts[0]
+                    numbers = "".join(f"{t:10.1f}" if t else f"{'-':>10}" for t in ts)
+                    ratios = [ts[-1] / first[test, p] if (test, p) in first else None for p in (pair, *BASES)]
+                    print(f"{threads:7}  {depth:5}  {test:6}  {pair:13}{numbers}" + "".join(f"{r:18.2f}" if r else f"{'-':>18}" for r in ratios), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 python tests/bench/attention_op.py STOCK/bin OURS/bin [--threads 2] [--n-kv 8000] [--n-q 1] [--pairs all]
 A call is one layer's attention for n_q tokens of each sequence. Builds take turns, each in a process of its own. The caches of a
 case fill --mib together, so that they come from memory. "read" is the share of what as many threads read with a plain sum over
-an array. The last columns divide the first build's time by the last one's: with the same types, and with f16/f16.
+an array. The last columns divide the first build's time by the last one's: with the same types, and with f16/f16. With --against-base
+the first build runs f16/f16 alone, in turns with every pair of the last one.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--mib", type=float, default=64)
     parser.add_argument("--pairs", default=",".join(PAIRS), help="'all': every pair of stock's types; 'ours': every pair with a type of ours")
+    parser.add_argument("--against-base", action="store_true", help=f"the first build runs {BASE} only, beside each pair")
     parser.add_argument("--shapes", default=SHAPES, help="head size:query heads of a KV head:sequences, comma between")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -106,16 +108,21 @@ def main() -> None:
                 continue
             case = {"k": k, "v": v, "dk": d, "dv": d, "n_gqa": n_gqa, "n_head_kv": 3 if d == 64 else 2, "n_q": options.n_q,
                     "n_kv": max(64, options.n_kv // n_stream), "n_stream": n_stream, "mask": "causal", "n_threads": options.threads}  # fmt: skip
+            base_case = {**case, **dict(zip("kv", BASE.split("/")))}
             times: list[list[float | None]] = [[] for _ in options.folders]
+            sizes = [0] * len(options.folders)
             for _ in range(options.rounds):
                 for i, folder in enumerate(options.folders):
-                    command = [sys.executable, __file__, str(folder), "--case", json.dumps(case), "--mib", str(options.mib), "--seconds", str(options.seconds)]
-                    ms, size = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                    of_build = json.dumps(base_case if options.against_base and i == 0 else case)
+                    command = [sys.executable, __file__, str(folder), "--case", of_build, "--mib", str(options.mib), "--seconds", str(options.seconds)]
+                    ms, sizes[i] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
                     times[i].append(ms)
             ms = [None if None in t else median(t) for t in times]
-            base = base or ms[0]
-            columns = "".join(f"{t:10.3f}{size / t / 1e6:8.1f}{size / t / 1e6 / speed:7.0%}" if t else f"{'-':>10}{'-':>8}{'-':>7}" for t in ms)
-            same = f"{ms[0] / ms[-1]:13.2f}" if ms[0] else f"{'-':>13}"
+            base = ms[0] if options.against_base else base or ms[0]
+            columns = "".join(
+                f"{t:10.3f}{size / t / 1e6:8.1f}{size / t / 1e6 / speed:7.0%}" if t else f"{'-':>10}{'-':>8}{'-':>7}" for t, size in zip(ms, sizes)
+            )
+            same = f"{ms[0] / ms[-1]:13.2f}" if ms[0] and not options.against_base else f"{'-':>13}"
             print(f"{d:4}  {n_gqa:3}  {n_stream:4}  {pair:16}{columns}{same}{base / ms[-1]:20.2f}", flush=True)
 
 

@@ -227,6 +227,32 @@ def test_another_goal_reuses_what_was_measured(tiny, tmp_path, text, monkeypatch
     assert read_plan(model).bits_per_value <= 7.0
 
 
+def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkeypatch):
+    from kvtuner_gguf.calibrate import pipeline
+
+    model = copy_of(tiny("llama"), tmp_path)
+    same = ("--chunks", 2, "-c", 1024, "-f", text)
+    untouched = run("solve", model, *same, code=1).output
+    assert "not measured" in untouched and "kvtuner-gguf calibrate" in untouched
+    calibrate(model, "-f", text, "--bits", 6.0, "-o", tmp_path / "six.json")
+
+    def no_run(*args: object, **kwargs: object) -> None:
+        raise AssertionError("solve measured a plan")
+
+    monkeypatch.setattr(pipeline, "measure", no_run)
+    result = json.loads(run("solve", model, *same, "--bits", 4.6, "-o", tmp_path / "less.json", "--json").stdout)
+    plan = Plan.load(tmp_path / "less.json")
+    assert 4.0 < plan.bits_per_value <= 4.6 and plan.quality is None
+    assert read_plan(model) is None
+    sizes, klds = [p["n_bytes"] for p in result["front"]], [p["kld"] for p in result["front"]]
+    assert sizes == sorted(sizes) and klds == sorted(klds, reverse=True) and len(sizes) > 3
+    assert klds[-1] < result["kld"] < klds[0]
+    within = json.loads(run("solve", model, *same, "--max-kld", result["kld"], "--json").stdout)
+    assert within["plan"]["bits_per_value"] < 6 and within["kld"] <= result["kld"]
+    monkeypatch.undo()
+    assert "less.json" in run("evaluate", "-m", model, tmp_path / "less.json", *same, "-t", 1).output
+
+
 def test_a_killed_run_leaves_the_old_file(tiny, tmp_path, text):
     model = copy_of(tiny("llama"), tmp_path)
     before = model.read_bytes()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from samples import make_sample
 
 from kvtuner_gguf.calibrate.error import (
     MEASURES,
@@ -22,7 +23,7 @@ from kvtuner_gguf.calibrate.error import (
     score_error,
     value_error,
 )
-from kvtuner_gguf.calibrate.results import Capture, ErrorTable, LayerSample, save_sample
+from kvtuner_gguf.calibrate.results import Capture, ErrorTable, save_sample
 from kvtuner_gguf.pair import Pair
 
 TYPES = ("f16", "q8_0", "q5_0", "q4_0")
@@ -33,22 +34,6 @@ def round_trip(type_name, x):
         return x.astype(type_name.replace("f", "float")).astype(np.float32)
     qtype = GGMLQuantizationType[type_name.upper()]
     return dequantize(quantize(x, qtype), qtype)
-
-
-def make_sample(seed=0, n_head=6, n_head_kv=2, n_q=5, n_kv=9, head_dim_k=64, head_dim_v=64, **fields):
-    """Causal, the queries being the last n_q tokens; K and V hold float16 values."""
-    rng = np.random.default_rng(seed)
-
-    def normal(*shape):
-        return rng.standard_normal(shape).astype(np.float16).astype(np.float32)
-
-    arrays = {
-        "q": normal(n_head, n_q, head_dim_k),
-        "k": normal(n_head_kv, n_kv, head_dim_k),
-        "v": normal(n_head_kv, n_kv, head_dim_v),
-        "mask": np.triu(np.full((n_q, n_kv), -np.inf, np.float32), n_kv - n_q + 1),
-    }
-    return LayerSample(**{"il": seed, "scale": head_dim_k**-0.5, **arrays, **fields})
 
 
 def make_capture(path, samples):

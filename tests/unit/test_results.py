@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import samples
 
 from kvtuner_gguf.calibrate.results import (
     Capture,
     ErrorTable,
     Groups,
-    LayerSample,
     Menus,
     Trial,
     Trials,
@@ -25,19 +25,8 @@ Q8, Q84, Q4 = Pair.parse("q8_0"), Pair.parse("q8_0/q4_0"), Pair.parse("q4_0")
 NONE = Pair("", "")
 
 
-def make_sample(il=3, n_head=4, n_head_kv=2, n_q=3, n_kv=5, head_dim_k=64, head_dim_v=32, **fields):
-    rng = np.random.default_rng(il)
-
-    def normal(*shape):
-        return rng.standard_normal(shape).astype(np.float16).astype(np.float32)
-
-    arrays = {
-        "q": normal(n_head, n_q, head_dim_k),
-        "k": normal(n_head_kv, n_kv, head_dim_k),
-        "v": normal(n_head_kv, n_kv, head_dim_v),
-        "mask": np.triu(np.full((n_q, n_kv), -np.inf, np.float32), n_kv - n_q + 1),
-    }
-    return LayerSample(**{"il": il, "scale": 0.125, **arrays, **fields})
+def make_sample(il=3, **fields):
+    return samples.make_sample(il, **{"n_head": 4, "n_q": 3, "n_kv": 5, "head_dim_v": 32, **fields})
 
 
 def make_table(il=(1, 4), pairs=(Q8, Q84, Q4), **measures):

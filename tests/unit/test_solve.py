@@ -7,8 +7,10 @@ from itertools import product
 import numpy as np
 import pytest
 
+from kvtuner_gguf.calibrate.additive import Additive, fit, floor_shape
+from kvtuner_gguf.calibrate.prices import MOST, floor_plans, price, price_ladders
 from kvtuner_gguf.calibrate.results import ErrorTable, Trial
-from kvtuner_gguf.calibrate.solve import Additive, cheapest, fit, fitted_search, solve
+from kvtuner_gguf.calibrate.solve import cheapest, front, kld_search, refine, solve
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair
@@ -58,28 +60,102 @@ def test_fit_finds_which_layers_matter(model):
     assert floor == pytest.approx(FLOOR, rel=0.2)
 
 
+def run(pairs: tuple[Pair, ...]) -> Trial:
+    return Trial.of(pairs, kld(pairs), GEOMETRY)
+
+
+def known(model: Additive, n_runs: int = 8) -> list[Trial]:
+    uniform = [(Pair(*names),) * 4 for names in (("q5_0", "q5_0"), ("q4_0", "q5_0"), ("q4_0", "q4_0"))]
+    return [run(p) for p in uniform] + [price(ladder, run) for ladder in price_ladders(model, n_runs)]
+
+
+def test_prices_are_of_one_side_of_one_layer(model):
+    ladders = price_ladders(model, 8)
+    assert len(ladders) == 8
+    for ladder, (side, il) in zip(ladders, product("kv", range(4))):
+        for plan, name in zip(ladder, ("q4_0", "q5_0", "q8_0"), strict=True):
+            lowered = Pair(name, "f16") if side == "k" else Pair("f16", name)
+            assert plan == tuple(lowered if i == il else Pair("f16", "f16") for i in range(4))
+
+
+def test_fewer_runs_price_neighbours_together(model):
+    ladders = price_ladders(model, 4)
+    q4, f16 = Pair("q4_0", "f16"), Pair("f16", "f16")
+    assert [ladder[0] for ladder in ladders[:2]] == [(q4, q4, f16, f16), (f16, f16, q4, q4)]
+    assert len(ladders) == 4
+
+
+def test_a_type_that_ruins_the_model_is_no_price(model):
+    ladder = price_ladders(model, 8)[0]
+    ruined = {ladder[0]: 5.0, ladder[1]: 2 * MOST, ladder[2]: 0.1}
+    asked = []
+
+    def run_ruined(pairs: tuple[Pair, ...]) -> Trial:
+        asked.append(pairs)
+        return Trial.of(pairs, ruined[pairs], GEOMETRY)
+
+    assert price(ladder, run_ruined).pairs == ladder[2]
+    assert asked == list(ladder)
+
+
+def test_floor_is_what_rounding_does_above_a_layer(model):
+    plans = floor_plans(model)
+    assert [p.index(Pair("q8_0", "q8_0")) for p in plans] == [0, 1, 2, 3]
+    trials = [Trial.of(p, k, GEOMETRY) for p, k in zip(plans, (0.004, 0.003, 0.0035, 0.001))]
+    assert floor_shape(model, trials) == pytest.approx([1, 0.75, 0.75, 0.25])
+    assert floor_shape(model, [run((Pair("q8_0", "q8_0"),) * 4)]) == pytest.approx(np.ones(4))
+
+
+def test_a_fit_by_prices_foretells_whole_plans(model):
+    """The floor too: lower where fewer layers lie above, as rounding has it."""
+    shape = np.array([1, 0.8, 0.5, 0.2])
+
+    def of(plan: tuple[Pair, ...]) -> Trial:
+        row = model.first_quantized(plan)
+        return Trial.of(plan, kld(plan) - FLOOR * (1 - shape[row]), GEOMETRY)
+
+    trials = [of(p) for p in floor_plans(model)] + [price(ladder, of) for ladder in price_ladders(model, 8)]
+    x, floor = fit(model, [of((Pair("q5_0", "q5_0"),) * 4), *trials])
+    for pair in (Pair("q8_0", "q8_0"), Pair("q5_0", "q4_0"), Pair("q4_0", "q4_0")):
+        assert floor + model.features((pair,) * 4) @ x == pytest.approx(kld((pair,) * 4), rel=0.1)
+
+
 def test_search_beats_every_uniform_pair_of_its_bytes(model):
     max_bytes = GEOMETRY.bytes((Pair("q5_0", "q5_0"),) * 4)
-    uniform = [(Pair(*names),) * 4 for names in (("q5_0", "q5_0"), ("q4_0", "q5_0"), ("q4_0", "q4_0"))]
     asked = []
 
     def evaluate(pairs: tuple[Pair, ...]) -> float:
         asked.append(pairs)
         return kld(pairs)
 
-    trials, best = fitted_search(model, uniform, evaluate, GEOMETRY, max_bytes, n_trials=20, seed=0)
-    assert len(asked) == len(set(asked)) == len(trials.trials) <= 20
+    before = known(model)
+    trials, best = refine(model, before, evaluate, GEOMETRY, max_bytes, n_trials=6, seed=0)
+    assert len(asked) == len(set(asked)) == len(trials.trials) - len(before) <= 6
     assert best in trials.trials and best.n_bytes <= max_bytes
-    assert best.kld < 1.1 * best_by_brute_force(model, max_bytes)
-    assert best.kld < kld(uniform[0])
+    assert best.kld < 1.02 * best_by_brute_force(model, max_bytes)
+    assert best.kld < kld((Pair("q5_0", "q5_0"),) * 4)
 
 
 def test_search_is_the_same_for_a_seed(model):
-    def run() -> list[tuple[Pair, ...]]:
-        trials, _ = fitted_search(model, [(Pair("q5_0", "q5_0"),) * 4], kld, GEOMETRY, 15500, n_trials=10, seed=3)
+    def plans() -> list[tuple[Pair, ...]]:
+        trials, _ = refine(model, known(model), kld, GEOMETRY, 15500, n_trials=5, seed=3)
         return [t.pairs for t in trials.trials]
 
-    assert run() == run()
+    assert plans() == plans()
+
+
+def test_least_bytes_within_a_kld(model):
+    trials = kld_search(model, known(model), kld, GEOMETRY, 0.02, n_trials=10).trials
+    within = min(GEOMETRY.bytes(plan) for plan in product(model.pairs, repeat=4) if kld(plan) <= 0.02)
+    assert min(t.n_bytes for t in trials if t.kld <= 0.02) <= 1.1 * within
+
+
+def test_front_never_gets_worse_with_more_bytes(model):
+    points = front(model, np.concatenate([X_K, X_V]), FLOOR)
+    sizes, klds = [GEOMETRY.bytes(p) for p, _ in points], [k for _, k in points]
+    assert sizes == sorted(sizes) and klds == sorted(klds, reverse=True)
+    assert set(points[0][0]) == {Pair("q4_0", "q4_0")} and set(points[-1][0]) == {Pair("q8_0", "q8_0")}
+    assert all(k == pytest.approx(kld(p)) for p, k in points)
 
 
 def test_one_tensor_for_k_and_v_has_one_type(model):

@@ -1,0 +1,144 @@
+"""The KLD of a plan as a sum over its layers, from errors that were computed and a few plans that were run.
+
+KLD(plan) ~ floor + sum over layers of  x_k * error(type_k)^2 + x_v * error(type_v)^2
+
+The squared error of the residual stream tells how a layer's damage grows from type to type, and roughly how much the layer
+matters. What remains, x, is fitted to measured KLDs. The floor is what any change of rounding does to the model; it grows
+through the layers above the first one that is quantized. A single KLD is noisy for the same reason, so a plan is chosen by the
+fitted model, not by its luckiest run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..geometry import Geometry
+from ..pair import Pair
+from .results import ErrorTable, Trial
+
+F16 = Pair("f16", "f16")
+PRIOR_SPREAD = 1.0  # how far a layer's x may lie from its side's mean, relative to the larger of the two: one standard deviation
+N_REWEIGHT = 5
+NOISE = 0.1  # how far a measured KLD may lie from the model, relative
+
+
+@dataclass(frozen=True, eq=False)
+class Additive:
+    """Squared stream_error of each layer and pair, split by side, and the bytes they cost.
+
+    il       (n_il,) layers that have KV
+    pairs    the pairs of the columns
+    sq_k     (n_il, n_pair) squared error of the pair's K type alone, NaN where the layer cannot hold the pair
+    sq_v     (n_il, n_pair) of its V type alone; 0 where V lies in K's rows
+    n_bytes  (n_il, n_pair) at the geometry's n_ctx
+    """
+
+    il: tuple[int, ...]
+    pairs: tuple[Pair, ...]
+    sq_k: np.ndarray
+    sq_v: np.ndarray
+    n_bytes: np.ndarray
+    n_layer: int
+
+    @classmethod
+    def of(cls, errors: ErrorTable, geometry: Geometry) -> Additive:
+        column = {pair: i for i, pair in enumerate(errors.pairs)}
+        error = errors.stream_error**2
+        sq_k, sq_v = np.full(error.shape, np.nan), np.full(error.shape, np.nan)
+        for i, pair in enumerate(errors.pairs):
+            k, v = column.get(Pair(pair.type_k, "f16")), column.get(Pair("f16", pair.type_v))
+            alone = np.full(len(error), np.nan)
+            k_alone = error[:, k] if k is not None else alone
+            v_alone = error[:, v] if v is not None else alone
+            one_tensor = np.isnan(k_alone) & ~np.isnan(error[:, i])  # V lies in K's rows
+            sq_k[:, i] = np.where(one_tensor, error[:, i], k_alone)
+            sq_v[:, i] = np.where(one_tensor, 0.0, v_alone)
+        holes = np.isnan(error)
+        sq_k[holes] = sq_v[holes] = np.nan
+        n_bytes = np.array([[_layer_bytes(geometry, il, pair) for pair in errors.pairs] for il in errors.il])
+        return cls(errors.il, errors.pairs, sq_k, sq_v, n_bytes, geometry.n_layer)
+
+    def features(self, pairs: Sequence[Pair]) -> np.ndarray:
+        """(2*n_il,) squared errors that a plan has: of K in each layer, then of V."""
+        columns = [self.pairs.index(pairs[il]) for il in self.il]
+        rows = np.arange(len(self.il))
+        return np.concatenate([self.sq_k[rows, columns], self.sq_v[rows, columns]])
+
+    def first_quantized(self, pairs: Sequence[Pair]) -> int | None:
+        """Row of the first layer that has an error; None if none has."""
+        n = len(self.il)
+        rows = np.nonzero(self.features(pairs).reshape(2, n).any(axis=0))[0]
+        return int(rows[0]) if len(rows) else None
+
+    def lowered(self, pair_of_row: Mapping[int, Pair]) -> tuple[Pair, ...]:
+        """The plan of f16 but for these rows."""
+        pairs = [Pair("", "")] * self.n_layer
+        for row, il in enumerate(self.il):
+            pairs[il] = pair_of_row.get(row, F16)
+        return tuple(pairs)
+
+    def finest(self, row: int) -> Pair | None:
+        """The quantized pair of this layer that does least harm; None if the layer holds none."""
+        harm = self.sq_k[row] + self.sq_v[row]
+        held = [i for i, p in enumerate(self.pairs) if not np.isnan(harm[i]) and "f16" not in (p.type_k, p.type_v)]
+        return self.pairs[min(held, key=lambda i: (harm[i], i))] if held else None
+
+    def prices(self, x: np.ndarray) -> np.ndarray:
+        """(n_il, n_pair) what each pair adds to the KLD; NaN where a layer cannot hold it."""
+        n = len(self.il)
+        return x[:n, None] * self.sq_k + x[n:, None] * self.sq_v
+
+
+def _layer_bytes(geometry: Geometry, il: int, pair: Pair) -> int:
+    one = Geometry((geometry.values_k[il],), (geometry.values_v[il],), geometry.n_ctx)
+    return one.bytes((pair,))
+
+
+def floor_shape(model: Additive, trials: Sequence[Trial]) -> np.ndarray:
+    """(n_il,) the floor of a plan by its first quantized layer, relative to that of one quantized from the first layer on.
+
+    From trials in which one layer alone has its finest pair; 1 everywhere if there are none.
+    """
+    known: dict[int, float] = {}
+    for trial in trials:
+        row = model.first_quantized(trial.pairs)
+        if row is not None and trial.pairs == model.lowered({row: model.finest(row) or F16}):
+            known[row] = trial.kld
+    if len(known) < 2 or not known[min(known)] > 0:
+        return np.ones(len(model.il))
+    rows = sorted(known)
+    shape = np.interp(np.arange(len(model.il)), rows, [known[row] for row in rows])
+    return np.minimum.accumulate(shape / shape[0])
+
+
+def fit(model: Additive, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
+    """x (2*n_il,) and the floor that explain the trials' KLDs best: ridge regression towards one x per side.
+
+    The floor is that of a plan which is quantized from the first layer on. Residuals count relative to the KLD, as its noise
+    grows with it.
+    """
+    from scipy.optimize import lsq_linear, nnls
+
+    a = np.array([model.features(t.pairs) for t in trials])
+    y = np.array([t.kld for t in trials])
+    n = len(model.il)
+    shape = floor_shape(model, trials)
+    rows = [model.first_quantized(t.pairs) for t in trials]
+    floor = np.array([0.0 if row is None else shape[row] for row in rows])
+    weight = 1 / np.maximum(y, 1e-6)
+    sides = np.column_stack([a[:, :n].sum(axis=1), a[:, n:].sum(axis=1), floor])
+    mean, _ = nnls(sides * weight[:, None], y * weight)
+    least = 1e-3 * mean[:2].max() if mean[:2].max() > 0 else 1.0
+    prior = np.repeat(np.maximum(mean[:2], least), n)
+    center = np.append(prior, max(mean[2], 1e-6))
+    data, target = np.column_stack([a, floor]) * (weight / NOISE)[:, None], y * weight / NOISE
+    found = center
+    for _ in range(N_REWEIGHT):
+        spread = PRIOR_SPREAD * np.maximum(center, found)
+        # unknowns: those of the data, in units of their spread
+        rows = np.vstack([data * spread, np.eye(2 * n + 1)])
+        found = lsq_linear(rows, np.concatenate([target, center / spread]), bounds=(0, np.inf)).x * spread
+    return found[:-1], float(found[-1])

@@ -1,0 +1,61 @@
+"""What each layer's K and V cost in KLD: real runs on an f16 cache but for one side of one layer.
+
+The coarsest type is priced, since its KLD stands furthest above the noise: the squared errors tell what the finer ones cost. A few
+runs with the finest pair in one layer tell how large the floor is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..pair import Pair
+from .additive import Additive
+from .results import Trial
+
+Plans = Sequence[tuple[Pair, ...]]
+
+N_FLOOR = 4  # runs for the floor
+MOST = 0.25  # nats: above it a KLD does not grow with the squared error any more, and a finer type is priced
+
+
+def floor_plans(model: Additive) -> list[tuple[Pair, ...]]:
+    """Plans of one layer with its finest pair, the first and the last among them."""
+    n = len(model.il)
+    rows = sorted({round(i * (n - 1) / (N_FLOOR - 1)) for i in range(N_FLOOR)})
+    return [model.lowered({row: pair}) for row in rows if (pair := model.finest(row))]
+
+
+def price_ladders(model: Additive, n_runs: int) -> list[Plans]:
+    """For each side of each layer: plans with its types alone, the coarsest first.
+
+    n_runs  at most so many; if there are more sides than that, layers that follow each other share one
+    """
+    sides = [(s, [r for r in range(len(model.il)) if _types(model, r, s)]) for s in ("k", "v")]
+    sides = [(side, rows) for side, rows in sides if rows]
+    ladders: list[Plans] = []
+    for side, rows in sides:
+        for group in np.array_split(rows, min(len(rows), max(1, n_runs // len(sides)))):
+            steps = [_types(model, int(row), side) for row in group]
+            ladders.append([
+                model.lowered({int(row): types[min(i, len(types) - 1)] for row, types in zip(group, steps)})
+                for i in range(max(map(len, steps)))
+            ])  # fmt: skip
+    return ladders
+
+
+def price(ladder: Plans, run: Callable[[tuple[Pair, ...]], Trial]) -> Trial:
+    """The run of the coarsest plan of the ladder whose KLD still grows as the squared error does."""
+    for plan in ladder:
+        trial = run(plan)
+        if trial.kld <= MOST:
+            break
+    return trial
+
+
+def _types(model: Additive, row: int, side: str) -> list[Pair]:
+    """The pairs that lower this side of the layer alone, the coarsest first; of both where V lies in K's rows."""
+    own, other = (model.sq_k, model.sq_v) if side == "k" else (model.sq_v, model.sq_k)
+    alone = [i for i in range(len(model.pairs)) if own[row, i] > 0 and other[row, i] == 0]
+    return [model.pairs[i] for i in sorted(alone, key=lambda i: (-own[row, i], i))]

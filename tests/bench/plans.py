@@ -1,0 +1,135 @@
+"""KLD of plans at several goals on text that no stage has seen, in short and long contexts: the default, what it is made of, and its rivals.
+
+python tests/bench/plans.py MODEL.gguf [--bits 4.5,3.5,3.25,2.75] [--ways default,no-mean,no-scale,no-layers,error,paper] [-f TEXT]
+    [--contexts 2048x8,8192x1] [--shared-bits 4.5,3.25]
+
+default      what `kvtuner-gguf calibrate` searches, without its proof
+no-mean      K keeps its mean     no-scale  K is not scaled
+no-layers    the best uniform pair of all types, with K conditioned
+error        the solver's plan by squared errors alone: no run has told what a layer matters
+paper        --method paper
+Rows below: the best uniform pair with K as stock caches it, of all types within the goal, and stock's own pairs. "predicted" is the
+KLD that the fitted prices foretell on the text of the search, "search" what a run measured there. Records stay in --work, so that
+a run that was stopped goes on. --shared-bits: goals of the ways other than default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from kvtuner_gguf.calibrate.additive import Additive, fit
+from kvtuner_gguf.calibrate.evaluate import make_reference, measure
+from kvtuner_gguf.calibrate.options import Goal, Options
+from kvtuner_gguf.calibrate.pipeline import Run
+from kvtuner_gguf.calibrate.solve import solve
+from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
+from kvtuner_gguf.kvectors import KVectors
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.runtime import Session
+
+Plan = tuple[str, tuple[Pair, ...], tuple[KVectors, ...], str]  # name, pairs, vectors, what the search said
+STOCK = ("q8_0/q8_0", "q5_1/q5_1", "iq4_nl/iq4_nl", "q4_0/q4_0")
+FIXED = {"no-mean": {"k_mean": False}, "no-scale": {"k_scale": False}, "paper": {"method": "paper"}}
+
+
+class Silent:
+    """Progress that says what takes how long."""
+
+    @contextmanager
+    def bar(self, title: str, total: int):
+        start = time.monotonic()
+        yield lambda n: None
+        print(f"    {title}: {time.monotonic() - start:.0f} s", flush=True)
+
+    def say(self, text: str) -> None:
+        print(text)
+
+
+def plans_of(way: str, bits: float, model: Path, session: Session, work: Path, text: Path | None) -> list[Plan]:
+    """The plan of this way, and with it the best uniform pair as stock caches K if the way is the default."""
+    options = Options(model, Goal(bits=bits), resume=True, text=text, **FIXED.get(way, {}))
+    run = Run(options, session, Silent(), work)
+    source = run.text()
+    name = f"{bits:g} {way}"
+    if way in ("no-layers", "error"):
+        run.k_vectors = run.conditions(source).k_vectors
+        additive = Additive.of(run.errors(source), run.geometry)
+        known = [(p, q.kld_mean) for p, q in run.cache.of("search" + run.tag)]
+        if way == "error":
+            pairs, said = solve(additive, additive.prices(np.ones(2 * len(additive.il))), run.budget), ""
+        else:
+            uniform = [(k, p) for p, k in known if len({p[il] for il in additive.il}) == 1 and run.geometry.bytes(p) <= run.budget]
+            kld, pairs = min(uniform)
+            said = f"search {kld:.4f}"
+        return [(name, pairs, run.vectors_of(pairs), said)]
+    found, rivals = run.searched(source)
+    said = f"search {found.kld:.4f}"
+    if way != "paper":
+        from kvtuner_gguf.calibrate.results import Trial
+
+        additive = Additive.of(run.errors(source), run.geometry)
+        trials = [Trial.of(p, q.kld_mean, run.geometry) for p, q in run.cache.of("search" + run.tag) if p != found.pairs]
+        x, floor = fit(additive, trials)
+        said = f"predicted {floor + float(additive.features(found.pairs) @ x):.4f} {said}"
+    plans = [(name, found.pairs, run.vectors_of(found.pairs), said)]
+    if way == "default":
+        best = min((t for t in rivals if t.n_bytes <= run.max_bytes), key=lambda t: t.kld, default=None)
+        if best:
+            pair = next(p for p in best.pairs if p.type_k)
+            plans.append((f"{bits:g} best uniform, {pair}", best.pairs, (), f"search {best.kld:.4f}"))
+        rng = np.random.default_rng(0)
+        il = [i for i, p in enumerate(found.pairs) if p.type_k]
+        shuffled = list(found.pairs)
+        for i, j in zip(il, rng.permutation(il)):
+            shuffled[i] = found.pairs[j]
+        plans.append((f"{bits:g} default, layers shuffled", tuple(shuffled), run.vectors_of(shuffled), ""))
+    return plans
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--bits", default="4.5,3.5,3.25,2.75")
+    parser.add_argument("--ways", default="default,no-mean,no-scale,no-layers,error,paper")
+    parser.add_argument("--shared-bits", help="goals of the ways other than default; by default all")
+    parser.add_argument("--contexts", default="2048x8,8192x1")
+    parser.add_argument("--work", type=Path, help="folder of records; by default a temporary one")
+    parser.add_argument("-f", "--file", type=Path, help="text of the proof: another one than that of the calibration, which the model writes")
+    options = parser.parse_args()
+    with TemporaryDirectory() as tmp, Session(options.model) as session:
+        work = options.work or Path(tmp)
+        work.mkdir(parents=True, exist_ok=True)
+        plans: dict[str, Plan] = {}
+        for way in options.ways.split(","):
+            for bits in (options.shared_bits or options.bits if way != "default" else options.bits).split(","):
+                print(f"{bits} {way}", flush=True)
+                plans |= {p[0]: p for p in plans_of(way, float(bits), options.model, session, work, None)}
+        geometry = Run(Options(options.model, Goal(bits=4.5)), session, Silent(), work).geometry
+        for pair in STOCK:
+            plans[pair] = (pair, tuple(Pair.parse(pair) if k else Pair("", "") for k in geometry.values_k), (), "")
+        for context in options.contexts.split(","):
+            n_ctx, n_chunk = map(int, context.split("x"))
+            if options.file:
+                tokens = read_text(session, options.file, 0, n_ctx * n_chunk).heldout
+            else:
+                tokens = write_text(session, 0, n_ctx * n_chunk, stream=n_ctx, seed=12345).heldout
+            chunks = chunks_of(tokens, n_ctx, n_chunk, "text")
+            reference = make_reference(session, chunks, work / "proof.f16")
+            floor = measure(session, None, reference, flash_attn=False)
+            print(f"\ncontexts of {n_ctx}: {chunks.n_positions} scored positions; f16 by the other kernel {floor.kld_mean:.5f}, same top {floor.same_top:.1%}")
+            print(f"{'plan':36}{'bits':>7}{'mean KLD':>11}{'99.9 %':>9}{'same top':>10}  on the text of the search")
+            for name, pairs, vectors, said in plans.values():
+                quality = measure(session, pairs, reference, k_vectors=vectors)
+                bits = geometry.bits_per_value(pairs, vectors)
+                print(f"{name:36}{bits:7.2f}{quality.kld_mean:11.5f}{quality.kld_p999:9.3f}{quality.same_top:10.1%}  {said}", flush=True)
+            (work / "proof.f16").unlink()
+
+
+if __name__ == "__main__":
+    main()
