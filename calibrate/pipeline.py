@@ -297,7 +297,7 @@ class Run:
         if len(known) < 8:
             self.only_saved(self.cache.path)
         x, floor = fit(model, known)
-        points = front(model, x, floor)
+        points = front(model, x, floor, n_points=20)
         goal = self.options.goal.max_kld
         if self.budget is not None:
             pairs = solve(model, model.prices(x), self.budget)
@@ -338,10 +338,10 @@ class Run:
         supported = self.session.supported(("q8_0", "q4_0")).values()
         named = {str(Pair(t, t)): _all(has_kv, t) for t in ("q8_0", "q4_0") if all(t in k for k, _ in supported)}
         shuffled = _shuffled(found.pairs, has_kv, self.options.seed)
-        runs = {found.pairs, shuffled, *(t.pairs for t in rivals), *named.values()}
+        n_runs = 3 + len(rivals) + len(named)  # the floor, the plan, and the plan shuffled beside them
         quality, stock = self.evaluate(reference, "heldout"), self.evaluate(reference, "heldout", stock=True)
         vectors = self.vectors_of(found.pairs)
-        with self.progress.bar("prove: held-out text", len(runs) + 1 + any(vectors)) as advance:
+        with self.progress.bar("prove: held-out text", n_runs + any(vectors)) as advance:
 
             def run(pairs: tuple[Pair, ...], measured: Callable[[tuple[Pair, ...]], Quality] = stock) -> Quality:
                 result = measured(pairs)

@@ -135,7 +135,7 @@ def solve(model: Path, output: Path | None, as_json: bool, **given: Any) -> None
     search: `kvtuner-gguf evaluate` measures them.
     """
     n_ctx, pipeline = given["n_ctx"], _pipeline()
-    solved = pipeline.solve_saved(_options(pipeline, model, **given), Terminal())
+    solved = pipeline.solve_saved(_options(model, **given), Terminal())
     written = None if output is None else _write(solved.plan, model, output)
     if as_json:
         print_json({"written": written and str(written), "plan": json.loads(solved.plan.to_json()), "kld": solved.kld, "front": [vars(p) for p in solved.front]})
