@@ -27,6 +27,7 @@ from kvtuner_gguf.calibrate.additive import Additive, fit
 from kvtuner_gguf.calibrate.evaluate import make_reference, measure
 from kvtuner_gguf.calibrate.options import Goal, Options
 from kvtuner_gguf.calibrate.pipeline import Run
+from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.calibrate.solve import solve
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
 from kvtuner_gguf.kvectors import KVectors
@@ -71,8 +72,6 @@ def plans_of(way: str, bits: float, model: Path, session: Session, work: Path, t
     found, rivals = run.searched(source)
     said = f"search {found.kld:.4f}"
     if way != "paper":
-        from kvtuner_gguf.calibrate.results import Trial
-
         additive = Additive.of(run.errors(source), run.geometry)
         trials = [Trial.of(p, q.kld_mean, run.geometry) for p, q in run.cache.of("search" + run.tag) if p != found.pairs]
         x, floor = fit(additive, trials)
@@ -83,12 +82,6 @@ def plans_of(way: str, bits: float, model: Path, session: Session, work: Path, t
         if best:
             pair = next(p for p in best.pairs if p.type_k)
             plans.append((f"{bits:g} best uniform, {pair}", best.pairs, (), f"search {best.kld:.4f}"))
-        rng = np.random.default_rng(0)
-        il = [i for i, p in enumerate(found.pairs) if p.type_k]
-        shuffled = list(found.pairs)
-        for i, j in zip(il, rng.permutation(il)):
-            shuffled[i] = found.pairs[j]
-        plans.append((f"{bits:g} default, layers shuffled", tuple(shuffled), run.vectors_of(shuffled), ""))
     return plans
 
 
