@@ -191,10 +191,9 @@ std::string kvt_type_names(const std::vector<ggml_type> & types) {
     return res;
 }
 
-int32_t kvt_state_type(ggml_type type, bool rot, bool rot_default, bool cond) {
-    return (int32_t) type |
-        (ggml_is_quantized(type) && rot_default && !rot ? KVT_STATE_UNROTATED   : 0) |
-        (cond                                           ? KVT_STATE_CONDITIONED : 0);
+int32_t kvt_state_type(const ggml_tensor * tensor, bool rot, int32_t n_embd_head, const kvt_cond_layer * cond) {
+    const bool rot_default = ggml_is_quantized(tensor->type) && n_embd_head > 0 && n_embd_head % 64 == 0;
+    return (int32_t) tensor->type | (rot_default && !rot ? KVT_STATE_UNROTATED : 0) | (cond ? KVT_STATE_CONDITIONED : 0);
 }
 
 void kvt_state_refused(const char * side, uint32_t il, int32_t have, int32_t want) {

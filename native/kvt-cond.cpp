@@ -276,7 +276,7 @@ ggml_tensor * kvt_cond_k_undo(ggml_context * ctx, const kvt_cond_layer * cond, g
     return cond->mean ? ggml_add(ctx, k, cond->mean) : k;
 }
 
-ggml_tensor * kvt_cond_q(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * q) {
+static ggml_tensor * kvt_cond_q(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * q) {
     if (!cond || !cond->scale) {
         return q;
     }
@@ -297,6 +297,11 @@ ggml_tensor * kvt_cond_q(ggml_context * ctx, const kvt_cond_layer * cond, ggml_t
     scale = ggml_reshape_3d(ctx, scale, scale->ne[0], 1, n_head_kv);
 
     return ggml_reshape_3d(ctx, ggml_mul(ctx, q, scale), q->ne[0], n_head, n_tokens);
+}
+
+void kvt_cond_qk(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor *& q, ggml_tensor *& k) {
+    q = kvt_cond_q(ctx, cond, q);
+    k = kvt_cond_k(ctx, cond, k);
 }
 
 //

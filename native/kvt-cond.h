@@ -63,7 +63,7 @@ private:
 //   k [head_dim, n_head_kv, n_tokens], q [head_dim, n_head, n_tokens]
 ggml_tensor * kvt_cond_k     (ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * k);
 ggml_tensor * kvt_cond_k_undo(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * k);
-ggml_tensor * kvt_cond_q     (ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * q);
+void          kvt_cond_qk    (ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor *& q, ggml_tensor *& k);
 
 // what is wrong with a layer's vectors ("" = nothing)
 std::string kvt_k_vectors_fault(const kvt_k_vectors & vectors, const llama_hparams & hparams, uint32_t il);

@@ -5,6 +5,7 @@
 #include "ggml.h"
 
 #include "kvt-cond.h"
+#include "kvt-layer.h"
 
 #include <cstdint>
 #include <map>
@@ -72,8 +73,17 @@ struct kvt_cache {
     bool any_quantized_k() const { return ggml_is_quantized(type_k) || quantized_k; }
     bool any_quantized_v() const { return ggml_is_quantized(type_v) || quantized_v; }
 
-    // whether a layer's side is rotated; attn_rot: whether the cache rotates at all
-    bool rotated(bool attn_rot, ggml_type type) const { return attn_rot && (!in_force() || ggml_is_quantized(type)); }
+    // decide which sides of the layers are rotated; attn_rot: whether the cache rotates them at all
+    // shared: whether a layer is another cache's, and as its owner has it
+    template <typename L, typename F>
+    void rotate(std::vector<L> & layers, bool attn_rot_k, bool attn_rot_v, const F & shared) const {
+        for (L & layer : layers) {
+            if (!shared(layer.il)) {
+                layer.kvt.rot_k =            rotated(attn_rot_k, layer.k->type);
+                layer.kvt.rot_v = layer.v && rotated(attn_rot_v, layer.v->type);
+            }
+        }
+    }
 
     // the vectors of layer il's K, in buft; null if K is cached as it is
     const kvt_cond_layer * cond(uint32_t il, ggml_backend_buffer_type_t buft);
@@ -112,6 +122,8 @@ private:
 
     kvt_cond k_cond;
 
+    bool rotated(bool attn_rot, ggml_type type) const { return attn_rot && (!in_force() || ggml_is_quantized(type)); }
+
     ggml_type accept(uint32_t il, const char * side, ggml_type type, uint32_t head_dim, bool needs_fa);
 };
 
@@ -128,9 +140,9 @@ std::string kvt_type_names(const std::vector<L> & layers, ggml_tensor * L::*side
     return kvt_type_names(types);
 }
 
-// the type id of a layer in a state file. differs from ggml's only where the data is not rotated though the default rule
+// the type id of a layer's tensor in a state file; n_embd_head: of all layers, 0 = they differ. differs from ggml's only where the data is not rotated though the default rule
 // would rotate it, or is conditioned, so that such a state is never read as other data, and all others stay as stock writes them
-int32_t kvt_state_type(ggml_type type, bool rot, bool rot_default, bool cond = false);
+int32_t kvt_state_type(const ggml_tensor * tensor, bool rot, int32_t n_embd_head, const kvt_cond_layer * cond = nullptr);
 
 // log why a state is refused
 void kvt_state_refused(const char * side, uint32_t il, int32_t have, int32_t want);

@@ -82,8 +82,8 @@ int32_t kvt_ctx_layer(
         if (bytes_k) { *bytes_k = ggml_nbytes(l->k); }
         if (bytes_v) { *bytes_v = l->v ? ggml_nbytes(l->v) : 0; }
         if (n_cells) { *n_cells = kvt_query::n_cells(*kv); }
-        if (rot_k)   { *rot_k   = l->rot_k && l->v ? kvt_query::rot_k(*kv) : 0; } // the attention of MLA never rotates
-        if (rot_v)   { *rot_v   = l->rot_v && l->v ? 64 : 0; }
+        if (rot_k)   { *rot_k   = l->kvt.rot_k && l->v ? kvt_query::rot_k(*kv) : 0; } // the attention of MLA never rotates
+        if (rot_v)   { *rot_v   = l->kvt.rot_v && l->v ? 64 : 0; }
         return 0;
     }
     return kvt_error(KVT_E_NONE, format("layer %d has no KV of its own in this context", il));
@@ -96,7 +96,7 @@ int32_t kvt_ctx_k_cond(const llama_context * ctx, int32_t il) {
     for (const llama_kv_cache * kv : kvt_query::caches(ctx)) {
         const auto * l = kvt_query::layer(*kv, il);
         if (l && !ggml_is_empty(l->k)) {
-            return l->cond ? (l->cond->mean ? KVT_K_MEAN : 0) | (l->cond->scale ? KVT_K_SCALE : 0) : 0;
+            return l->kvt.cond ? (l->kvt.cond->mean ? KVT_K_MEAN : 0) | (l->kvt.cond->scale ? KVT_K_SCALE : 0) : 0;
         }
     }
     return kvt_error(KVT_E_NONE, format("layer %d has no KV of its own in this context", il));
