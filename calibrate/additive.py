@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -61,9 +62,14 @@ class Additive:
         n_bytes = np.array([[_layer_bytes(geometry, il, pair) for pair in errors.pairs] for il in errors.il])
         return cls(errors.il, errors.pairs, sq_k, sq_v, n_bytes, geometry.n_layer)
 
+    @cached_property
+    def column(self) -> dict[Pair, int]:
+        """Of each pair in the tables."""
+        return {pair: i for i, pair in enumerate(self.pairs)}
+
     def features(self, pairs: Sequence[Pair]) -> np.ndarray:
         """(2*n_il,) squared errors that a plan has: of K in each layer, then of V."""
-        columns = [self.pairs.index(pairs[il]) for il in self.il]
+        columns = [self.column[pairs[il]] for il in self.il]
         rows = np.arange(len(self.il))
         return np.concatenate([self.sq_k[rows, columns], self.sq_v[rows, columns]])
 

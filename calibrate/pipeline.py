@@ -293,7 +293,7 @@ class Run:
         model = Additive.of(self.errors(text), self.geometry)
         self.affordable(model)
         runs = self.cache.of("search" + self.tag)
-        known = [Trial.of(pairs, q.kld_mean, self.geometry) for pairs, q in runs if {pairs[il] for il in model.il} <= {*model.pairs}]
+        known = [Trial.of(pairs, q.kld_mean, self.geometry) for pairs, q in runs if {pairs[il] for il in model.il} <= {*model.column}]
         if len(known) < 8:
             self.only_saved(self.cache.path)
         x, floor = fit(model, known)

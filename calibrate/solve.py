@@ -170,7 +170,7 @@ def kld_search(
 def front(model: Additive, x: np.ndarray, floor: float, n_points: int = 40) -> list[tuple[tuple[Pair, ...], float]]:
     """(plan, predicted KLD) of budgets from the cheapest plan to the best of quantized pairs; distinct, by ascending bytes."""
     dearest = model.lowered({row: model.finest(row) or F16 for row in range(len(model.il))})
-    most = sum(model.n_bytes[row, model.pairs.index(dearest[il])] for row, il in enumerate(model.il))
+    most = sum(model.n_bytes[row, model.column[dearest[il]]] for row, il in enumerate(model.il))
     prices = model.prices(x)
     plans = dict.fromkeys(solve(model, prices, int(b)) for b in np.linspace(cheapest(model), most, n_points))
     return [(plan, floor + float(model.features(plan) @ x)) for plan in plans]

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def calibrate(model: Path, output: Path | None, as_json: bool, **given: Any) -> 
 @click.option("-o", "--output", type=FILE, help="Write the plan: a new GGUF, or with .json a sidecar. Default: show it only.")
 @shared("bits", "memory", "kld", "types", "mean", "scale", "c", "f", "chunks", "seed", "json")
 def solve(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
-    """Find another plan by what `calibrate` measured of MODEL, in a second and without a run.
+    """Find another plan by what `calibrate` measured of MODEL, in seconds and without a run.
 
     The goal is as in `calibrate`; the other options must be as they were there. The KLDs are predicted, on the text of the
     search: `kvtuner-gguf evaluate` measures them.
@@ -150,13 +151,9 @@ def solve(model: Path, output: Path | None, as_json: bool, **given: Any) -> None
 
 def _pipeline() -> Any:
     """The calibration, which needs more packages than running a plan does."""
-    try:
-        import gguf  # noqa: F401
-        import optuna  # noqa: F401
-        import scipy  # noqa: F401
-        import sklearn  # noqa: F401
-    except ImportError as error:
-        raise CalibrationError(f"calibration needs the package {error.name}. Install with: pip install 'kvtuner-gguf[calibrate]'") from None
+    missing = [name for name in ("gguf", "optuna", "scipy", "sklearn") if find_spec(name) is None]  # stages import them when they need them
+    if missing:
+        raise CalibrationError(f"calibration needs the package {missing[0]}. Install with: pip install 'kvtuner-gguf[calibrate]'")
     from .calibrate import pipeline
 
     return pipeline
