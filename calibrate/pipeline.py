@@ -29,7 +29,7 @@ from .condition import condition
 from .error import attention_scores, error_table, k_error
 from .evaluate import N_UBATCH, Chunks, Reference, make_reference, measure
 from .options import IN_PLACE_OF, PAPER_TRIALS, Options, Outcome, Point, Solved
-from .prices import N_FLOOR, floor_plans, price, price_ladders
+from .prices import N_FLOOR, floor_plans, price, price_ladders, replaced
 from .prune import pareto_menus
 from .results import Capture, Conditions, ErrorTable, Trial, Trials
 from .saved import EvaluationCache, work_dir
@@ -293,7 +293,8 @@ class Run:
         model = Additive.of(self.errors(text), self.geometry)
         self.affordable(model)
         runs = self.cache.of("search" + self.tag)
-        known = [Trial.of(pairs, q.kld_mean, self.geometry) for pairs, q in runs if {pairs[il] for il in model.il} <= {*model.column}]
+        trials = [Trial.of(pairs, q.kld_mean, self.geometry) for pairs, q in runs if {pairs[il] for il in model.il} <= {*model.column}]
+        known = [t for t in trials if not replaced(t)]
         if len(known) < 8:
             self.only_saved(self.cache.path)
         x, floor = fit(model, known)

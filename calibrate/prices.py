@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..pair import Pair
-from .additive import Additive
+from .additive import F16, Additive
 from .results import Trial
 
 Plans = Sequence[tuple[Pair, ...]]
@@ -52,6 +52,11 @@ def price(ladder: Plans, run: Callable[[tuple[Pair, ...]], Trial]) -> Trial:
         if trial.kld <= MOST:
             break
     return trial
+
+
+def replaced(trial: Trial) -> bool:
+    """Whether a run, read back from the records, is a price that one of a finer type took the place of."""
+    return trial.kld > MOST and F16 in trial.pairs
 
 
 def _types(model: Additive, row: int, side: str) -> list[Pair]:

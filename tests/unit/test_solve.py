@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvtuner_gguf.calibrate.additive import Additive, fit, floor_shape
-from kvtuner_gguf.calibrate.prices import MOST, floor_plans, price, price_ladders
+from kvtuner_gguf.calibrate.prices import MOST, floor_plans, price, price_ladders, replaced
 from kvtuner_gguf.calibrate.results import ErrorTable, Trial
 from kvtuner_gguf.calibrate.solve import cheapest, front, kld_search, refine, solve
 from kvtuner_gguf.errors import CalibrationError
@@ -96,6 +96,8 @@ def test_a_type_that_ruins_the_model_is_no_price(model):
 
     assert price(ladder, run_ruined).pairs == ladder[2]
     assert asked == list(ladder)
+    assert [replaced(run_ruined(plan)) for plan in ladder] == [True, True, False]
+    assert not replaced(Trial.of((Pair("q4_0", "q4_0"),) * 4, 5.0, GEOMETRY))
 
 
 def test_floor_is_what_rounding_does_above_a_layer(model):
