@@ -36,6 +36,7 @@ from .saved import EvaluationCache, work_dir
 from .search import nsga2
 from .solve import cheapest, front, kld_search, refine, solve, uniform_pairs
 from .text import Text, chunks_of, read_text, write_text
+from .weights import search_session
 
 STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
 JUDGED_BITS = 4.5  # of the type of K that conditioning is judged with: an error of a rotated type has the same shape at all bits
@@ -63,9 +64,14 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
     if not options.resume:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    with Session(options.model, n_threads=options.n_threads, n_gpu_layers=options.n_gpu_layers) as session:
+    threads = {"n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers}
+    with search_session(options.model, work, **threads, say=progress.say) as session:
         run = Run(options, session, progress, work)
-        outcome = run.outcome()
+        text = run.text()
+        found, uniform = run.searched(text)
+    with Session(options.model, **threads) as session:
+        run.session = session  # what was searched on a copy is proved on the model itself
+        outcome = run.proved(text, found, uniform)
     for name in (f"capture-{options.n_ctx}", "search.f16", "heldout.f16"):  # large, and quick to make again
         path = work / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -312,9 +318,8 @@ class Run:
 
     # prove
 
-    def outcome(self) -> Outcome:
-        text = self.text()
-        found, uniform = self.searched(text)
+    def proved(self, text: Text, found: Trial, uniform: list[Trial]) -> Outcome:
+        """The plan on held-out text, beside the two uniform pairs of its bytes that did best in the search."""
         chunks = chunks_of(text.heldout, STREAM, len(text.heldout) // STREAM, "held-out text")
         reference = self.reference("heldout", chunks)
         allowed = max(found.n_bytes, self.max_bytes or 0) + vector_bytes(self.k_vectors)

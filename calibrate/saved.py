@@ -15,10 +15,12 @@ from ..pair import Pair
 from ..plan import Quality
 from .options import Options
 
+RECORDS = 2  # counted up when runs of the same options come to mean something else, so that old records are left alone
+
 
 def work_dir(options: Options, *sizes: int) -> Path:
     """Where the stages' records of this calibration are: the same text and model, and runs of the same sizes, the same folder."""
-    parts = [_weights_sample(options.model), options.n_chunk, options.seed, *sizes]
+    parts = [RECORDS, _weights_sample(options.model), options.n_chunk, options.seed, *sizes]
     if options.text:
         parts.append(hashlib.sha256(options.text.read_bytes()).hexdigest())
     return cache_dir() / "calibrate" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

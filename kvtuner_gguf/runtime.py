@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,11 +27,14 @@ def default_threads() -> int:
 MOST_CONTEXT = 16  # times the trained context; beyond it even the cells' bookkeeping fills the memory
 
 
+def total_memory() -> float:
+    """Bytes of the machine's memory; infinite where the system does not tell."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+
+
 def check_memory(n_bytes: int, n_ctx: int) -> None:
     """Raises NativeError if a cache of n_bytes does not fit into the machine's memory, instead of being killed for it."""
-    if not hasattr(os, "sysconf"):
-        return
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = total_memory()
     if n_bytes > total:
         raise NativeError(
             f"context of {n_ctx} tokens: its K/V cache needs {n_bytes / 2**30:.1f} GiB, the machine has {total / 2**30:.1f} GiB. "
@@ -114,6 +118,7 @@ class Session:
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_layer = native.n_layer(self.model)
         self.n_ctx_train = llama_cpp.llama_model_n_ctx_train(self.model)
+        self.n_params = llama_cpp.llama_model_n_params(self.model)
 
     def close(self) -> None:
         """Free the model. Contexts must be closed before."""
@@ -169,6 +174,19 @@ class Session:
         buf = ctypes.create_string_buffer(len(template) + 2 * len(prompt.encode()) + 1024)
         size = self._llama.llama_chat_apply_template(template, ctypes.byref(message), 1, True, buf, len(buf))
         return buf.raw[:size].decode() if 0 < size <= len(buf) else None
+
+    def system_info(self) -> str:
+        """What llama.cpp uses of the processor: "... AVX2 = 1 | ..." """
+        return self._llama.llama_print_system_info().decode()
+
+    def save_as(self, path: Path, type_name: str) -> None:
+        """Write the model with its matrices as another type. Raises NativeError."""
+        params = self._llama.llama_model_quantize_default_params()
+        params.nthread, params.allow_requantize = self.n_threads, True
+        params.ftype = getattr(self._llama, f"LLAMA_FTYPE_MOSTLY_{type_name.upper()}")
+        if self._llama.llama_model_quantize(str(self.path).encode(), str(path).encode(), ctypes.byref(params)):
+            path.unlink(missing_ok=True)
+            raise NativeError(f"model '{self.path}' cannot be written as {type_name}: {self._log.reason()}")
 
     def geometry(self, n_ctx: int) -> Geometry:
         """Cached values of each layer at n_ctx tokens, as the run time would allocate them."""
@@ -243,9 +261,7 @@ class Context:
         params.type_k, params.type_v = native.type_number(type_k), native.type_number(type_v)
         params.swa_full = swa_full
         if tap:
-            address = ctypes.cast(native.library().kvt_tap_eval, ctypes.c_void_p).value
-            params.cb_eval = lc.ggml_backend_sched_eval_callback(address)
-            params.cb_eval_user_data = tap.handle
+            params.cb_eval, params.cb_eval_user_data = tap.eval_callback, tap.handle
         self._tap = tap
         self.ctx = lc.llama_init_from_model(session.model, params)
         if not self.ctx:
@@ -323,6 +339,10 @@ class Tap:
                 except BaseException as e:  # noqa: BLE001 - raised again in enabled(): nothing may pass through C
                     self._error = e
 
+        from llama_cpp import llama_cpp
+
+        address = ctypes.cast(native.library().kvt_tap_eval, ctypes.c_void_p).value
+        self.eval_callback = llama_cpp.ggml_backend_sched_eval_callback(address)
         self._callback = native.TapCallback(callback)
         self.handle = native.library().kvt_tap_new(self._callback, None, n_q_max)
         if not self.handle:

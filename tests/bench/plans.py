@@ -1,7 +1,7 @@
 """KLD of plans at several goals on text that no stage has seen, in short and long contexts: the default, what it is made of, and its rivals.
 
 python tests/bench/plans.py MODEL.gguf [--bits 4.5,3.5,3.25,2.75] [--ways default,no-mean,no-scale,no-layers,error,paper] [-f TEXT]
-    [--contexts 2048x8,8192x1] [--shared-bits 4.5,3.25]
+    [--contexts 2048x8,8192x1] [--shared-bits 4.5,3.25] [--chunks 4] [--on-copy]
 
 default      what `kvtuner-gguf calibrate` searches, without its proof
 no-mean      K keeps its mean     no-scale  K is not scaled
@@ -10,7 +10,8 @@ error        the solver's plan by squared errors alone: no run has told what a l
 paper        --method paper
 Rows below: the best uniform pair with K as stock caches it, of all types within the goal, and stock's own pairs. "predicted" is the
 KLD that the fitted prices foretell on the text of the search, "search" what a run measured there. Records stay in --work, so that
-a run that was stopped goes on. --shared-bits: goals of the ways other than default.
+a run that was stopped goes on. --shared-bits: goals of the ways other than default. --on-copy: the proof, too, runs on the copy that
+the search runs on, if there is one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from kvtuner_gguf.calibrate.pipeline import Run
 from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.calibrate.solve import solve
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
+from kvtuner_gguf.calibrate.weights import search_session
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.runtime import Session
@@ -52,10 +54,9 @@ class Silent:
         print(text)
 
 
-def plans_of(way: str, bits: float, model: Path, session: Session, work: Path, text: Path | None) -> list[Plan]:
+def plans_of(way: str, bits: float, options: argparse.Namespace, session: Session, work: Path) -> list[Plan]:
     """The plan of this way, and with it the best uniform pair as stock caches K if the way is the default."""
-    options = Options(model, Goal(bits=bits), resume=True, text=text, **FIXED.get(way, {}))
-    run = Run(options, session, Silent(), work)
+    run = Run(Options(options.model, Goal(bits=bits), n_chunk=options.chunks, resume=True, **FIXED.get(way, {})), session, Silent(), work)
     source = run.text()
     name = f"{bits:g} {way}"
     if way in ("no-layers", "error"):
@@ -94,34 +95,51 @@ def main() -> None:
     parser.add_argument("--contexts", default="2048x8,8192x1")
     parser.add_argument("--work", type=Path, help="folder of records; by default a temporary one")
     parser.add_argument("-f", "--file", type=Path, help="text of the proof: another one than that of the calibration, which the model writes")
+    parser.add_argument("--chunks", type=int, default=4, help="of the calibration")
+    parser.add_argument("--on-copy", action="store_true")
     options = parser.parse_args()
-    with TemporaryDirectory() as tmp, Session(options.model) as session:
+    with TemporaryDirectory() as tmp:
         work = options.work or Path(tmp)
         work.mkdir(parents=True, exist_ok=True)
-        plans: dict[str, Plan] = {}
-        for way in options.ways.split(","):
-            for bits in (options.shared_bits or options.bits if way != "default" else options.bits).split(","):
-                print(f"{bits} {way}", flush=True)
-                plans |= {p[0]: p for p in plans_of(way, float(bits), options.model, session, work, None)}
-        geometry = Run(Options(options.model, Goal(bits=4.5)), session, Silent(), work).geometry
-        for pair in STOCK:
-            plans[pair] = (pair, tuple(Pair.parse(pair) if k else Pair("", "") for k in geometry.values_k), (), "")
-        for context in options.contexts.split(","):
-            n_ctx, n_chunk = map(int, context.split("x"))
-            if options.file:
-                tokens = read_text(session, options.file, 0, n_ctx * n_chunk).heldout
-            else:
-                tokens = write_text(session, 0, n_ctx * n_chunk, stream=n_ctx, seed=12345).heldout
-            chunks = chunks_of(tokens, n_ctx, n_chunk, "text")
-            reference = make_reference(session, chunks, work / "proof.f16")
-            floor = measure(session, None, reference, flash_attn=False)
-            print(f"\ncontexts of {n_ctx}: {chunks.n_positions} scored positions; f16 by the other kernel {floor.kld_mean:.5f}, same top {floor.same_top:.1%}")
-            print(f"{'plan':36}{'bits':>7}{'mean KLD':>11}{'99.9 %':>9}{'same top':>10}  on the text of the search")
-            for name, pairs, vectors, said in plans.values():
-                quality = measure(session, pairs, reference, k_vectors=vectors)
-                bits = geometry.bits_per_value(pairs, vectors)
-                print(f"{name:36}{bits:7.2f}{quality.kld_mean:11.5f}{quality.kld_p999:9.3f}{quality.same_top:10.1%}  {said}", flush=True)
-            (work / "proof.f16").unlink()
+        with search_session(options.model, work, n_threads=None, n_gpu_layers=0, say=print) as session:
+            plans = searched(options, session, work)
+            if options.on_copy:
+                return prove(options, session, work, plans)
+        with Session(options.model) as session:
+            prove(options, session, work, plans)
+
+
+def searched(options: argparse.Namespace, session: Session, work: Path) -> list[Plan]:
+    """The plans of all ways and goals, and stock's pairs."""
+    plans: dict[str, Plan] = {}
+    for way in options.ways.split(","):
+        for bits in (options.shared_bits or options.bits if way != "default" else options.bits).split(","):
+            print(f"{bits} {way}", flush=True)
+            plans |= {p[0]: p for p in plans_of(way, float(bits), options, session, work)}
+    has_kv = session.geometry(1024).values_k
+    stock = [(pair, tuple(Pair.parse(pair) if k else Pair("", "") for k in has_kv), (), "") for pair in STOCK]
+    return [*plans.values(), *stock]
+
+
+def prove(options: argparse.Namespace, session: Session, work: Path, plans: list[Plan]) -> None:
+    """A table of the plans for each context."""
+    geometry = Run(Options(options.model, Goal(bits=4.5)), session, Silent(), work).geometry
+    for context in options.contexts.split(","):
+        n_ctx, n_chunk = map(int, context.split("x"))
+        if options.file:
+            tokens = read_text(session, options.file, 0, n_ctx * n_chunk).heldout
+        else:
+            tokens = write_text(session, 0, n_ctx * n_chunk, stream=n_ctx, seed=12345).heldout
+        chunks = chunks_of(tokens, n_ctx, n_chunk, "text")
+        reference = make_reference(session, chunks, work / "proof.f16")
+        floor = measure(session, None, reference, flash_attn=False)
+        print(f"\ncontexts of {n_ctx}: {chunks.n_positions} scored positions; f16 by the other kernel {floor.kld_mean:.5f}, same top {floor.same_top:.1%}")
+        print(f"{'plan':36}{'bits':>7}{'mean KLD':>11}{'99.9 %':>9}{'same top':>10}  on the text of the search")
+        for name, pairs, vectors, said in plans:
+            quality = measure(session, pairs, reference, k_vectors=vectors)
+            bits = geometry.bits_per_value(pairs, vectors)
+            print(f"{name:36}{bits:7.2f}{quality.kld_mean:11.5f}{quality.kld_p999:9.3f}{quality.same_top:10.1%}  {said}", flush=True)
+        (work / "proof.f16").unlink()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = {"text", "capture", "condition", "error", "prune", "cluster", "prices", "search", "solve", "evaluate"}
+STAGES = {"text", "capture", "condition", "error", "prune", "cluster", "prices", "search", "solve", "evaluate", "weights"}
 LEAVES = {
     "errors": set(),
     "atomic": set(),

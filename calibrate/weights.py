@@ -1,0 +1,83 @@
+"""The model to search on: itself, or a copy of it whose weights the processor multiplies faster. The proof never runs on a copy."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..atomic import atomic_file
+from ..errors import NativeError
+from ..gguf_header import read_header
+from ..runtime import Session, total_memory
+
+GAIN = 1.5  # how many times as fast a copy must be, to be worth its disk and memory
+SHARE = 0.25  # of the machine's memory that a copy may take
+N_TOKENS = 512  # of the prompt that both are timed with
+OWN = "own"
+CHOICE, COPY = "weights.txt", "weights.gguf"
+
+
+@contextmanager
+def search_session(model: Path, folder: Path, *, n_threads: int | None, n_gpu_layers: int, say: Callable[[str], None]) -> Iterator[Session]:
+    """A session of the model, or of a copy in 16-bit floats where prompts run GAIN times as fast on it.
+
+    llama.cpp multiplies many quantized types (q4_1, q5_K, iq3_s) slower than bf16 or f16 on a processor. Cached K and V are the
+    same but for rounding, and what is measured on a copy is measured against that copy's own f16 cache.
+    folder  keeps the choice, so that a search that goes on does so with the same weights; and the copy, while the session lives
+    """
+    choice, copy = folder / CHOICE, folder / COPY
+    sizes = {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
+    copy.unlink(missing_ok=True)  # of a run that was killed
+    try:
+        with Session(model, **sizes) as own:
+            if not choice.exists():
+                kind, gain = _faster(own, copy, sizes) if not n_gpu_layers else (OWN, 1.0)
+                if kind != OWN:
+                    say(f"search: on a copy of the model in {kind}, which reads a prompt {gain:.1f} times as fast; the proof is not")
+                with atomic_file(choice) as out:
+                    out.write(kind.encode())
+            kind = choice.read_text()
+            if kind == OWN:
+                yield own
+                return
+            if not copy.exists():
+                own.save_as(copy, kind)
+        with Session(copy, **sizes) as fast:
+            yield fast
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+def _faster(own: Session, copy: Path, sizes: dict) -> tuple[str, float]:
+    """The type of a copy that is worth making, and what it gains; OWN if none is. Leaves the copy on disk."""
+    matrices = {t.type_name for t in read_header(own.path).tensors if len(t.shape) > 1}
+    n_bytes = 2 * own.n_params
+    if matrices <= {"f32", "f16", "bf16"} or n_bytes > SHARE * total_memory() or 2 * n_bytes > shutil.disk_usage(copy.parent).free:
+        return OWN, 1.0
+    kind = "bf16" if "BF16 = 1" in own.system_info() else "f16"
+    try:
+        own.save_as(copy, kind)
+        with Session(copy, **sizes) as fast:
+            gain = _seconds(own) / _seconds(fast)
+    except NativeError:
+        return OWN, 1.0
+    return (kind, gain) if gain >= GAIN else (OWN, gain)
+
+
+def _seconds(session: Session) -> float:
+    """Of a prompt; the best of two, after one to warm up."""
+    rows = [(i % session.n_vocab, i, 0) for i in range(N_TOKENS)]
+    outputs = [False] * (N_TOKENS - 1) + [True]
+    session.set_plan(None)
+    times = []
+    with session.context(N_TOKENS) as ctx:
+        for _ in range(3):
+            ctx.clear()
+            start = time.perf_counter()
+            ctx.decode(rows, outputs)
+            times.append(time.perf_counter() - start)
+    return min(times[1:])
