@@ -22,6 +22,7 @@ from .results import ErrorTable, Trial
 
 F16 = Pair("f16", "f16")
 PRIOR_SPREAD = 1.0  # how far a layer's x may lie from its side's mean, relative to the larger of the two: one standard deviation
+ALIKE = 0.85  # correlation of the x of a layer's K and of its V: what lies above a layer amplifies both (SmolLM2: 0.87)
 N_REWEIGHT = 5
 NOISE = 0.1  # how far a measured KLD may lie from the model, relative
 
@@ -123,7 +124,7 @@ def floor_shape(model: Additive, trials: Sequence[Trial]) -> np.ndarray:
 def fit(model: Additive, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
     """x (2*n_il,) and the floor that explain the trials' KLDs best: ridge regression towards one x per side.
 
-    The floor is that of a plan which is quantized from the first layer on. Residuals count relative to the KLD, as its noise
+    What a layer's x departs from that by is expected to be much the same for its K and its V. The floor is that of a plan which is quantized from the first layer on. Residuals count relative to the KLD, as its noise
     grows with it.
     """
     from scipy.optimize import lsq_linear, nnls
@@ -141,10 +142,20 @@ def fit(model: Additive, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
     prior = np.repeat(np.maximum(mean[:2], least), n)
     center = np.append(prior, max(mean[2], 1e-6))
     data, target = np.column_stack([a, floor]) * (weight / NOISE)[:, None], y * weight / NOISE
+    alike = _whitened(n)
     found = center
     for _ in range(N_REWEIGHT):
         spread = PRIOR_SPREAD * np.maximum(center, found)
         # unknowns: those of the data, in units of their spread
-        rows = np.vstack([data * spread, np.eye(2 * n + 1)])
-        found = lsq_linear(rows, np.concatenate([target, center / spread]), bounds=(0, np.inf)).x * spread
+        rows = np.vstack([data * spread, alike])
+        found = lsq_linear(rows, np.concatenate([target, alike @ (center / spread)]), bounds=(0, np.inf)).x * spread
     return found[:-1], float(found[-1])
+
+
+def _whitened(n: int) -> np.ndarray:
+    """(2n + 1, 2n + 1): makes independent of each other the x of n layers' K and V, and the floor."""
+    both, apart = 1 / np.sqrt(2 * (1 + ALIKE)), 1 / np.sqrt(2 * (1 - ALIKE))
+    eye = np.eye(n)
+    result = np.eye(2 * n + 1)
+    result[: 2 * n, : 2 * n] = np.block([[both * eye, both * eye], [apart * eye, -apart * eye]])
+    return result

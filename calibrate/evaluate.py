@@ -61,9 +61,16 @@ def kl_divergence(base: np.ndarray, logits: np.ndarray) -> np.ndarray:
     logits  (n, n_vocab) float32 of the run
     -> (n,) float64, >= 0
     """
-    base = log_softmax(base.astype(np.float32))  # float16 log-probabilities do not sum to one
-    kld = (np.exp(base) * (base - log_softmax(logits))).sum(axis=1, dtype=np.float64)
-    return np.maximum(kld, 0.0)
+    base = base.astype(np.float32)  # float16 log-probabilities do not sum to one
+    base -= base.max(axis=1, keepdims=True)
+    p = np.exp(base)
+    p /= (total := p.sum(axis=1, keepdims=True))
+    run = logits - logits.max(axis=1, keepdims=True)
+    base -= run
+    np.exp(run, out=run)
+    base += np.log(run.sum(axis=1, keepdims=True)) - np.log(total)
+    base *= p
+    return np.maximum(base.sum(axis=1, dtype=np.float64), 0.0)
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,8 @@ def _runs(ctx: Context, chunks: Chunks):
         yield from ctx.logits(tokens.tolist(), chunks.first)
 
 
-def _blocks(logits: np.ndarray, size: int = 32):
+def _blocks(logits: np.ndarray):
     """Rows that stay in the processor's cache while they are worked on."""
+    size = max(1, 2**18 // logits.shape[1])
     for start in range(0, len(logits), size):
         yield logits[start : start + size]

@@ -1,4 +1,4 @@
-"""What each layer's K and V cost in KLD: real runs on an f16 cache but for one side of one layer.
+"""What each layer's K and V cost in KLD: real runs on an f16 cache but for one side of one layer, or both.
 
 The coarsest type is priced, since its KLD stands furthest above the noise: the squared errors tell what the finer ones cost. A few
 runs with the finest pair in one layer tell how large the floor is there.
@@ -28,21 +28,23 @@ def floor_plans(model: Additive) -> list[tuple[Pair, ...]]:
 
 
 def price_ladders(model: Additive, n_runs: int) -> list[Plans]:
-    """For each side of each layer: plans with its types alone, the coarsest first.
+    """For K and for V of each layer: plans with its types alone, the coarsest first.
 
-    n_runs  at most so many; if there are more sides than that, layers that follow each other share one
+    n_runs  at most so many. Too few for that: both sides of a layer are lowered together, as their x are much alike, and if need be
+            those of layers that follow each other
     """
-    sides = [(s, [r for r in range(len(model.il)) if _types(model, r, s)]) for s in ("k", "v")]
-    sides = [(side, rows) for side, rows in sides if rows]
-    ladders: list[Plans] = []
-    for side, rows in sides:
-        for group in np.array_split(rows, min(len(rows), max(1, n_runs // len(sides)))):
-            steps = [_types(model, int(row), side) for row in group]
-            ladders.append([
-                model.lowered({int(row): types[min(i, len(types) - 1)] for row, types in zip(group, steps)})
-                for i in range(max(map(len, steps)))
-            ])  # fmt: skip
-    return ladders
+    sides = {s: [r for r in range(len(model.il)) if _types(model, r, s)] for s in ("k", "v")}
+    if n_runs >= sum(map(len, sides.values())):
+        return [_ladder({row: _types(model, row, side)}, model) for side, rows in sides.items() for row in rows]
+    rows = sorted({*sides["k"], *sides["v"]})
+    groups = np.array_split(rows, min(len(rows), max(1, n_runs)))
+    return [_ladder({int(row): _both(model, int(row)) for row in group}, model) for group in groups]
+
+
+def _ladder(steps: dict[int, list[Pair]], model: Additive) -> Plans:
+    """Plans that lower these rows, to the next of their pairs each time; a row that has no more stays at its last."""
+    n = max(map(len, steps.values()))
+    return [model.lowered({row: pairs[min(i, len(pairs) - 1)] for row, pairs in steps.items()}) for i in range(n)]
 
 
 def price(ladder: Plans, run: Callable[[tuple[Pair, ...]], Trial]) -> Trial:
@@ -57,6 +59,16 @@ def price(ladder: Plans, run: Callable[[tuple[Pair, ...]], Trial]) -> Trial:
 def replaced(trial: Trial) -> bool:
     """Whether a run, read back from the records, is a price that one of a finer type took the place of."""
     return trial.kld > MOST and F16 in trial.pairs
+
+
+def _both(model: Additive, row: int) -> list[Pair]:
+    """The pairs that lower both sides of the layer alike, the coarsest first."""
+    k, v = _types(model, row, "k"), _types(model, row, "v")
+    if not (k and v):
+        return k or v
+    pairs = [Pair(k[min(i, len(k) - 1)].type_k, v[min(i, len(v) - 1)].type_v) for i in range(max(len(k), len(v)))]
+    held = [p for p in pairs if not np.isnan(model.sq_k[row, model.column[p]])]
+    return held or k
 
 
 def _types(model: Additive, row: int, side: str) -> list[Pair]:

@@ -78,11 +78,23 @@ def test_prices_are_of_one_side_of_one_layer(model):
             assert plan == tuple(lowered if i == il else Pair("f16", "f16") for i in range(4))
 
 
-def test_fewer_runs_price_neighbours_together(model):
-    ladders = price_ladders(model, 4)
-    q4, f16 = Pair("q4_0", "f16"), Pair("f16", "f16")
-    assert [ladder[0] for ladder in ladders[:2]] == [(q4, q4, f16, f16), (f16, f16, q4, q4)]
-    assert len(ladders) == 4
+@pytest.mark.parametrize("n_runs", [7, 4])
+def test_fewer_runs_price_both_sides_of_a_layer_together(model, n_runs):
+    ladders = price_ladders(model, n_runs)
+    assert [[p != Pair("f16", "f16") for p in ladder[0]].index(True) for ladder in ladders] == [0, 1, 2, 3]
+    assert [ladders[0][step][0] for step in range(3)] == [Pair("q4_0", "q4_0"), Pair("q5_0", "q5_0"), Pair("q8_0", "q8_0")]
+
+
+def test_the_fewest_runs_price_neighbours_together(model):
+    q4, f16 = Pair("q4_0", "q4_0"), Pair("f16", "f16")
+    assert [ladder[0] for ladder in price_ladders(model, 2)] == [(q4, q4, f16, f16), (f16, f16, q4, q4)]
+
+
+def test_prices_of_whole_layers_tell_what_each_costs(model):
+    x, floor = fit(model, [*known(model, n_runs=4), *map(run, floor_plans(model))])
+    for row in range(4):
+        plan = model.lowered({row: Pair("q5_0", "q5_0")})
+        assert floor + model.features(plan) @ x == pytest.approx(kld(plan), rel=0.2)  # by one price each; without, layers differ eightfold
 
 
 def test_a_type_that_ruins_the_model_is_no_price(model):
