@@ -20,7 +20,6 @@ from ..gguf_file import weights_hash
 from ..kvectors import KVectors, vector_bytes, where_quantized
 from ..pair import Pair
 from ..plan import Plan, Quality
-from ..report import Comparison, Row
 from ..runtime import Session
 from .additive import Additive, fit
 from .capture import capture
@@ -30,6 +29,7 @@ from .error import attention_scores, error_table, k_error
 from .evaluate import N_UBATCH, Chunks, Reference, make_reference, measure
 from .options import IN_PLACE_OF, PAPER_TRIALS, Options, Outcome, Point, Solved
 from .prices import N_FLOOR, floor_plans, price, price_ladders, replaced
+from .proof import HELDOUT_FLOOR, prove
 from .prune import pareto_menus
 from .results import Capture, Conditions, ErrorTable, Trial, Trials
 from .saved import EvaluationCache, work_dir
@@ -42,6 +42,7 @@ STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chun
 JUDGED_BITS = 4.5  # of the type of K that conditioning is judged with: an error of a rotated type has the same shape at all bits
 SEARCH_CTX = 512  # tokens of a chunk that plans are tried on
 SEARCH_SKIP = 128  # of them not scored: three chunks tell as much as four whose second half is
+SEARCH, SEARCH_COPY = "search", "search-copy"  # runs in the records
 N_REFINE = 14  # runs of the default method around the goal, once the layers are priced
 
 
@@ -65,7 +66,8 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     threads = {"n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers}
-    with search_session(options.model, work, **threads, say=progress.say) as session:
+    may_copy = options.goal.max_kld is None  # a KLD that is asked for is one of the model itself, with its own noise floor
+    with search_session(options.model, work, **threads, may_copy=may_copy, say=progress.say) as session:
         run = Run(options, session, progress, work)
         text = run.text()
         found, uniform = run.searched(text)
@@ -200,6 +202,11 @@ class Run:
             return make_reference(self.session, chunks, self.work / f"{name}.f16", advance)
 
     @property
+    def search(self) -> str:
+        """Names the runs of the search in the records: those on a copy of the model stand apart."""
+        return SEARCH if self.session.path == self.options.model else SEARCH_COPY
+
+    @property
     def budget(self) -> int | None:
         """Bytes that are left to the pairs, once the vectors of K are paid."""
         return None if self.max_bytes is None else self.max_bytes - vector_bytes(self.k_vectors)
@@ -232,8 +239,8 @@ class Run:
         model = Additive.of(errors, self.geometry)
         self.affordable(model)
         reference = self.search_reference(text)
-        quality = self.evaluate(reference, "search")
-        stock = self.evaluate(reference, "search", stock=True)
+        quality = self.evaluate(reference, self.search)
+        stock = self.evaluate(reference, self.search, stock=True)
 
         def kld(pairs: tuple[Pair, ...]) -> float:
             return quality(pairs).kld_mean
@@ -298,12 +305,13 @@ class Run:
         self.k_vectors = self.conditions(text).k_vectors
         model = Additive.of(self.errors(text), self.geometry)
         self.affordable(model)
-        runs = self.cache.of("search" + self.tag)
-        trials = [Trial.of(pairs, q.kld_mean, self.geometry) for pairs, q in runs if {pairs[il] for il in model.il} <= {*model.column}]
-        known = [t for t in trials if not replaced(t)]
+        by_search = {what: self.known(model, what) for what in (SEARCH, SEARCH_COPY)}
+        what, known = max(by_search.items(), key=lambda item: len(item[1]))
         if len(known) < 8:
             self.only_saved(self.cache.path)
         x, floor = fit(model, known)
+        if what == SEARCH_COPY:  # whose floor is lower than the model's
+            floor = max([floor, *(q.kld_mean for _, q in self.cache.of(HELDOUT_FLOOR))])
         points = front(model, x, floor, n_points=20)
         goal = self.options.goal.max_kld
         if self.budget is not None:
@@ -316,6 +324,12 @@ class Run:
         predicted = floor + float(model.features(pairs) @ x)
         return Solved(self.final_plan(text, pairs, self.vectors_of(pairs)), predicted, tuple(rows), self.geometry)
 
+    def known(self, model: Additive, what: str) -> list[Trial]:
+        """The runs of a search, of these types and vectors, that tell prices."""
+        runs = self.cache.of(what + self.tag)
+        trials = [Trial.of(pairs, q.kld_mean, self.geometry) for pairs, q in runs if {pairs[il] for il in model.il} <= {*model.column}]
+        return [t for t in trials if not replaced(t)]
+
     # prove
 
     def proved(self, text: Text, found: Trial, uniform: list[Trial]) -> Outcome:
@@ -324,7 +338,12 @@ class Run:
         reference = self.reference("heldout", chunks)
         allowed = max(found.n_bytes, self.max_bytes or 0) + vector_bytes(self.k_vectors)
         rivals = sorted((t for t in uniform if t.n_bytes <= allowed), key=lambda t: t.kld)[:2]
-        return self.prove(text, found, rivals, reference)
+        proof = prove(self, found, rivals, reference, text.name)
+        if proof.won:
+            written = found.pairs, self.vectors_of(found.pairs), proof.quality
+        else:
+            written = proof.best[1].pairs, (), proof.best[0]
+        return Outcome(self.final_plan(text, *written, proof.best), found.pairs, proof.won, proof.comparison, self.geometry)
 
     def choose(self, trials: Trials) -> Trial:
         """The best trial within the goal. Raises CalibrationError if none is."""
@@ -337,41 +356,6 @@ class Run:
             return min(within, key=lambda t: (t.n_bytes, t.kld))
         within = [t for t in trials.trials if t.n_bytes <= self.budget]
         return min(within, key=lambda t: (t.kld, t.n_bytes))
-
-    def prove(self, text: Text, found: Trial, rivals: list[Trial], reference: Reference) -> Outcome:
-        """Held-out quality of the plan, of the best uniform pair at the same bytes, and of what else the table shows."""
-        has_kv = [bool(k) for k in self.geometry.values_k]
-        supported = self.session.supported(("q8_0", "q4_0")).values()
-        named = {str(Pair(t, t)): _all(has_kv, t) for t in ("q8_0", "q4_0") if all(t in k for k, _ in supported)}
-        shuffled = _shuffled(found.pairs, has_kv, self.options.seed)
-        n_runs = 3 + len(rivals) + len(named)  # the floor, the plan, and the plan shuffled beside them
-        quality, stock = self.evaluate(reference, "heldout"), self.evaluate(reference, "heldout", stock=True)
-        vectors = self.vectors_of(found.pairs)
-        with self.progress.bar("prove: held-out text", n_runs + any(vectors)) as advance:
-
-            def run(pairs: tuple[Pair, ...], measured: Callable[[tuple[Pair, ...]], Quality] = stock) -> Quality:
-                result = measured(pairs)
-                advance(1)
-                return result
-
-            floor = measure(self.session, None, reference, flash_attn=False)
-            advance(1)
-            of_plan = run(found.pairs, quality)
-            of_plain = run(found.pairs) if any(vectors) else None
-            of_rivals = [(run(t.pairs), t) for t in rivals]
-            of_named = {name: run(pairs) for name, pairs in named.items()}
-            of_shuffled = run(shuffled, quality)
-        row = partial(_row, self.geometry)
-        best = min(of_rivals, key=lambda r: r[0].kld_mean) if of_rivals else None
-        rows = [Row("f16 (noise floor)", 16.0, self.geometry.bytes(_all(has_kv, "f16")), floor), row("plan", found.pairs, of_plan, vectors)]
-        rows += [row("plan, K not conditioned", found.pairs, of_plain)] if of_plain else []
-        rows += [row(f"best uniform pair, {_pair_of(best[1].pairs)}", best[1].pairs, best[0])] if best else []
-        rows += [row("plan, layers shuffled", shuffled, of_shuffled, self.vectors_of(shuffled))] if shuffled != found.pairs else []
-        rows += [row(name, named[name], q) for name, q in of_named.items()]
-        won = best is None or of_plan.kld_mean <= best[0].kld_mean
-        plan = self.final_plan(text, *((found.pairs, vectors, of_plan) if won else (best[1].pairs, (), best[0])), best)
-        comparison = Comparison(text.name, reference.chunks.n_positions, reference.chunks.n_ctx, self.options.n_ctx, tuple(rows))
-        return Outcome(plan, found.pairs, won, comparison, self.geometry)
 
     def final_plan(
         self,
@@ -389,7 +373,7 @@ class Run:
             bits_per_value=self.geometry.bits_per_value(pairs, k_vectors),
             k_vectors=k_vectors,
             quality=quality,
-            rival=_pair_of(rival[1].pairs) if rival else None,
+            rival=rival[1].uniform_pair if rival else None,
             rival_quality=rival[0] if rival else None,
             rival_bits=rival[1].bits_per_value if rival else None,
             calibration={
@@ -405,25 +389,3 @@ class Run:
                 "rotation": "hadamard" if rotated else "none",
             },
         )
-
-
-def _all(has_kv: Sequence[bool], type_name: str) -> tuple[Pair, ...]:
-    return Plan.uniform(Pair(type_name, type_name), len(has_kv), has_kv).pairs
-
-
-def _pair_of(pairs: tuple[Pair, ...]) -> Pair:
-    return next(p for p in pairs if p.type_k)
-
-
-def _shuffled(pairs: tuple[Pair, ...], has_kv: Sequence[bool], seed: int) -> tuple[Pair, ...]:
-    """The same pairs on other layers: what the choice of layers is worth."""
-    il = [i for i, has in enumerate(has_kv) if has]
-    order = np.random.default_rng(seed).permutation(il)
-    result = list(pairs)
-    for i, j in zip(il, order):
-        result[i] = pairs[j]
-    return tuple(result)
-
-
-def _row(geometry: Geometry, name: str, pairs: tuple[Pair, ...], quality: Quality, k_vectors: Sequence[KVectors] = ()) -> Row:
-    return Row(name, geometry.bits_per_value(pairs, k_vectors), geometry.bytes(pairs, k_vectors), quality)

@@ -385,6 +385,11 @@ class Trial:
                 "need a finite KLD. Leave these types out."
             )
 
+    @property
+    def uniform_pair(self) -> Pair:
+        """The pair of all layers, of a uniform plan."""
+        return next(p for p in self.pairs if p.type_k)
+
     @classmethod
     def of(cls, pairs: tuple[Pair, ...], kld: float, geometry: Geometry) -> Trial:
         """The trial of these pairs, with what they cost at the geometry."""

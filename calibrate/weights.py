@@ -22,25 +22,29 @@ CHOICE, COPY = "weights.txt", "weights.gguf"
 
 
 @contextmanager
-def search_session(model: Path, folder: Path, *, n_threads: int | None, n_gpu_layers: int, say: Callable[[str], None]) -> Iterator[Session]:
+def search_session(
+    model: Path, folder: Path, *, n_threads: int | None, n_gpu_layers: int, may_copy: bool = True, say: Callable[[str], None]
+) -> Iterator[Session]:
     """A session of the model, or of a copy in 16-bit floats where prompts run GAIN times as fast on it.
 
     llama.cpp multiplies many quantized types (q4_1, q5_K, iq3_s) slower than bf16 or f16 on a processor. Cached K and V are the
-    same but for rounding, and what is measured on a copy is measured against that copy's own f16 cache.
+    same but for rounding, and what is measured on a copy is measured against that copy's own f16 cache. The noise floor is lower
+    there, as activations are not rounded to 8 bits.
     folder  keeps the choice, so that a search that goes on does so with the same weights; and the copy, while the session lives
     """
     choice, copy = folder / CHOICE, folder / COPY
     sizes = {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
+    may_copy = may_copy and not n_gpu_layers
     copy.unlink(missing_ok=True)  # of a run that was killed
     try:
         with Session(model, **sizes) as own:
-            if not choice.exists():
-                kind, gain = _faster(own, copy, sizes) if not n_gpu_layers else (OWN, 1.0)
+            if may_copy and not choice.exists():
+                kind, gain = _faster(own, copy, sizes)
                 if kind != OWN:
                     say(f"search: on a copy of the model in {kind}, which reads a prompt {gain:.1f} times as fast; the proof is not")
                 with atomic_file(choice) as out:
                     out.write(kind.encode())
-            kind = choice.read_text()
+            kind = choice.read_text() if may_copy else OWN
             if kind == OWN:
                 yield own
                 return

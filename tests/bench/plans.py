@@ -62,7 +62,7 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
     if way in ("no-layers", "error"):
         run.k_vectors = run.conditions(source).k_vectors
         additive = Additive.of(run.errors(source), run.geometry)
-        known = [(p, q.kld_mean) for p, q in run.cache.of("search" + run.tag)]
+        known = [(p, q.kld_mean) for p, q in run.cache.of(run.search + run.tag)]
         if way == "error":
             pairs, said = solve(additive, additive.prices(np.ones(2 * len(additive.il))), run.budget), ""
         else:
@@ -74,7 +74,7 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
     said = f"search {found.kld:.4f}"
     if way != "paper":
         additive = Additive.of(run.errors(source), run.geometry)
-        trials = [Trial.of(p, q.kld_mean, run.geometry) for p, q in run.cache.of("search" + run.tag) if p != found.pairs]
+        trials = [Trial.of(p, q.kld_mean, run.geometry) for p, q in run.cache.of(run.search + run.tag) if p != found.pairs]
         x, floor = fit(additive, trials)
         said = f"predicted {floor + float(additive.features(found.pairs) @ x):.4f} {said}"
     plans = [(name, found.pairs, run.vectors_of(found.pairs), said)]

@@ -253,6 +253,26 @@ def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkey
     assert "less.json" in run("evaluate", "-m", model, tmp_path / "less.json", *same, "-t", 1).output
 
 
+@pytest.mark.parametrize("goal", [("--bits", 6.0), ("--max-kld", 0.02)])
+def test_a_search_on_a_copy_is_proved_on_the_model(tiny, tmp_path, text, monkeypatch, goal):
+    """A KLD that is asked for is searched on the model itself, whose noise floor is its own."""
+    from kvtuner_gguf.calibrate import pipeline, weights
+    from kvtuner_gguf.runtime import Session
+
+    model, seen = tmp_path / "q4_1.gguf", {}
+    with Session(tiny("llama")) as session:
+        session.save_as(model, "q4_1")
+    real = pipeline.make_reference
+    monkeypatch.setattr(weights, "GAIN", 0.0)
+    monkeypatch.setattr(pipeline, "make_reference", lambda session, chunks, path, advance: seen.setdefault(path.stem, session.path) and real(session, chunks, path, advance))
+    calibrate(model, "-f", text, *goal, "-o", tmp_path / "plan.json")
+    assert seen["heldout"] == model
+    assert (seen["search"] == model) == (goal[0] == "--max-kld")
+    solved = json.loads(run("solve", model, "--chunks", 2, "-c", 1024, "-f", text, "--bits", 5.5, "--json").stdout)
+    assert solved["plan"]["bits_per_value"] <= 5.5
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+
 def test_a_killed_run_leaves_the_old_file(tiny, tmp_path, text):
     model = copy_of(tiny("llama"), tmp_path)
     before = model.read_bytes()
