@@ -124,8 +124,8 @@ def floor_shape(model: Additive, trials: Sequence[Trial]) -> np.ndarray:
 def fit(model: Additive, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
     """x (2*n_il,) and the floor that explain the trials' KLDs best: ridge regression towards one x per side.
 
-    What a layer's x departs from that by is expected to be much the same for its K and its V. The floor is that of a plan which is quantized from the first layer on. Residuals count relative to the KLD, as its noise
-    grows with it.
+    What a layer's x departs from that by is expected to be much the same for its K and its V. The floor is that of a plan which
+    is quantized from the first layer on. Residuals count relative to the KLD, as its noise grows with it.
     """
     from scipy.optimize import lsq_linear, nnls
 

@@ -71,9 +71,11 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
         run = Run(options, session, progress, work)
         text = run.text()
         found, uniform = run.searched(text)
-    with Session(options.model, **threads) as session:
-        run.session = session  # what was searched on a copy is proved on the model itself
-        outcome = run.proved(text, found, uniform)
+        outcome = run.proved(text, found, uniform) if session.path == options.model else None
+    if outcome is None:  # what was searched on a copy is proved on the model itself
+        with Session(options.model, **threads) as session:
+            run.session = session
+            outcome = run.proved(text, found, uniform)
     for name in (f"capture-{options.n_ctx}", "search.f16", "heldout.f16"):  # large, and quick to make again
         path = work / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

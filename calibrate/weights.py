@@ -41,11 +41,12 @@ def search_session(
             if may_copy and not choice.exists():
                 kind, gain = _faster(own, copy, sizes)
                 if kind != OWN:
-                    say(f"search: on a copy of the model in {kind}, which reads a prompt {gain:.1f} times as fast; the proof is not")
+                    say(f"search on a copy of the model in {kind}, which reads a prompt {gain:.1f} times as fast; proof on the model itself")
                 with atomic_file(choice) as out:
                     out.write(kind.encode())
             kind = choice.read_text() if may_copy else OWN
             if kind == OWN:
+                copy.unlink(missing_ok=True)  # it was tried, and was no faster
                 yield own
                 return
             if not copy.exists():

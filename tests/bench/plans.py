@@ -81,8 +81,7 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
     if way == "default":
         best = min((t for t in rivals if t.n_bytes <= run.max_bytes), key=lambda t: t.kld, default=None)
         if best:
-            pair = next(p for p in best.pairs if p.type_k)
-            plans.append((f"{bits:g} best uniform, {pair}", best.pairs, (), f"search {best.kld:.4f}"))
+            plans.append((f"{bits:g} best uniform, {best.uniform_pair}", best.pairs, (), f"search {best.kld:.4f}"))
     return plans
 
 
