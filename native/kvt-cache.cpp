@@ -191,9 +191,17 @@ std::string kvt_type_names(const std::vector<ggml_type> & types) {
     return res;
 }
 
-int32_t kvt_state_type(const ggml_tensor * tensor, bool rot, int32_t n_embd_head, const kvt_cond_layer * cond) {
+static int32_t kvt_state_type(const ggml_tensor * tensor, bool rot, int32_t n_embd_head) {
     const bool rot_default = ggml_is_quantized(tensor->type) && n_embd_head > 0 && n_embd_head % 64 == 0;
-    return (int32_t) tensor->type | (rot_default && !rot ? KVT_STATE_UNROTATED : 0) | (cond ? KVT_STATE_CONDITIONED : 0);
+    return (int32_t) tensor->type | (rot_default && !rot ? KVT_STATE_UNROTATED : 0);
+}
+
+int32_t kvt_state_type_k(const ggml_tensor * k, const kvt_layer & kvt, int32_t n_embd_head) {
+    return kvt_state_type(k, kvt.rot_k, n_embd_head) | (kvt.cond ? KVT_STATE_CONDITIONED : 0);
+}
+
+int32_t kvt_state_type_v(const ggml_tensor * v, const kvt_layer & kvt, int32_t n_embd_head) {
+    return kvt_state_type(v, kvt.rot_v, n_embd_head);
 }
 
 void kvt_state_refused(const char * side, uint32_t il, int32_t have, int32_t want) {
@@ -206,4 +214,31 @@ void kvt_state_refused(const char * side, uint32_t il, int32_t have, int32_t wan
     };
     LLAMA_LOG_ERROR("%s: layer %u: the state has %s %s, this context has %s: it was saved under another plan, cache type, rotation or conditioning. Load it where it was saved, or process the prompt again\n",
             __func__, il, side, name(want).c_str(), name(have).c_str());
+}
+
+//
+// context shift
+//
+
+bool kvt_cache::can_shift() const {
+    // MLA: what RoPE touches is not at the start of the head, and a part of a quantized head cannot be copied back
+    return hparams.n_lora_kv == 0 || !any_quantized_k();
+}
+
+bool kvt_shift_whole(const ggml_tensor * k, const kvt_layer & kvt) {
+    return ggml_is_quantized(k->type) || kvt.cond;
+}
+
+bool kvt_shift_f32(const ggml_tensor * k, const kvt_layer & kvt) {
+    return kvt_shift_whole(k, kvt) || k->type == GGML_TYPE_BF16;
+}
+
+ggml_tensor * kvt_shift_read(ggml_context * ctx, const kvt_layer & kvt, ggml_tensor * rot, ggml_tensor * k) {
+    k = rot && kvt.rot_k ? llama_mul_mat_hadamard(ctx, k, rot) : k;
+    return kvt_cond_k_undo(ctx, kvt.cond, k);
+}
+
+ggml_tensor * kvt_shift_write(ggml_context * ctx, const kvt_layer & kvt, ggml_tensor * rot, ggml_tensor * k) {
+    k = kvt_cond_k(ctx, kvt.cond, k);
+    return rot && kvt.rot_k ? llama_mul_mat_hadamard(ctx, k, rot) : k;
 }

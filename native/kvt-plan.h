@@ -69,6 +69,9 @@ struct kvt_cache {
     // true if K or V of this cache may differ from layer to layer
     bool in_force() const { return plan_k || plan_v; }
 
+    // whether a context shift is possible
+    bool can_shift() const;
+
     // true if the cache may need the Hadamard rotation of a side
     bool any_quantized_k() const { return ggml_is_quantized(type_k) || quantized_k; }
     bool any_quantized_v() const { return ggml_is_quantized(type_v) || quantized_v; }
@@ -140,9 +143,11 @@ std::string kvt_type_names(const std::vector<L> & layers, ggml_tensor * L::*side
     return kvt_type_names(types);
 }
 
-// the type id of a layer's tensor in a state file; n_embd_head: of all layers, 0 = they differ. differs from ggml's only where the data is not rotated though the default rule
-// would rotate it, or is conditioned, so that such a state is never read as other data, and all others stay as stock writes them
-int32_t kvt_state_type(const ggml_tensor * tensor, bool rot, int32_t n_embd_head, const kvt_cond_layer * cond = nullptr);
+// the type id of a layer's K, or V, in a state file; n_embd_head: of all layers, 0 = they differ. differs from ggml's only where the
+// data is not rotated though the default rule would rotate it, or is conditioned, so that such a state is never read as other data,
+// and all others stay as stock writes them
+int32_t kvt_state_type_k(const ggml_tensor * k, const kvt_layer & kvt, int32_t n_embd_head);
+int32_t kvt_state_type_v(const ggml_tensor * v, const kvt_layer & kvt, int32_t n_embd_head);
 
 // log why a state is refused
 void kvt_state_refused(const char * side, uint32_t il, int32_t have, int32_t want);
