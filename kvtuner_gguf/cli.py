@@ -349,6 +349,14 @@ def export(model: Path, output: Path | None) -> None:
         click.echo(f"Written to {output}")
 
 
+@main.command("lib-dir")
+def show_lib_dir() -> None:
+    """Print the folder of the patched libraries: LLAMA_CPP_LIB_PATH for a program on llama-cpp-python that does not import us."""
+    from . import native
+
+    click.echo(native.lib_dir())
+
+
 @main.command()
 @click.option("-p", "--prompt", help="Answer this and exit.")
 @click.option("--system", help="System message.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,15 +94,27 @@ def test_a_long_chat_shifts_its_context(planned, open_llama):
 
 
 def test_llama_cpp_obeys_the_plan_after_our_import(planned):
+    assert first_pairs("import kvtuner_gguf, llama_cpp", planned) == "[('q5_1', 'q8_0'), ('q8_0', 'q4_0')]"
+
+
+def test_a_program_without_our_import_obeys_the_plan_by_lib_dir(planned):
+    result = CliRunner().invoke(main, ["lib-dir"])
+    assert result.exit_code == 0, result.output
+    found = first_pairs("import llama_cpp", planned, LLAMA_CPP_LIB_PATH=result.stdout.strip())
+    assert found == "[('q5_1', 'q8_0'), ('q8_0', 'q4_0')]"
+
+
+def first_pairs(imports: str, model: Path, **env: str) -> str:
+    """The types of the first two layers in a program of its own that has llama_cpp's Llama open the model."""
     code = (
-        "import sys, kvtuner_gguf, llama_cpp\n"
+        f"import sys\n{imports}\n"
         "llm = llama_cpp.Llama(sys.argv[1], n_ctx=256, flash_attn=True, verbose=False)\n"
         "from kvtuner_gguf import native\n"
         "print([(l.type_k, l.type_v) for l in native.ctx_layers(llm._model.model, llm._ctx.ctx)][:2])\n"
         "llm.close()\n"
     )
-    out = subprocess.run([sys.executable, "-c", code, str(planned)], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "[('q5_1', 'q8_0'), ('q8_0', 'q4_0')]"
+    command = [sys.executable, "-c", code, str(model)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | env).stdout.strip()
 
 
 def test_chat_answers_one_prompt_and_names_its_memory(planned):
