@@ -34,7 +34,7 @@ from .prune import pareto_menus
 from .results import Capture, Conditions, ErrorTable, Trial, Trials
 from .saved import EvaluationCache, work_dir
 from .search import nsga2
-from .solve import cheapest, front, kld_search, refine, solve, uniform_pairs
+from .solve import cheapest, fewest_bytes, front, kld_search, refine, solve, uniform_pairs
 from .text import Text, chunks_of, read_text, write_text
 from .weights import search_session
 
@@ -314,14 +314,14 @@ class Run:
         x, floor = fit(model, known)
         if what == SEARCH_COPY:  # whose floor is lower than the model's
             floor = max([floor, *(q.kld_mean for _, q in self.cache.of(HELDOUT_FLOOR))])
-        points = front(model, x, floor, n_points=20)
+        points = front(model, x, floor)
         goal = self.options.goal.max_kld
         if self.budget is not None:
             pairs = solve(model, model.prices(x), self.budget)
         else:
-            pairs = next((plan for plan, kld in points if kld <= goal), None)
+            pairs = fewest_bytes(model, model.prices(x), goal - floor)
             if pairs is None:
-                raise CalibrationError(f"goal of a KLD of {goal:g}: the best plan is predicted to have {points[-1][1]:.6f}. Allow a larger --max-kld.")
+                raise CalibrationError(f"goal of a KLD of {goal:g}: the rounding of any quantized cache alone costs {floor:.6f}. Allow a larger --max-kld.")
         rows = [Point(self.geometry.bits_per_value(p, v), self.geometry.bytes(p, v), kld) for p, kld in points for v in [self.vectors_of(p)]]
         predicted = floor + float(model.features(pairs) @ x)
         return Solved(self.final_plan(text, pairs, self.vectors_of(pairs)), predicted, tuple(rows), self.geometry)

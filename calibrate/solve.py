@@ -16,6 +16,8 @@ from .results import Trial, Trials
 Evaluate = Callable[[tuple[Pair, ...]], float]
 
 REACH = 2.75  # bits per value around the goal, within which uniform pairs are worth a run: far off, KLDs no longer add up
+TIME_LIMIT = 10.0  # of one integer program, seconds
+STEP, N_STEPS = 0.97, 20  # how far, and how often, a KLD that is aimed at is lowered where the plan for it was run before
 SPREAD = 0.3  # of the prices of a first refinement, as logarithms: one standard deviation
 
 
@@ -30,26 +32,39 @@ def solve(model: Additive, prices: np.ndarray, max_bytes: int) -> tuple[Pair, ..
     prices  (n_il, n_pair), NaN where not allowed
     Raises CalibrationError if no plan fits.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import coo_array
-
     if cheapest(model) > max_bytes:
         raise CalibrationError(
             f"budget of {max_bytes} bytes: the cheapest plan of these types needs {cheapest(model)}. Allow more bits, or cheaper types."
         )
+    plan = _program(model, prices, prices, model.n_bytes, max_bytes)
+    if plan is None:
+        raise CalibrationError(f"budget of {max_bytes} bytes: the solver found no plan in {TIME_LIMIT:g} s. Allow more bits.")
+    return plan
+
+
+def fewest_bytes(model: Additive, prices: np.ndarray, max_price: float) -> tuple[Pair, ...] | None:
+    """The plan of the fewest bytes whose summed price is within max_price, likewise; None if there is none. Shapes as in solve."""
+    return _program(model, prices, model.n_bytes, prices, max_price) if max_price > 0 else None
+
+
+def _program(model: Additive, prices: np.ndarray, cost: np.ndarray, size: np.ndarray, limit: float) -> tuple[Pair, ...] | None:
+    """One pair for each layer, of the lowest summed cost whose summed size is within the limit. cost, size (n_il, n_pair)"""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array
+
     rows, columns = np.nonzero(_undominated(prices, model.n_bytes))
-    cost, n_bytes = prices[rows, columns], model.n_bytes[rows, columns]
+    of_each, size_of_each = cost[rows, columns], size[rows, columns]
     one_each = coo_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(model.il), len(rows)))
-    unit = max_bytes / 1e3  # HiGHS' tolerances are absolute
+    unit = limit / 1e3  # HiGHS' tolerances are absolute
     result = milp(
-        cost / max(float(cost.max()), 1e-30),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((n_bytes / unit)[None, :], -np.inf, max_bytes / unit)],
+        of_each / max(float(of_each.max()), 1e-30),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((size_of_each / unit)[None, :], -np.inf, limit / unit)],
         integrality=np.ones(len(rows)),
         bounds=Bounds(0, 1),
-        options={"mip_rel_gap": 1e-4, "time_limit": 10.0},
+        options={"mip_rel_gap": 1e-4, "time_limit": TIME_LIMIT},
     )
     if result.x is None:
-        raise CalibrationError(f"budget of {max_bytes} bytes: the solver found no plan ({result.message}). Allow more bits.")
+        return None
     pairs = [Pair("", "")] * model.n_layer
     for i in np.nonzero(result.x > 0.5)[0]:
         pairs[model.il[rows[i]]] = model.pairs[columns[i]]
@@ -146,20 +161,21 @@ def kld_search(
     n_trials: int,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Trials:
-    """Trials towards the fewest bytes whose KLD is within max_kld: the budget is moved to where the fitted model meets it.
+    """Trials towards the fewest bytes whose KLD is within max_kld: what the fitted model, corrected by each run, says they are.
 
     known     what was run before: uniform pairs, prices
     evaluate  one pair per layer -> KLD, nats
     n_trials  runs to make; fewer if the same plan is found again
     """
-    trials = list(known)
+    trials, tried = list(known), {t.pairs for t in known}
     while len(trials) - len(known) < n_trials:
         x, floor = fit(model, trials)
-        plans = [plan for plan, _ in front(model, x, floor)]
-        fits = [p for p in plans if floor + float(model.features(p) @ x) <= max_kld] or plans[-1:]
-        new = next((p for p in fits if p not in {t.pairs for t in trials}), None)
+        goals = (max_kld - floor) * STEP ** np.arange(N_STEPS)
+        plans = (fewest_bytes(model, model.prices(x), goal) or finest(model) for goal in goals)
+        new = next((plan for plan in plans if plan not in tried), None)
         if new is None:
             break
+        tried.add(new)
         trials.append(Trial.of(new, evaluate(new), geometry))
         progress(1)
         if len(trials) - len(known) > 8 and sum(t.kld <= max_kld for t in trials[-4:]) >= 3:
@@ -167,9 +183,14 @@ def kld_search(
     return Trials(tuple(trials))
 
 
-def front(model: Additive, x: np.ndarray, floor: float, n_points: int = 40) -> list[tuple[tuple[Pair, ...], float]]:
+def finest(model: Additive) -> tuple[Pair, ...]:
+    """The quantized plan that does least harm; f16 where a layer holds no quantized pair."""
+    return model.lowered({row: model.finest(row) or F16 for row in range(len(model.il))})
+
+
+def front(model: Additive, x: np.ndarray, floor: float, n_points: int = 20) -> list[tuple[tuple[Pair, ...], float]]:
     """(plan, predicted KLD) of budgets from the cheapest plan to the best of quantized pairs; distinct, by ascending bytes."""
-    dearest = model.lowered({row: model.finest(row) or F16 for row in range(len(model.il))})
+    dearest = finest(model)
     most = sum(model.n_bytes[row, model.column[dearest[il]]] for row, il in enumerate(model.il))
     prices = model.prices(x)
     plans = dict.fromkeys(solve(model, prices, int(b)) for b in np.linspace(cheapest(model), most, n_points))

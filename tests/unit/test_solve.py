@@ -10,7 +10,7 @@ import pytest
 from kvtuner_gguf.calibrate.additive import Additive, fit, floor_shape
 from kvtuner_gguf.calibrate.prices import MOST, floor_plans, price, price_ladders, replaced
 from kvtuner_gguf.calibrate.results import ErrorTable, Trial
-from kvtuner_gguf.calibrate.solve import cheapest, front, kld_search, refine, solve
+from kvtuner_gguf.calibrate.solve import cheapest, fewest_bytes, front, kld_search, refine, solve
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair
@@ -162,6 +162,17 @@ def test_least_bytes_within_a_kld(model):
     trials = kld_search(model, known(model), kld, GEOMETRY, 0.02, n_trials=10).trials
     within = min(GEOMETRY.bytes(plan) for plan in product(model.pairs, repeat=4) if kld(plan) <= 0.02)
     assert min(t.n_bytes for t in trials if t.kld <= 0.02) <= 1.1 * within
+
+
+@pytest.mark.parametrize("max_kld", [0.003, 0.01, 0.02, 0.06])
+def test_fewest_bytes_of_all_plans_within_a_kld(model, max_kld):
+    plan = fewest_bytes(model, model.prices(np.concatenate([X_K, X_V])), max_kld - FLOOR)
+    assert kld(plan) <= max_kld * 1.0001
+    assert GEOMETRY.bytes(plan) == min(GEOMETRY.bytes(p) for p in product(model.pairs, repeat=4) if kld(p) <= max_kld)
+
+
+def test_no_plan_is_within_a_kld_below_the_floor(model):
+    assert fewest_bytes(model, model.prices(np.concatenate([X_K, X_V])), -0.001) is None
 
 
 def test_front_never_gets_worse_with_more_bytes(model):
