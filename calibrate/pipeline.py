@@ -71,7 +71,7 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
         run = Run(options, session, progress, work)
         text = run.text()
         found, uniform = run.searched(text)
-        outcome = run.proved(text, found, uniform) if session.path == options.model else None
+        outcome = None if run.on_copy else run.proved(text, found, uniform)
     if outcome is None:  # what was searched on a copy is proved on the model itself
         with Session(options.model, **threads) as session:
             run.session = session
@@ -204,9 +204,14 @@ class Run:
             return make_reference(self.session, chunks, self.work / f"{name}.f16", advance)
 
     @property
+    def on_copy(self) -> bool:
+        """True while the session is not the model itself but a copy of it."""
+        return self.session.path != self.options.model
+
+    @property
     def search(self) -> str:
         """Names the runs of the search in the records: those on a copy of the model stand apart."""
-        return SEARCH if self.session.path == self.options.model else SEARCH_COPY
+        return SEARCH_COPY if self.on_copy else SEARCH
 
     @property
     def budget(self) -> int | None:

@@ -167,20 +167,20 @@ def kld_search(
     evaluate  one pair per layer -> KLD, nats
     n_trials  runs to make; fewer if the same plan is found again
     """
-    trials, tried = list(known), {t.pairs for t in known}
-    while len(trials) - len(known) < n_trials:
-        x, floor = fit(model, trials)
-        goals = (max_kld - floor) * STEP ** np.arange(N_STEPS)
-        plans = (fewest_bytes(model, model.prices(x), goal) or finest(model) for goal in goals)
+    tried = {t.pairs: t for t in known}
+    n_known = len(tried)
+    while len(tried) - n_known < n_trials:
+        x, floor = fit(model, list(tried.values()))
+        prices = model.prices(x)
+        plans = (fewest_bytes(model, prices, (max_kld - floor) * STEP**i) or finest(model) for i in range(N_STEPS))
         new = next((plan for plan in plans if plan not in tried), None)
         if new is None:
             break
-        tried.add(new)
-        trials.append(Trial.of(new, evaluate(new), geometry))
+        tried[new] = Trial.of(new, evaluate(new), geometry)
         progress(1)
-        if len(trials) - len(known) > 8 and sum(t.kld <= max_kld for t in trials[-4:]) >= 3:
+        if len(tried) - n_known > 8 and sum(t.kld <= max_kld for t in list(tried.values())[-4:]) >= 3:
             break
-    return Trials(tuple(trials))
+    return Trials(tuple(tried.values()))
 
 
 def finest(model: Additive) -> tuple[Pair, ...]:
