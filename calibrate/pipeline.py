@@ -32,7 +32,7 @@ from .prices import N_FLOOR, floor_plans, price, price_ladders, replaced
 from .proof import HELDOUT_FLOOR, prove
 from .prune import pareto_menus
 from .results import Capture, Conditions, ErrorTable, Trial, Trials
-from .saved import EvaluationCache, work_dir
+from .saved import EvaluationCache, claimed, work_dir
 from .search import nsga2
 from .solve import cheapest, fewest_bytes, front, kld_search, refine, solve, uniform_pairs
 from .text import Text, chunks_of, read_text, write_text
@@ -59,12 +59,17 @@ class Progress(Protocol):
 def calibrate(options: Options, progress: Progress) -> Outcome:
     """Measure the model, find a plan for the goal, and prove it on held-out text. Writes nothing but its own records.
 
-    Raises CalibrationError if the goal cannot be met, or the text is too short.
+    Raises CalibrationError if the goal cannot be met, the text is too short, or the same is being calibrated already.
     """
     work = _work(options)
-    if not options.resume:
-        shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True, exist_ok=True)
+    with claimed(work):
+        if not options.resume:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        return _calibrate(options, progress, work)
+
+
+def _calibrate(options: Options, progress: Progress, work: Path) -> Outcome:
     threads = {"n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers}
     may_copy = options.goal.max_kld is None  # a KLD that is asked for is one of the model itself, with its own noise floor
     with search_session(options.model, work, **threads, may_copy=may_copy, say=progress.say) as session:

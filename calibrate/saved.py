@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..default_model import cache_dir
-from ..errors import KvtunerError
+from ..errors import CalibrationError, KvtunerError
 from ..gguf_file import weights_hash
 from ..gguf_header import read_header
 from ..pair import Pair
@@ -24,6 +25,26 @@ def work_dir(options: Options, *sizes: int) -> Path:
     if options.text:
         parts.append(hashlib.sha256(options.text.read_bytes()).hexdigest())
     return cache_dir() / "calibrate" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def claimed(work: Path) -> Iterator[None]:
+    """The folder is this process's alone as long as this is open; the lock goes with the process, however it ends.
+
+    Raises CalibrationError if another process has claimed it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows: not guarded
+        yield
+        return
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with work.with_name(f"{work.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CalibrationError(f"'{work}' is in use: this model is being calibrated already. Wait until that ends, or end it.") from None
+        yield
 
 
 def _weights_sample(model: Path) -> str:
