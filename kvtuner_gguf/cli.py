@@ -6,8 +6,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,22 +14,27 @@ from typing import Any
 import click
 
 from . import __version__
-from .errors import CalibrationError, KvtunerError, PlanError
+from .errors import MOST_CHARACTERS, CalibrationError, KvtunerError, PlanError
 from .pair import Pair, allocated_pairs
 from .plan import Plan
+from .printable import printable
+from .terminal import Terminal, note, print_json, show, show_json, show_path
 
 MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 class Commands(click.Group):
-    """Turns a KvtunerError into `Error: ...` and exit 1, in this one place."""
+    """Turns a KvtunerError into `Error: ...` and exit 1, in this one place, and lets no error reach the terminal unprintable."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except KvtunerError as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(printable(error, MOST_CHARACTERS)) from None
+        except click.ClickException as error:
+            error.message = printable(error.message, MOST_CHARACTERS, keep="\n")
+            raise
 
 
 class Memory(click.ParamType):
@@ -44,24 +48,6 @@ class Memory(click.ParamType):
             return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
         except (TypeError, ValueError):
             self.fail(f"'{value}' is not a size. Write for example 96M or 1.5G.", param, ctx)
-
-
-class Terminal:
-    """Progress for a person: bars on stderr, and lines."""
-
-    def say(self, text: str) -> None:
-        click.echo(text, err=True)
-
-    @contextmanager
-    def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        if not sys.stderr.isatty():  # a bar in a log file is noise
-            start = time.monotonic()
-            click.echo(f"{title} ...", err=True)
-            yield lambda n: None
-            click.echo(f"{title}: {time.monotonic() - start:.0f} s", err=True)
-            return
-        with click.progressbar(length=total, label=f"{title:<40}", file=sys.stderr, show_pos=True) as bar:
-            yield bar.update
 
 
 def shared(*names: str) -> Callable:
@@ -91,10 +77,6 @@ def shared(*names: str) -> Callable:
     return decorate
 
 
-def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
-
-
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="kvtuner-gguf")
 def main() -> None:
@@ -122,7 +104,7 @@ def calibrate(model: Path, output: Path | None, as_json: bool, **given: Any) -> 
     if as_json:
         print_json(_outcome_json(outcome, written))
     else:
-        click.echo(_outcome_text(outcome, written))
+        show(_outcome_text(outcome, written))
 
 
 @main.command()
@@ -143,10 +125,10 @@ def solve(model: Path, output: Path | None, as_json: bool, **given: Any) -> None
     else:
         from .report import front_text, layers_text, memory_text
 
-        click.echo(f"{layers_text(solved.plan.pairs)}\n\n{memory_text(solved.plan.pairs, solved.geometry, solved.plan.vector_bytes)}")
-        click.echo(f"\n{front_text([(p.bits_per_value, p.n_bytes, p.kld) for p in solved.front], n_ctx)}\n\npredicted mean KLD of the plan: {solved.kld:.5f}; not proved")
+        show(f"{layers_text(solved.plan.pairs)}\n\n{memory_text(solved.plan.pairs, solved.geometry, solved.plan.vector_bytes)}")
+        show(f"\n{front_text([(p.bits_per_value, p.n_bytes, p.kld) for p in solved.front], n_ctx)}\n\npredicted mean KLD of the plan: {solved.kld:.5f}; not proved")
         if written:
-            click.echo(f"Written to {written}")
+            show(f"Written to {written}")
 
 
 def _pipeline() -> Any:
@@ -220,11 +202,11 @@ def _outcome_json(outcome: Any, written: Path) -> dict[str, Any]:
     }
 
 
-@main.command()
+@main.command("show")
 @click.argument("model", type=MODEL)
 @click.option("--plan", "plan_file", type=MODEL, help="A sidecar to show on this model, instead of the plan in the file.")
 @shared("c", "ngl", "json")
-def show(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int, as_json: bool) -> None:
+def show_plan(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int, as_json: bool) -> None:
     """Show the plan of MODEL as the run time resolves it, and its memory at a context."""
     from . import native
     from .report import layers_text, memory_rows, memory_text
@@ -249,12 +231,12 @@ def show(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int, as_
         print_json({"source": source, "layers": layers, "n_ctx": n_ctx, "memory": memory, "notes": notes, "plan": plan and json.loads(plan.to_json())})
         return
     line = _conditions_line([(layer.il, layer.k_mean, layer.k_scale) for layer in allocated])
-    click.echo(f"plan from: {source}\n\n{layers_text(pairs)}{line}\n\n{memory_text(pairs, geometry, vectors)}")
+    show(f"plan from: {source}\n\n{layers_text(pairs)}{line}\n\n{memory_text(pairs, geometry, vectors)}")
     if plan and plan.quality:
         rival = f"; best uniform pair {plan.rival}: {plan.rival_quality.kld_mean:.5f}" if plan.rival_quality else ""
-        click.echo(f"\nmean KLD when calibrated: {plan.quality.kld_mean:.5f}{rival}")
+        show(f"\nmean KLD when calibrated: {plan.quality.kld_mean:.5f}{rival}")
     for note in notes:
-        click.echo(f"note: {note}")
+        show(f"note: {note}")
 
 
 def _k_values(layer: Any) -> int:
@@ -298,7 +280,7 @@ def evaluate(plans: tuple[str, ...], type_k: str | None, type_v: str | None, as_
     if as_json:
         print_json(comparison_json(comparison))
     else:
-        click.echo(comparison_text(comparison))
+        show(comparison_text(comparison))
 
 
 def _plan_named(name: str, model: Path) -> Plan | Pair:
@@ -323,7 +305,7 @@ def apply(model: Path, plan_file: Path, output: Path | None) -> None:
     """Write the plan of a sidecar, PLAN_FILE, into MODEL."""
     from .gguf_file import write_plan
 
-    click.echo(f"Written to {write_plan(model, Plan.load(plan_file), output)}")
+    show(f"Written to {write_plan(model, Plan.load(plan_file), output)}")
 
 
 @main.command()
@@ -333,7 +315,7 @@ def strip(model: Path, output: Path | None) -> None:
     """Take the plan out of MODEL; what remains is the file as it was before."""
     from .gguf_file import write_plan
 
-    click.echo(f"Written to {write_plan(model, None, output)}")
+    show(f"Written to {write_plan(model, None, output)}")
 
 
 @main.command()
@@ -343,10 +325,10 @@ def export(model: Path, output: Path | None) -> None:
     """Copy the plan of MODEL into a sidecar."""
     plan = _plan_named("file", model)
     if output is None:
-        click.echo(plan.to_json(), nl=False)
+        show_json(plan.to_json())
     else:
         plan.save(output)
-        click.echo(f"Written to {output}")
+        show(f"Written to {output}")
 
 
 @main.command("lib-dir")
@@ -354,7 +336,7 @@ def show_lib_dir() -> None:
     """Print the folder of the patched libraries: LLAMA_CPP_LIB_PATH for a program on llama-cpp-python that does not import us."""
     from . import native
 
-    click.echo(native.lib_dir())
+    show_path(native.lib_dir())
 
 
 @main.command()
@@ -372,16 +354,16 @@ def chat(prompt: str | None, system: str | None, max_tokens: int | None, tempera
     from .chat import answer, chat_loop
 
     llm = _open_llama(**given)
-    click.echo(_memory_line(llm), err=True)
+    note(_memory_line(llm))
 
     def write(piece: str) -> None:
-        click.echo(piece, nl=False)
+        show(piece, nl=False)
 
     if prompt is not None:
         messages = [{"role": "system", "content": system}] if system else []
         for piece in answer(llm, [*messages, {"role": "user", "content": prompt}], max_tokens=max_tokens, temperature=temperature):
             write(piece)
-        click.echo()
+        show("")
     else:
         chat_loop(llm, _read_line, write, system=system, max_tokens=max_tokens, temperature=temperature)
     llm.close()
@@ -438,15 +420,15 @@ def demo(n_trials: int | None, output: Path, seed: int, threads: int | None) -> 
     model = default_model()
     options = Options(model, Goal(bits=DEFAULT_BITS), seed=seed, n_trials=n_trials, n_threads=threads)
     outcome = pipeline.calibrate(options, Terminal())
-    click.echo(_outcome_text(outcome, _write(outcome.plan, model, output)))
+    show(_outcome_text(outcome, _write(outcome.plan, model, output)))
     question = "What is a key-value cache good for? Answer in two sentences."
     llm = _open_llama(output, threads=threads)
     from .chat import answer
 
-    click.echo(f"\n{_memory_line(llm)}\n> {question}")
-    click.echo("".join(answer(llm, [{"role": "user", "content": question}], max_tokens=120, temperature=0.0)))
+    show(f"\n{_memory_line(llm)}\n> {question}")
+    show("".join(answer(llm, [{"role": "user", "content": question}], max_tokens=120, temperature=0.0)))
     llm.close()
-    click.echo(f"\n{time.monotonic() - start:.0f} s in all, peak memory {_peak_mib():.0f} MiB")
+    show(f"\n{time.monotonic() - start:.0f} s in all, peak memory {_peak_mib():.0f} MiB")
 
 
 def _peak_mib() -> float:

@@ -1,8 +1,17 @@
 """The errors that a user can meet. Anything else that is raised is a bug of ours."""
 
+from __future__ import annotations
+
+from .printable import printable
+
+MOST_CHARACTERS = 4000  # of a message: paths, and what a tool or a library said
+
 
 class KvtunerError(Exception):
-    """Base of all errors whose message is written for the user."""
+    """Base of all errors whose message is written for the user: one line, with names and texts of others made printable."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(message, MOST_CHARACTERS))
 
 
 class PlanError(KvtunerError):

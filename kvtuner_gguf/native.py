@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import CodecError, NativeError
+from .printable import printable
 
 LLAMA_CPP_COMMIT = "0c1e57098"  # of the pinned source
 
@@ -129,7 +130,7 @@ def _check_build_id(folder: Path, have: str) -> None:
 
 
 def last_error() -> str:
-    return library().kvt_last_error().decode()
+    return library().kvt_last_error().decode(errors="replace")
 
 
 def check(code: int) -> int:
@@ -144,7 +145,7 @@ def _text(call: Callable, handle: int) -> list[str]:
     size = call(handle, None, 0) + 1
     buf = ctypes.create_string_buffer(size)
     call(handle, buf, size)
-    return buf.value.decode().splitlines()
+    return [printable(line) for line in buf.value.decode(errors="replace").split("\n") if line]
 
 
 def type_names() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Any
 from .geometry import Geometry
 from .pair import Pair
 from .plan import Plan, Quality
+from .printable import printable
 
 MIB = 1024 * 1024
 
@@ -39,7 +40,7 @@ class Comparison:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
-    cells = [list(head), *map(list, rows)]
+    cells = [[printable(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip() for row in cells]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
@@ -59,7 +60,7 @@ def comparison_text(c: Comparison) -> str:
         for r in c.rows
     ]
     head = ("cache", "bits", f"MiB at {c.n_ctx}", "mean KLD", "99.9 % KLD", "same top token")
-    note = f"KLD against an f16 cache, in nats; text {c.text}, {c.n_positions} scored positions in chunks of {c.chunk_ctx} tokens."
+    note = f"KLD against an f16 cache, in nats; text {printable(c.text)}, {c.n_positions} scored positions in chunks of {c.chunk_ctx} tokens."
     return f"{table(head, rows)}\n{note}"
 
 

@@ -17,6 +17,7 @@ from .errors import NativeError
 from .geometry import Geometry
 from .kvectors import KVectors
 from .pair import Pair
+from .printable import printable
 
 
 def default_threads() -> int:
@@ -65,7 +66,7 @@ class _Log:
 
     def _add(self, level: int, text: bytes, _user: object) -> None:
         if level in (3, 4):  # warning, error
-            self.lines = [*self.lines[-19:], text.decode(errors="replace").strip()]
+            self.lines = [*self.lines[-19:], printable(text.decode(errors="replace").strip())]
 
     def reason(self) -> str:
         """What llama.cpp said last, for the end of an error message."""

@@ -10,16 +10,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = {"text", "capture", "condition", "error", "prune", "cluster", "prices", "search", "solve", "evaluate", "weights"}
 LEAVES = {
-    "errors": set(),
+    "printable": set(),
+    "errors": {"printable"},
     "atomic": set(),
     "codecs": {"errors"},
-    "native": {"errors"},
+    "native": {"errors", "printable"},
     "values": {"errors"},
     "pair": {"codecs", "errors"},
     "kvectors": {"codecs", "errors", "pair", "values"},
     "geometry": {"codecs", "errors", "kvectors", "pair"},
     "plan": {"atomic", "codecs", "errors", "kvectors", "pair", "values"},
-    "report": {"geometry", "pair", "plan"},
+    "report": {"geometry", "pair", "plan", "printable"},
 }
 
 

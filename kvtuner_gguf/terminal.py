@@ -1,0 +1,71 @@
+"""What the commands show: results on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .errors import KvtunerError
+from .printable import json_printable, printable
+
+
+def show(text: str, *, nl: bool = True) -> None:
+    """Lines to standard output. Raises KvtunerError if they cannot be written, for example to a full disk."""
+    _write(printable(text, sys.maxsize, keep="\n\t"), nl)
+
+
+def show_json(text: str) -> None:
+    """JSON to standard output, as it is but for what would act on a terminal. Raises KvtunerError as `show`."""
+    _write(json_printable(text), False)
+
+
+def show_path(path: Path) -> None:
+    """A path to standard output byte for byte, for a program to read."""
+    _write(os.fsencode(path), True)
+
+
+def print_json(value: Any) -> None:
+    show_json(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def note(text: str) -> None:
+    """One line to standard error."""
+    click.echo(printable(text, sys.maxsize, keep="\n"), err=True)
+
+
+def _write(text: str | bytes, nl: bool) -> None:
+    try:
+        click.echo(text, nl=nl)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader has seen enough, as `head` does: click ends the command
+            raise
+        with suppress(OSError, ValueError):  # what could not be written is tried again at the end otherwise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise KvtunerError(f"standard output: cannot be written ({error.strerror}). Make room, or send it elsewhere.") from None
+
+
+class Terminal:
+    """Progress for a person: bars on stderr, and lines."""
+
+    def say(self, text: str) -> None:
+        note(text)
+
+    @contextmanager
+    def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        if not sys.stderr.isatty():  # a bar in a log file is noise
+            start = time.monotonic()
+            note(f"{title} ...")
+            yield lambda n: None
+            note(f"{title}: {time.monotonic() - start:.0f} s")
+            return
+        with click.progressbar(length=total, label=f"{title:<40}", file=sys.stderr, show_pos=True) as bar:
+            yield bar.update
