@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +14,7 @@ from ..errors import CalibrationError
 from ..geometry import Geometry
 from ..kvectors import KVectors
 from ..pair import Pair
+from .records import load_arrays, load_json, save_arrays, save_json
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,18 +148,16 @@ class Capture:
         path = sample_path(self.path, il, i)
         if not path.is_file():
             raise CalibrationError(f"{path}: there is no such file, need sample {i} of layer {il}. Capture again.")
-        with np.load(path, allow_pickle=False) as file:
-            fields = {name: _from_array(file[name]) for name in file.files}
-        return LayerSample(**fields)
+        return LayerSample(**{name: _from_array(x) for name, x in load_arrays(path).items()})
 
     def save(self) -> None:
         """Write the index, once all samples are there: a capture without it is unfinished."""
-        _save_json(Path(self.path) / self.INDEX, "Capture", {k: v for k, v in vars(self).items() if k != "path"})
+        save_json(Path(self.path) / self.INDEX, "Capture", {k: v for k, v in vars(self).items() if k != "path"})
 
     @classmethod
     def load(cls, path: Path) -> Capture:
         """The capture in a directory. Raises CalibrationError if it has no index or a damaged one."""
-        return _load_json(
+        return load_json(
             Path(path) / cls.INDEX,
             "Capture",
             lambda data: cls(Path(path), data["n_layer"], tuple(data["il"]), data["n_sample"], tuple(data["share"])),
@@ -185,8 +182,7 @@ def save_sample(path: Path, i: int, sample: LayerSample) -> None:
             raise CalibrationError(
                 f"layer {sample.il}: {name} holds values outside float16, need at most 65504. Leave this layer at f16."
             )
-    Path(path).mkdir(parents=True, exist_ok=True)
-    _replace(sample_path(path, sample.il, i), lambda file: np.savez(file, **fields))
+    save_arrays(sample_path(path, sample.il, i), **fields)
 
 
 def _from_array(x: np.ndarray) -> Any:
@@ -254,12 +250,12 @@ class ErrorTable:
         data: dict[str, Any] = {"pairs": _pairs_out(self.pairs), "il": list(self.il)}
         for name in self.MEASURES:  # JSON has no NaN
             data[name] = [[None if math.isnan(x) else x for x in row] for row in self.measure(name).tolist()]
-        _save_json(path, "ErrorTable", data)
+        save_json(path, "ErrorTable", data)
 
     @classmethod
     def load(cls, path: Path) -> ErrorTable:
         """Raises CalibrationError if the file holds something else."""
-        return _load_json(
+        return load_json(
             path,
             "ErrorTable",
             lambda data: cls(
@@ -283,12 +279,12 @@ class Conditions:
 
     def save(self, path: Path) -> None:
         vectors = [{"mean": v.mean, "scale": v.scale} for v in self.k_vectors]
-        _save_json(path, "Conditions", {"k_vectors": vectors, "errors": {str(il): dict(e) for il, e in self.errors.items()}})
+        save_json(path, "Conditions", {"k_vectors": vectors, "errors": {str(il): dict(e) for il, e in self.errors.items()}})
 
     @classmethod
     def load(cls, path: Path) -> Conditions:
         """Raises CalibrationError if the file holds something else."""
-        return _load_json(
+        return load_json(
             path,
             "Conditions",
             lambda data: cls(
@@ -326,12 +322,12 @@ class Menus:
         return self.pairs[self.il.index(il)]
 
     def save(self, path: Path) -> None:
-        _save_json(path, "Menus", {"il": list(self.il), "pairs": [_pairs_out(menu) for menu in self.pairs]})
+        save_json(path, "Menus", {"il": list(self.il), "pairs": [_pairs_out(menu) for menu in self.pairs]})
 
     @classmethod
     def load(cls, path: Path) -> Menus:
         """Raises CalibrationError if the file holds something else."""
-        return _load_json(
+        return load_json(
             path, "Menus", lambda data: cls(tuple(data["il"]), tuple(_pairs_in(menu) for menu in data["pairs"]))
         )
 
@@ -353,12 +349,12 @@ class Groups:
             raise CalibrationError(f"groups {self.layers}: not a partition of layers {self.il}. Cluster again.")
 
     def save(self, path: Path) -> None:
-        _save_json(path, "Groups", {"il": list(self.il), "layers": [list(group) for group in self.layers]})
+        save_json(path, "Groups", {"il": list(self.il), "layers": [list(group) for group in self.layers]})
 
     @classmethod
     def load(cls, path: Path) -> Groups:
         """Raises CalibrationError if the file holds something else."""
-        return _load_json(
+        return load_json(
             path, "Groups", lambda data: cls(tuple(data["il"]), tuple(tuple(group) for group in data["layers"]))
         )
 
@@ -413,7 +409,7 @@ class Trials:
         return tuple(self.trials[i] for i in keep)
 
     def save(self, path: Path) -> None:
-        _save_json(path, "Trials", {"trials": [{**vars(t), "pairs": _pairs_out(t.pairs)} for t in self.trials]})
+        save_json(path, "Trials", {"trials": [{**vars(t), "pairs": _pairs_out(t.pairs)} for t in self.trials]})
 
     @classmethod
     def load(cls, path: Path) -> Trials:
@@ -421,7 +417,7 @@ class Trials:
         def trial(fields: dict[str, Any]) -> Trial:
             return Trial(**{**fields, "pairs": _pairs_in(fields["pairs"])})
 
-        return _load_json(path, "Trials", lambda data: cls(tuple(map(trial, data["trials"]))))
+        return load_json(path, "Trials", lambda data: cls(tuple(map(trial, data["trials"]))))
 
 
 def non_dominated(cost: Sequence[float], error: Sequence[float]) -> list[int]:
@@ -447,32 +443,3 @@ def _pairs_out(pairs: Sequence[Pair]) -> list[list[str]]:
 
 def _pairs_in(pairs: Sequence[Sequence[str]]) -> tuple[Pair, ...]:
     return tuple(Pair(type_k, type_v) for type_k, type_v in pairs)
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file under a temporary name beside it, then rename: nobody ever sees half of it."""
-    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _save_json(path: Path, record: str, data: dict[str, Any]) -> None:
-    text = json.dumps({"record": record, **data}, indent=1, allow_nan=False) + "\n"
-    _replace(path, lambda file: file.write(text.encode()))
-
-
-def _load_json(path: Path, record: str, make: Callable[[dict[str, Any]], Any]) -> Any:
-    """The record in a file, made from its data. Raises CalibrationError if that is not what it holds."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        if data["record"] != record:
-            raise CalibrationError(f"{path}: holds {data['record']}, need {record}. Give the file of the stage before.")
-        return make(data)
-    except FileNotFoundError:
-        raise CalibrationError(f"{path}: there is no such file, need {record}. Run the stage before.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CalibrationError(f"{path}: damaged ({error!r}), need {record}. Run the stage before again.") from None

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import CalibrationError
+from ..printable import printable
 from ..runtime import Session
 from .evaluate import Chunks
 
@@ -89,7 +90,7 @@ def read_text(session: Session, path: Path, n_calibration: int, n_heldout: int) 
             f"text '{path}' has {len(tokens)} tokens, need {need}: {n_calibration} to calibrate and {n_heldout} to prove. "
             "Give a longer text, or fewer --chunks."
         )
-    return Text(path.name, hashlib.sha256(data).hexdigest(), tokens[:n_calibration], tokens[-n_heldout:])
+    return Text(printable(path.name), hashlib.sha256(data).hexdigest(), tokens[:n_calibration], tokens[-n_heldout:])
 
 
 def _json_lines(path: Path, text: str) -> list[str]:

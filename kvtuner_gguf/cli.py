@@ -3,29 +3,40 @@
 from __future__ import annotations
 
 import json
-import re
+import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
+from .arguments import FILE, MODEL, shared
 from .errors import MOST_CHARACTERS, CalibrationError, KvtunerError, PlanError
+from .interrupts import orderly
 from .pair import Pair, allocated_pairs
 from .plan import Plan
 from .printable import printable
+from .room import NO_ROOM
 from .terminal import Terminal, note, print_json, show, show_json, show_path
 
-MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
-FILE = click.Path(dir_okay=False, path_type=Path)
+if TYPE_CHECKING:
+    from .output import Output
 
 
 class Commands(click.Group):
-    """Turns a KvtunerError into `Error: ...` and exit 1, in this one place, and lets no error reach the terminal unprintable."""
+    """Turns a KvtunerError into `Error: ...` and exit 1, in this one place. No text of others goes out unprintable, no signal ends a write midway."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with orderly():
+            return super().main(*args, **kwargs)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.obj = list(args)  # as typed: what a failure at the end tells to run
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -35,46 +46,10 @@ class Commands(click.Group):
         except click.ClickException as error:
             error.message = printable(error.message, MOST_CHARACTERS, keep="\n")
             raise
-
-
-class Memory(click.ParamType):
-    """Bytes: 96M, 1.5GiB, 300000000. K, M and G are powers of 1024."""
-
-    name = "bytes"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?B)?", str(value), re.IGNORECASE)
-        try:
-            return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
-        except (TypeError, ValueError):
-            self.fail(f"'{value}' is not a size. Write for example 96M or 1.5G.", param, ctx)
-
-
-def shared(*names: str) -> Callable:
-    """The options that several commands have in common, in llama.cpp's words."""
-    options = {
-        "m": click.option("-m", "--model", required=True, type=MODEL, help="GGUF model."),
-        "c": click.option("-c", "--ctx-size", "n_ctx", default=8192, show_default=True, type=click.IntRange(64), help="Context at which bytes are counted, in tokens."),
-        "f": click.option("-f", "--file", "text", type=FILE, help="Text to measure on, .txt or .jsonl. Default: the model writes its own."),
-        "t": click.option("-t", "--threads", type=click.IntRange(1), help="Threads. Default: all processors this process may use."),
-        "ngl": click.option("-ngl", "--n-gpu-layers", default=0, show_default=True, type=click.IntRange(0), help="Layers to keep on the GPU."),
-        "chunks": click.option("--chunks", "n_chunk", default=4, show_default=True, type=click.IntRange(2, 1000), help="Pieces of text: more take longer and tell more."),
-        "seed": click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the text and the search."),
-        "bits": click.option("--bits", type=float, help="Goal: real bits per cached value, scales included. [default: 6]"),
-        "memory": click.option("--memory", type=Memory(), help="Goal: bytes of the cache at -c, for example 96M."),
-        "kld": click.option("--max-kld", type=float, help="Goal: the least memory whose mean KLD stays within this, in nats."),
-        "types": click.option("--types", help="Cache types to choose from, comma-separated. [default: all but f32 and bf16, and blocks of 32 only where 64 does not fit; paper: q8_0,q4_0,q2_64]"),
-        "mean": click.option("--k-mean/--no-k-mean", default=None, help="Whether K may be cached without its mean, where that helps. [default: yes; paper: no]"),
-        "scale": click.option("--k-scale/--no-k-scale", default=None, help="Whether K may be scaled per channel, where that helps. [default: yes; paper: no]"),
-        "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
-    }
-
-    def decorate(function: Callable) -> Callable:
-        for name in reversed(names):
-            function = options[name](function)
-        return function
-
-    return decorate
+        except OSError as error:  # every write says more than this; a disk can fill up at any other place, too
+            if error.errno not in NO_ROOM:
+                raise
+            raise click.ClickException(printable(f"{error.filename or 'a file'}: {error.strerror}. Make room, and run the command again.")) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -91,16 +66,19 @@ def main() -> None:
 @click.option("--trials", "n_trials", type=click.IntRange(8, 10000), help="Real runs of the search. [default: two per layer and about 24 more; paper 100]")
 @shared("types", "mean", "scale")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted calibration of this model stopped, or reuse what it measured.")
-@shared("c", "f", "chunks", "seed", "t", "ngl", "json")
-def calibrate(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
+@shared("c", "f", "chunks", "seed", "t", "ngl", "force", "json")
+@click.pass_context
+def calibrate(ctx: click.Context, model: Path, output: Path | None, force: bool, as_json: bool, **given: Any) -> None:
     """Measure MODEL, find its plan, prove it on held-out text, and write it into the file.
 
     One goal: --bits, --memory or --max-kld. The default is 6 bits: three eighths of f16's memory, well below
     q8_0's 8.5, and above the 4.5 to 5.5 at which many models lose more than they save.
     """
     pipeline = _pipeline()
-    outcome = pipeline.calibrate(_options(model, **given), Terminal())
-    written = _write(outcome.plan, model, output)
+    options = _options(model, **given)
+    to = _output(model, output, reads=_texts(options), force=force)
+    outcome = pipeline.calibrate(options, Terminal())
+    written = _written(to, outcome.plan, _recovery(ctx))
     if as_json:
         print_json(_outcome_json(outcome, written))
     else:
@@ -110,16 +88,18 @@ def calibrate(model: Path, output: Path | None, as_json: bool, **given: Any) -> 
 @main.command()
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=FILE, help="Write the plan: a new GGUF, or with .json a sidecar. Default: show it only.")
-@shared("bits", "memory", "kld", "types", "mean", "scale", "c", "f", "chunks", "seed", "json")
-def solve(model: Path, output: Path | None, as_json: bool, **given: Any) -> None:
+@shared("bits", "memory", "kld", "types", "mean", "scale", "c", "f", "chunks", "seed", "ngl", "force", "json")
+def solve(model: Path, output: Path | None, force: bool, as_json: bool, **given: Any) -> None:
     """Find another plan by what `calibrate` measured of MODEL, in seconds and without a run.
 
     The goal is as in `calibrate`; the other options must be as they were there. The KLDs are predicted, on the text of the
     search: `kvtuner-gguf evaluate` measures them.
     """
     n_ctx, pipeline = given["n_ctx"], _pipeline()
-    solved = pipeline.solve_saved(_options(model, **given), Terminal())
-    written = None if output is None else _write(solved.plan, model, output)
+    options = _options(model, **given)
+    to = None if output is None else _output(model, output, reads=_texts(options), force=force)
+    solved = pipeline.solve_saved(options, Terminal())
+    written = to and _written(to, solved.plan)
     if as_json:
         print_json({"written": written and str(written), "plan": json.loads(solved.plan.to_json()), "kld": solved.kld, "front": [vars(p) for p in solved.front]})
     else:
@@ -158,13 +138,30 @@ def _options(model: Path, **given: Any) -> Any:
     return Options(model, Goal(**goals), **given)
 
 
-def _write(plan: Plan, model: Path, output: Path | None) -> Path:
-    from .gguf_file import write_plan
+def _output(model: Path, path: Path | None, *, reads: Sequence[Path] = (), force: bool = False) -> Output:
+    """Where the plan goes, checked: into the model itself if no path is given."""
+    from . import output
 
-    if output is not None and output.suffix == ".json":
-        plan.save(output)
-        return output
-    return write_plan(model, plan, output, overwrite=True)
+    return output.in_place(model) if path is None else output.output(model, path, reads=reads, force=force)
+
+
+def _texts(options: Any) -> list[Path]:
+    return [options.text] if options.text else []
+
+
+def _written(to: Output, plan: Plan | None, recovery: str = "") -> Path:
+    """Where the plan now stands."""
+    path = to.write(plan, recovery)
+    for text in to.notes:
+        note(f"note: {text}")
+    return path
+
+
+def _recovery(ctx: click.Context) -> str:
+    """What to run when all is measured and the plan cannot be written."""
+    args = [arg for arg in ctx.find_root().obj if arg != "--resume"]
+    command = shlex.join(["kvtuner-gguf", *args, "--resume", "-o", "ELSEWHERE"])
+    return f"What was measured is kept: this writes the plan elsewhere without measuring again: {command}"
 
 
 def _outcome_text(outcome: Any, written: Path) -> str:
@@ -301,34 +298,42 @@ def _plan_named(name: str, model: Path) -> Plan | Pair:
 @click.argument("model", type=MODEL)
 @click.argument("plan_file", type=MODEL)
 @click.option("-o", "--output", type=FILE, help="Write a new GGUF. Default: into MODEL itself.")
-def apply(model: Path, plan_file: Path, output: Path | None) -> None:
+@shared("force")
+def apply(model: Path, plan_file: Path, output: Path | None, force: bool) -> None:
     """Write the plan of a sidecar, PLAN_FILE, into MODEL."""
-    from .gguf_file import write_plan
-
-    show(f"Written to {write_plan(model, Plan.load(plan_file), output)}")
+    plan = Plan.load(plan_file)
+    show(f"Written to {_written(_gguf(model, output, reads=[plan_file], force=force), plan)}")
 
 
 @main.command()
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=FILE, help="Write a new GGUF. Default: change MODEL itself.")
-def strip(model: Path, output: Path | None) -> None:
+@shared("force")
+def strip(model: Path, output: Path | None, force: bool) -> None:
     """Take the plan out of MODEL; what remains is the file as it was before."""
-    from .gguf_file import write_plan
+    show(f"Written to {_written(_gguf(model, output, force=force), None)}")
 
-    show(f"Written to {write_plan(model, None, output)}")
+
+def _gguf(model: Path, path: Path | None, *, reads: Sequence[Path] = (), force: bool) -> Output:
+    """Likewise, a GGUF whatever its name."""
+    from . import output
+
+    return output.in_place(model) if path is None else output.copy(model, path, reads=reads, force=force)
 
 
 @main.command()
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=FILE, help="Sidecar to write. Default: standard output.")
-def export(model: Path, output: Path | None) -> None:
+@shared("force")
+def export(model: Path, output: Path | None, force: bool) -> None:
     """Copy the plan of MODEL into a sidecar."""
+    from .output import sidecar
+
     plan = _plan_named("file", model)
     if output is None:
         show_json(plan.to_json())
     else:
-        plan.save(output)
-        show(f"Written to {output}")
+        show(f"Written to {_written(sidecar(output, reads=[model], force=force), plan)}")
 
 
 @main.command("lib-dir")
@@ -383,7 +388,7 @@ def _open_llama(model: Path, plan_file: Path | None = None, no_plan: bool = Fals
                 check_memory(sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers()), n_ctx)
     try:
         return Llama(
-            str(model), plan=plan, n_ctx=n_ctx, n_threads=threads or default_threads(), n_gpu_layers=n_gpu_layers,
+            model, plan=plan, n_ctx=n_ctx, n_threads=threads or default_threads(), n_gpu_layers=n_gpu_layers,
             type_k=type_k, type_v=type_v, verbose=False,
         )
     except ValueError as error:
@@ -408,8 +413,8 @@ def _read_line() -> str | None:
 @main.command()
 @click.option("--trials", "n_trials", default=None, type=click.IntRange(8, 10000), help="Real runs of the search. [default: 32]")
 @click.option("-o", "--output", type=FILE, default="SmolLM2-135M-Instruct.kvtuner.gguf", show_default=True, help="GGUF to write.")
-@shared("seed", "t")
-def demo(n_trials: int | None, output: Path, seed: int, threads: int | None) -> None:
+@shared("seed", "t", "force")
+def demo(n_trials: int | None, output: Path, seed: int, threads: int | None, force: bool) -> None:
     """Do it all on the default small model: fetch, calibrate, write, and chat under the plan."""
     from .default_model import default_model
 
@@ -418,9 +423,10 @@ def demo(n_trials: int | None, output: Path, seed: int, threads: int | None) -> 
     from .calibrate.options import DEFAULT_BITS, Goal, Options
 
     model = default_model()
+    to = _gguf(model, output, force=force)
     options = Options(model, Goal(bits=DEFAULT_BITS), seed=seed, n_trials=n_trials, n_threads=threads)
     outcome = pipeline.calibrate(options, Terminal())
-    show(_outcome_text(outcome, _write(outcome.plan, model, output)))
+    show(_outcome_text(outcome, _written(to, outcome.plan)))
     question = "What is a key-value cache good for? Answer in two sentences."
     llm = _open_llama(output, threads=threads)
     from .chat import answer

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import shutil
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -17,6 +14,8 @@ from .atomic import atomic_file
 from .errors import PlanError
 from .gguf_header import ARRAY, SCALARS, STRING, Header, Parser, StrPath, opened, read_header
 from .plan import PREFIX, Plan
+from .room import need, write_errors
+from .target import check_place, check_writable
 from .values import blamed_on
 
 _CHUNK = 16 << 20
@@ -58,15 +57,14 @@ def write_plan(src: StrPath, plan: Plan | None, dst: StrPath | None = None, *, o
             if plan is not None:
                 _check_layers(plan, header)
         parts = _spliced(header, plan)
-        with _write_errors(target, _n_bytes(parts)):
+        with write_errors(target, _n_bytes(parts), "What was there is unchanged. Make room, or write elsewhere with -o."):
             in_place = target.name == src.name and os.path.samefile(target.parent, src.parent)
-            _check_target(target, in_place, header, overwrite)
+            check_target(target, in_place, header, overwrite)
             if not in_place or plan is not None or any(_is_ours(key) for key, _, _ in header.keys):
-                if shutil.disk_usage(target.parent).free < _n_bytes(parts):
-                    raise OSError(errno.ENOSPC, "no space left")
+                need(target.parent, _n_bytes(parts))
                 with atomic_file(target, like=os.fstat(file.fileno())) as out:
-                    _copy(file, parts, out)
-                    _check_copy(out, header, plan)
+                    _copy(file, parts, out.raw)  # what is written by hand and by the kernel must not overtake each other
+                    _check_copy(out.raw, header, plan)
                     file.close()  # Windows cannot rename over an open file
     return target
 
@@ -81,7 +79,7 @@ def weights_hash(path: StrPath) -> str:
     header = read_header(path)
     tensors = list(header.tensors)
     if header.split_count > 1:
-        tensors = [t for shard in _shard_paths(path, header.split_count) for t in read_header(shard).tensors]
+        tensors = [t for shard in _all_shards(path, header) for t in read_header(shard).tensors]
     digest = 0xCBF29CE484222325
     for tensor in sorted(tensors, key=lambda t: t.name.encode()):
         if not tensor.type_name:
@@ -106,16 +104,31 @@ def _check_layers(plan: Plan, header: Header) -> None:
         raise PlanError(f"has {header.block_count} layers, the plan {plan.n_layer}. Calibrate this model again.")
 
 
-def _shard_paths(path: StrPath, split_count: int) -> list[Path]:
-    """The shards of a model by their names, NAME-00001-of-00003.gguf and so on. Raises PlanError if one is missing."""
-    match = _SHARD.fullmatch(Path(path).name)
-    if not match or int(match[3]) != split_count:
-        raise PlanError(f"{path}: a shard of {split_count}, need a name in -00001-of-{split_count:05}.gguf. Rename it.")
-    shards = [Path(path).with_name(f"{match[1]}-{i:05}-of-{match[3]}.gguf") for i in range(1, split_count + 1)]
+def shard_paths(path: StrPath, header: Header) -> list[Path]:
+    """The files of a model by the name of one, NAME-00001-of-00003.gguf and so on; itself if it is not split. Raises PlanError."""
+    if header.split_count <= 1:
+        return [Path(path)]
+    match, n = _SHARD.fullmatch(Path(path).name), header.split_count
+    if not match or int(match[3]) != n:
+        raise PlanError(f"{path}: a shard of {n}, need a name in -00001-of-{n:05}.gguf. Rename it.")
+    return [Path(path).with_name(f"{match[1]}-{i:05}-of-{match[3]}.gguf") for i in range(1, n + 1)]
+
+
+def _all_shards(path: StrPath, header: Header) -> list[Path]:
+    """Likewise. Raises PlanError if one is missing."""
+    shards = shard_paths(path, header)
     for shard in shards:
         if not shard.exists():
-            raise PlanError(f"{path}: {shard.name} is missing, need all {split_count}. Put it beside the others.")
+            raise PlanError(f"{path}: {shard.name} is missing, need all {header.split_count}. Put it beside the others.")
     return shards
+
+
+def first_shard(path: StrPath) -> Header:
+    """The header of a model that can hold a plan. Raises PlanError for a shard that is not the first, and as read_header."""
+    header = read_header(path)
+    with blamed_on(path):
+        _check_first_shard(path, header)
+    return header
 
 
 def _check_first_shard(path: StrPath, header: Header) -> None:
@@ -125,13 +138,12 @@ def _check_first_shard(path: StrPath, header: Header) -> None:
         raise PlanError(f"is shard {header.split_no + 1} of {header.split_count}, need the first. Give {first}.")
 
 
-def _check_target(target: Path, in_place: bool, header: Header, overwrite: bool) -> None:
-    if target.is_symlink():  # a rename would put a file where the link is, and leave what it points to as it was
-        real = os.path.realpath(target)
-        raise PlanError(f"{target}: is a symbolic link to {real}. Give that path, or write a new file with -o.")
-    if in_place and not (os.stat(target).st_mode & 0o222 and os.access(target, os.W_OK)):
-        raise PlanError(f"{target}: is read-only. Allow writing to it, or write a new file with -o.")
-    if target.exists() and not in_place and not (overwrite and target.is_file()):
+def check_target(target: Path, in_place: bool, header: Header, overwrite: bool) -> None:
+    """Raises PlanError if a model must not be written there; see write_plan."""
+    check_place(target)
+    if in_place:
+        check_writable(target)
+    elif target.exists() and not (overwrite and target.is_file()):
         raise PlanError(f"{target}: exists already. Delete it first, or choose another name with -o.")
     shard = f"-00001-of-{header.split_count:05}.gguf"
     if not in_place and header.split_count > 1 and not target.name.endswith(shard):
@@ -213,17 +225,3 @@ def _check_copy(out: BinaryIO, header: Header, plan: Plan | None) -> None:
     same_size = copy.file_bytes - copy.data_offset == header.file_bytes - header.data_offset
     if copy.tensors != tensors or others[0] != others[1] or not same_size or Plan.from_metadata(copy.metadata) != plan:
         raise AssertionError("the copy does not read back as it was written; the old file is unchanged")
-
-
-@contextmanager
-def _write_errors(target: Path, n_bytes: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as err:
-        why = err.strerror
-        if err.errno in (errno.ENOSPC, errno.EDQUOT):
-            why = f"no space: {shutil.disk_usage(target.parent).free >> 20} MiB free"
-        raise PlanError(
-            f"{target}: not written ({why}), need {-(-n_bytes >> 20)} MiB in {target.parent} and the right to write. "
-            "What was there is unchanged. Make room, or write elsewhere with -o."
-        ) from err

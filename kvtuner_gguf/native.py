@@ -56,6 +56,13 @@ def use_our_library() -> None:
     os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
 
 
+class FileName(str):
+    """A path that llama_cpp, which encodes it as UTF-8, hands on as the file system has it: a name may hold bytes that are no UTF-8."""
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        return os.fsencode(str(self))
+
+
 class TapNode(ctypes.Structure):
     """struct kvt_tap_node: one attention node, valid during the callback only."""
 

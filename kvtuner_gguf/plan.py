@@ -17,6 +17,7 @@ from .codecs import codec
 from .errors import PlanError
 from .kvectors import KVectors, joined, k_vectors_of, vector_bytes
 from .pair import Pair
+from .room import write_errors
 from .values import blamed_on, brief, checked
 
 PREFIX = "kvtuner."
@@ -253,12 +254,17 @@ class Plan:
         return cls._from_values(values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the sidecar in one step: the file is the old one or the new one. Raises PlanError."""
+        """Write the sidecar in one step: the file is the old one or the new one, and never one that was a model. Raises PlanError."""
+        data = self.to_json().encode()
         try:
-            with atomic_file(Path(path).resolve()) as out:
-                out.write(self.to_json().encode())
+            target = Path(path).resolve()
         except (OSError, RuntimeError) as err:  # RuntimeError: a loop of links, before Python 3.13
             raise PlanError(f"{path}: plan not written ({err}). Choose a folder that can be written.") from err
+        with write_errors(Path(path), len(data), "Choose a folder that can be written."):
+            if is_gguf(target):
+                raise PlanError(f"{path}: is a GGUF model, which a sidecar must not replace. Choose another name.")
+            with atomic_file(target) as out:
+                out.write(data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -268,12 +274,20 @@ class Plan:
                 data = file.read(_MAX_JSON_BYTES + 1)
         except OSError as err:
             raise PlanError(f"{path}: plan not read ({err.strerror}). Check the path.") from err
-        if data[:4] == b"GGUF":
+        if data.startswith(b"GGUF"):
             raise PlanError(f"{path}: is a GGUF model, need a plan's JSON. Give it as the model.")
         if len(data) > _MAX_JSON_BYTES:
             raise PlanError(f"{path}: more than {_MAX_JSON_BYTES >> 20} MiB, too large for a plan. Check the path.")
         with blamed_on(path):
             return cls.from_json(data)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is there and starts as a model does. Raises OSError."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def _pairs(type_k: list[str] | None, type_v: list[str] | None) -> tuple[Pair, ...]:

@@ -15,6 +15,7 @@ import numpy as np
 from . import native
 from .errors import NativeError
 from .geometry import Geometry
+from .interrupts import called_from_c
 from .kvectors import KVectors
 from .pair import Pair
 from .printable import printable
@@ -64,6 +65,7 @@ class _Log:
         self._callback = llama_cpp.llama_log_callback(self._add)
         llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
 
+    @called_from_c
     def _add(self, level: int, text: bytes, _user: object) -> None:
         if level in (3, 4):  # warning, error
             self.lines = [*self.lines[-19:], printable(text.decode(errors="replace").strip())]
@@ -112,7 +114,7 @@ class Session:
         if overrides:
             self._overrides = _override_array(llama_cpp, overrides)
             params.kv_overrides = self._overrides
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
         if not self.model:
             raise NativeError(f"model '{path}' cannot be loaded: {self._log.reason()}")
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
@@ -185,7 +187,7 @@ class Session:
         params = self._llama.llama_model_quantize_default_params()
         params.nthread, params.allow_requantize = self.n_threads, True
         params.ftype = getattr(self._llama, f"LLAMA_FTYPE_MOSTLY_{type_name.upper()}")
-        if self._llama.llama_model_quantize(str(self.path).encode(), str(path).encode(), ctypes.byref(params)):
+        if self._llama.llama_model_quantize(os.fsencode(self.path), os.fsencode(path), ctypes.byref(params)):
             path.unlink(missing_ok=True)
             raise NativeError(f"model '{self.path}' cannot be written as {type_name}: {self._log.reason()}")
 
@@ -333,6 +335,7 @@ class Tap:
     def __init__(self, on_node: Callable[[native.TapNode], None], n_q_max: int) -> None:
         self._error: BaseException | None = None
 
+        @called_from_c
         def callback(node: ctypes._Pointer, _user: object) -> None:
             if self._error is None:
                 try:

@@ -9,7 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from kvtuner_gguf import Pair, Plan
-from kvtuner_gguf.cli import Memory, main
+from kvtuner_gguf.arguments import Memory
+from kvtuner_gguf.cli import main
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 COMMANDS = sorted(main.commands)

@@ -23,6 +23,7 @@ from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
 
 OTHER = Plan.uniform(Pair("f16", "q5_1"), 3)
+O_TMPFILE = getattr(os, "O_TMPFILE", os.O_CREAT)
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX modes, links and signals")
 
 
@@ -161,13 +162,16 @@ def test_an_interrupted_write_leaves_the_old_file(place, error, model, monkeypat
 
 
 @posix
+@pytest.mark.parametrize("unnamed", [False, True])
 @pytest.mark.parametrize("new_file", [False, True])
-def test_a_killed_write_leaves_the_old_file(new_file, model, tmp_path):
+def test_a_killed_write_leaves_the_old_file(new_file, unnamed, model, tmp_path):
     original = model.read_bytes()
     target = tmp_path / "new.gguf" if new_file else model
     program = f"""
 import sys, time
-from kvtuner_gguf import Pair, Plan, gguf_file
+from kvtuner_gguf import Pair, Plan, atomic, gguf_file
+if not {unnamed}:
+    atomic._can_name = lambda device, folder: False
 real = gguf_file._copy_range
 def half(file, pos, end, out):
     real(file, pos, (pos + end) // 2, out)
@@ -184,8 +188,12 @@ gguf_file.write_plan({str(model)!r}, Plan.uniform(Pair("q8_0", "q8_0"), 3), {str
     assert process.returncode == -signal.SIGKILL
     assert model.read_bytes() == original and target.exists() != new_file
     left = [name for name in os.listdir(tmp_path) if name != "model.gguf"]
-    assert len(left) == 1 and left[0].startswith(target.name) and left[0].endswith(".kvtuner-tmp")
+    if unnamed and hasattr(os, "O_TMPFILE"):
+        assert left == []
+    else:
+        assert len(left) == 1 and left[0].startswith(target.name) and left[0].endswith(".kvtuner-tmp")
     assert read_plan(write_plan(model, PLAN, target)) == PLAN
+    assert set(os.listdir(tmp_path)) == {"model.gguf", target.name}  # the next write takes away what was left
 
 
 @posix
@@ -229,7 +237,7 @@ def test_a_folder_that_cannot_be_written_is_named(model, tmp_path, monkeypatch):
     real = os.open
 
     def fail(path, flags, *args, **kwargs):
-        if flags & os.O_CREAT:
+        if flags & os.O_CREAT or flags & O_TMPFILE == O_TMPFILE:
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return real(path, flags, *args, **kwargs)
 

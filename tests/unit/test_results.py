@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import samples
 
+from kvtuner_gguf.calibrate import records
 from kvtuner_gguf.calibrate.results import (
     Capture,
     ErrorTable,
@@ -204,12 +205,19 @@ def test_non_dominated_keeps_the_first_of_equals():
     assert non_dominated([], []) == []
 
 
+def sealed(body: dict) -> str:
+    """A record as it is written, whatever its data."""
+    return json.dumps({**body, "sha256": records._seal_of_json(body)})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ('{"record": "Menus", "il": [0], "pairs": [[["q8_0", "q8_0"]]]}', "holds Menus, need Groups"),
-        ('{"record": "Groups", "il": [0]}', "damaged .*layers"),
-        ('{"record": "Groups", "il": 0, "layers": []}', "damaged"),
+        (sealed({"record": "Groups", "il": [0]}), "damaged .*layers"),
+        (sealed({"record": "Groups", "il": 0, "layers": []}), "damaged"),
+        ('{"record": "Groups", "il": [0], "layers": [[0]]}', "damaged .*seal"),
+        (sealed({"record": "Groups", "il": [0], "layers": [[0]]}).replace("0", "1", 1), "damaged .*seal"),
         ("[]", "damaged"),
         ('{"record": "Gro', "damaged"),
         (None, "there is no such file, need Groups"),

@@ -1,0 +1,72 @@
+"""A command that is told to end does so in good order: what is open is closed, what is half written goes."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import TypeVar
+
+Function = TypeVar("Function", bound=Callable)
+
+_CALLBACKS: set[CodeType] = set()
+_AGAIN_S = 0.05
+
+
+def called_from_c(function: Function) -> Function:
+    """Marks a function that C code calls: an exception that a signal raised in it would be lost there."""
+    _CALLBACKS.add(function.__code__)
+    return function
+
+
+@contextmanager
+def orderly() -> Iterator[None]:
+    """Inside the block SIGTERM and SIGHUP raise SystemExit, SIGINT KeyboardInterrupt, so that every `finally` runs.
+
+    For programs, not for the library: handlers are the process's. A signal that is ignored, as under nohup, stays so. Elsewhere
+    than in the main thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    for number, handler in before.items():
+        if handler in (signal.SIG_DFL, signal.default_int_handler):
+            signal.signal(number, _end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if _in_callback(frame):  # once more, when C code has come back
+        again = threading.Timer(_AGAIN_S, _send, (number,))
+        again.daemon = True
+        again.start()
+        return
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    signal.signal(number, signal.SIG_IGN)  # what is told twice must not end the clearing up
+    raise SystemExit(128 + number)
+
+
+def _send(number: int) -> None:
+    """The signal to the main thread, which may be asleep."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:
+        signal.raise_signal(number)
+
+
+def _in_callback(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code in _CALLBACKS:
+            return True
+        frame = frame.f_back
+    return False
