@@ -1,0 +1,11 @@
+"""What an attempt raises when the product did not hold."""
+
+
+class Fault(Exception):
+    """The product did something that is not right. Its text says what."""
+
+
+def need(right: bool, what: str) -> None:
+    """Raises Fault unless right."""
+    if not right:
+        raise Fault(what)
