@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..cache import scratch
 from ..errors import CalibrationError
 from ..pair import Pair
 from ..plan import Plan
@@ -46,9 +46,9 @@ def compare(
             with progress.bar("text: the model writes", n_tokens) as advance:
                 source = write_text(session, 0, n_tokens, stream=stream, seed=seed, progress=advance)
         chunks = chunks_of(source.heldout, stream, n_chunk, "text")
-        with tempfile.TemporaryDirectory() as tmp:
+        with scratch() as tmp:
             with progress.bar("f16 reference", chunks.n_positions) as advance:
-                reference = make_reference(session, chunks, Path(tmp) / "f16", advance)
+                reference = make_reference(session, chunks, tmp / "f16", advance)
             with progress.bar("measure", len(plans) + 1) as advance:
                 f16 = _pairs("f16", Pair("f16", "f16"), geometry.values_k)
                 rows = [Row("f16 (noise floor)", 16.0, geometry.bytes(f16), measure(session, None, reference, flash_attn=False))]

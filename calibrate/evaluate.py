@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from ..errors import CalibrationError
 from ..kvectors import KVectors
 from ..pair import Pair
 from ..plan import Quality
+from ..room import reserve, write_errors
 from ..runtime import Context, Session
+from .records import CURE
 
 N_UBATCH = 512  # of all runs that are compared
 
@@ -86,19 +89,24 @@ class Reference:
 
 
 def make_reference(session: Session, chunks: Chunks, path: Path, progress: Callable[[int], None] = lambda n: None) -> Reference:
-    """Run the text on an f16 cache and keep its log-probabilities in a file. progress gets positions done."""
-    reference = Reference(chunks, path, session.n_vocab)
+    """Run the text on an f16 cache and keep its log-probabilities in a file. progress gets positions done.
+
+    Raises CalibrationError if the disk has no room for it: seen before the run, and never by a write into a mapping.
+    """
     session.set_plan(None)
-    out = np.memmap(path, np.float16, "w+", shape=(chunks.n_positions, session.n_vocab))
-    at = 0
-    with session.context(chunks.n_ctx, n_ubatch=N_UBATCH) as ctx:
-        for logits in _runs(ctx, chunks):
-            for block in _blocks(logits):
-                out[at : at + len(block)] = log_softmax(block)
-                at += len(block)
-            progress(len(logits))
-    out.flush()
-    return reference
+    n_bytes = 2 * chunks.n_positions * session.n_vocab
+    with write_errors(path, n_bytes, CURE, CalibrationError), open(path, "wb", opener=_private) as out:
+        reserve(out, path.parent, n_bytes)
+        with session.context(chunks.n_ctx, n_ubatch=N_UBATCH) as ctx:
+            for logits in _runs(ctx, chunks):
+                for block in _blocks(logits):
+                    out.write(log_softmax(block).astype(np.float16).tobytes())
+                progress(len(logits))
+    return Reference(chunks, path, session.n_vocab)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def measure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ DEFAULT_TYPES = ("f16", "q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl
 PAPER_TYPES = ("q8_0", "q4_0", "q2_64", "q2_32")  # KVTuner's 8, 4 and 2 bits
 IN_PLACE_OF = {"q3_32": "q3_64", "q2_32": "q2_64"}  # by default only where a head is no multiple of the wider block
 DEFAULT_BITS = 6.0
+MOST_BITS = 1e6  # far above any type
 PAPER_TRIALS = 100
 
 
@@ -28,14 +30,14 @@ class Goal:
 
     def __post_init__(self) -> None:
         given = [v for v in (self.bits, self.memory_bytes, self.max_kld) if v is not None]
-        if len(given) != 1 or not given[0] > 0:
-            raise CalibrationError(f"goal: got {self}, need one of bits, memory and max-kld, above 0.")
+        if len(given) != 1 or not 0 < given[0] < math.inf:
+            raise CalibrationError(f"goal: got {self}, need one of bits, memory and max-kld, a number above 0.")
 
     def max_bytes(self, geometry: Geometry) -> int | None:
         """The byte budget at the geometry's context; None if the goal is a KLD."""
         if self.memory_bytes is not None:
             return self.memory_bytes
-        return int(self.bits * geometry.n_values / 8 + 1e-6) if self.bits is not None else None
+        return int(min(self.bits, MOST_BITS) * geometry.n_values / 8 + 1e-6) if self.bits is not None else None
 
 
 @dataclass(frozen=True)

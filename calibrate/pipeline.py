@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .. import native
+from ..cache import scratch
 from ..codecs import codec
 from ..errors import CalibrationError
 from ..geometry import Geometry
@@ -23,6 +25,7 @@ from ..plan import Plan, Quality
 from ..runtime import Session
 from .additive import Additive, fit
 from .capture import capture
+from .checks import Shape, cheapest_bytes, check_budget, check_room, check_text, shape_of
 from .cluster import cluster
 from .condition import condition
 from .error import attention_scores, error_table, k_error
@@ -59,21 +62,25 @@ class Progress(Protocol):
 def calibrate(options: Options, progress: Progress) -> Outcome:
     """Measure the model, find a plan for the goal, and prove it on held-out text. Writes nothing but its own records.
 
-    Raises CalibrationError if the goal cannot be met, the text is too short, or the same is being calibrated already.
+    Raises CalibrationError if the goal cannot be met, the text is too short, there is no room, or the same is being calibrated
+    already; all that can be known before the first stage is looked at before it.
     """
-    work = _work(options)
-    with claimed(work):
-        if not options.resume:
-            shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-        return _calibrate(options, progress, work)
+    check_text(options.text, sum(_text_tokens(options)))
+    known = shape(options)
+    with scratch() as folder:
+        check_room(folder, known.scratch_bytes)
+        work = _work(options)
+        with claimed(work):
+            if not options.resume:
+                shutil.rmtree(work, ignore_errors=True)
+            return _calibrate(options, progress, known, work, folder)
 
 
-def _calibrate(options: Options, progress: Progress, work: Path) -> Outcome:
+def _calibrate(options: Options, progress: Progress, known: Shape, work: Path, folder: Path) -> Outcome:
     threads = {"n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers}
     may_copy = options.goal.max_kld is None  # a KLD that is asked for is one of the model itself, with its own noise floor
-    with search_session(options.model, work, **threads, may_copy=may_copy, say=progress.say) as session:
-        run = Run(options, session, progress, work)
+    with search_session(options.model, work, **threads, may_copy=may_copy, say=progress.say, scratch=folder) as session:
+        run = Run(options, session, progress, known, work, folder)
         text = run.text()
         found, uniform = run.searched(text)
         outcome = None if run.on_copy else run.proved(text, found, uniform)
@@ -81,9 +88,6 @@ def _calibrate(options: Options, progress: Progress, work: Path) -> Outcome:
         with Session(options.model, **threads) as session:
             run.session = session
             outcome = run.proved(text, found, uniform)
-    for name in (f"capture-{options.n_ctx}", "search.f16", "heldout.f16"):  # large, and quick to make again
-        path = work / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return outcome
 
 
@@ -92,57 +96,83 @@ def solve_saved(options: Options, progress: Progress) -> Solved:
 
     Raises CalibrationError if nothing was measured, or the goal cannot be met.
     """
+    check_text(options.text, 0)
+    known = shape(options)
     with Session(options.model, no_alloc=True) as session:
-        return Run(options, session, progress, _work(options), saved_only=True).solved()
+        return Run(options, session, progress, known, _work(options), None).solved()
+
+
+def _text_tokens(options: Options) -> tuple[int, int]:
+    """Tokens of the calibration's and of the held-out part of the text."""
+    return options.n_chunk * STREAM, options.n_chunk * STREAM * 3 // 2
 
 
 def _work(options: Options) -> Path:
-    if options.text is not None and not options.text.is_file():
-        raise CalibrationError(f"text '{options.text}' does not exist. Check the path given with -f.")
     return work_dir(options, N_UBATCH, STREAM, SEARCH_CTX, SEARCH_SKIP)
 
 
-class Run:
-    """One calibration in progress: its records, made when a stage asks for them."""
+def shape(options: Options) -> Shape:
+    """What is known before the first stage. Raises CalibrationError if no plan can meet the goal, NativeError."""
+    n_search = _search_chunks(options) * (SEARCH_CTX - _search_skip())
+    n_heldout = _text_tokens(options)[1] // STREAM * (STREAM - STREAM // 2)
+    return shape_of(options, STREAM, _capture_chunks(options), max(n_search, n_heldout))
 
-    def __init__(self, options: Options, session: Session, progress: Progress, work: Path, *, saved_only: bool = False) -> None:
-        self.options, self.session, self.progress, self.work = options, session, progress, work
-        with Session(options.model, no_alloc=True) as shape:
-            self.geometry = shape.geometry(options.n_ctx)
-        if not any(self.geometry.values_k):
-            raise CalibrationError(f"model '{options.model}' has no layer with a K/V cache of its own. There is nothing to plan.")
+
+def _capture_chunks(options: Options) -> int:
+    return max(1, options.n_chunk // 2)
+
+
+def _search_chunks(options: Options) -> int:
+    return max(1, options.n_chunk * 3 // 4)
+
+
+def _search_skip() -> int:
+    return min(SEARCH_SKIP, SEARCH_CTX // 4)
+
+
+class Run:
+    """One calibration in progress: its records, made when a stage asks for them.
+
+    work     folder of what is kept: records
+    scratch  folder of what is not: captured tensors, references; None = nothing is measured, records are only read
+    """
+
+    def __init__(self, options: Options, session: Session, progress: Progress, shape: Shape, work: Path, scratch: Path | None) -> None:
+        self.options, self.session, self.progress, self.work, self.scratch = options, session, progress, work, scratch
+        self.shape, self.geometry = shape, shape.geometry
         self.max_bytes = options.goal.max_bytes(self.geometry)
         self.cache = EvaluationCache(work / "evaluations.jsonl")
-        self.saved_only = saved_only
         self.k_vectors: tuple[KVectors, ...] = ()
 
     def only_saved(self, path: Path) -> None:
         """Raises CalibrationError if this run may not measure, so that `path` cannot be made."""
-        if self.saved_only:
+        if self.scratch is None:
             raise CalibrationError(
-                f"model '{self.options.model}' was not measured with these options ({path} is missing). "
+                f"model '{self.options.model}' was not measured with these options ({path} is missing or damaged). "
                 f"Run first: kvtuner-gguf calibrate {self.options.model} -o plan.json"
             )
+
+    def record(self, kind: Any, name: str, make: Callable[[], Any]) -> Any:
+        """The record of this name and kind: as it was kept, or, where there is none that reads, made and kept."""
+        path = self.work / name
+        with suppress(CalibrationError):
+            return kind.load(path)
+        self.only_saved(path)
+        found = make()
+        found.save(path)
+        return found
 
     # text, capture, error
 
     def text(self) -> Text:
-        n = self.options.n_chunk
-        n_calibration, n_heldout = n * STREAM, n * STREAM * 3 // 2
-        path = self.work / "text.npz"
-        if path.exists():
-            with np.load(path) as f:
-                return Text(str(f["name"]), str(f["sha256"]), f["calibration"], f["heldout"])
-        self.only_saved(path)
-        if self.options.text:
-            text = read_text(self.session, self.options.text, n_calibration, n_heldout)
-        else:
+        def make() -> Text:
+            n_calibration, n_heldout = _text_tokens(self.options)
+            if self.options.text:
+                return read_text(self.session, self.options.text, n_calibration, n_heldout)
             with self.progress.bar("text: the model writes", n_calibration + n_heldout) as advance:
-                text = write_text(self.session, n_calibration, n_heldout, stream=STREAM, seed=self.options.seed, progress=advance)
-        part = path.with_suffix(".part.npz")
-        np.savez(part, **vars(text))
-        part.replace(path)
-        return text
+                return write_text(self.session, n_calibration, n_heldout, stream=STREAM, seed=self.options.seed, progress=advance)
+
+        return self.record(Text, "text.npz", make)
 
     def conditions(self, text: Text) -> Conditions:
         """How each layer's K is conditioned, by what it does to a type of about JUDGED_BITS, whatever the goal."""
@@ -151,31 +181,36 @@ class Run:
             return Conditions((KVectors(),) * self.session.n_layer, {})
         quantized = {il: [t for t in k if codec(t).block_size > 1] for il, (k, _) in self.types_of_layers().items()}
         judged = {il: min(k, key=lambda t: abs(codec(t).bits_per_value - JUDGED_BITS)) for il, k in quantized.items() if k}
-        path = self.work / f"conditions-{self.options.n_ctx}-{mean:d}{scale:d}-{'-'.join(dict.fromkeys(judged.values()))}.json"
-        if path.exists():
-            return Conditions.load(path)
-        self.only_saved(path)
-        captured = self.captured(text)
-        with self.progress.bar("condition: K without its mean, scaled", len(captured.il)) as advance:
-            error = partial(k_error, round_trip=native.round_trip)
-            found = condition(captured, error, lambda s: attention_scores(s, s.k), judged, mean=mean, scale=scale, progress=advance)
-        found.save(path)
-        return found
+
+        def make() -> Conditions:
+            captured = self.captured(text)
+            with self.progress.bar("condition: K without its mean, scaled", len(captured.il)) as advance:
+                error = partial(k_error, round_trip=native.round_trip)
+                return condition(captured, error, lambda s: attention_scores(s, s.k), judged, mean=mean, scale=scale, progress=advance)
+
+        name = f"conditions-{self.options.n_ctx}-{mean:d}{scale:d}-{'-'.join(dict.fromkeys(judged.values()))}.json"
+        return self.record(Conditions, name, make)
+
+    def affordable_vectors(self, text: Text) -> tuple[KVectors, ...]:
+        """The vectors of K; none where the goal has no room for them beside the cheapest plan."""
+        found = self.conditions(text).k_vectors
+        if self.max_bytes is None or self.max_bytes - vector_bytes(found) >= cheapest_bytes(self.geometry, self.shape.types):
+            return found
+        self.progress.say(f"K is cached as it is: the vectors that condition it take {vector_bytes(found)} bytes, which this goal does not have")
+        return ()
 
     def errors(self, text: Text) -> ErrorTable:
         types = self.types_of_layers()
+
+        def make() -> ErrorTable:
+            captured = self.captured(text)
+            if any("f16" not in k or "f16" not in v for k, v in types.values()):
+                raise CalibrationError("some layers cannot be set to f16. This model is not supported.")
+            with self.progress.bar("error: K and V after each type", len(captured.il) * captured.n_sample) as advance:
+                return error_table(captured, types, native.round_trip, lambda done, total: advance(1), self.k_vectors)
+
         names = dict.fromkeys(name for sides in types.values() for side in sides for name in side)
-        path = self.work / f"errors-{'-'.join(names)}{self.tag}.json"
-        if path.exists():
-            return ErrorTable.load(path)
-        self.only_saved(path)
-        captured = self.captured(text)
-        if any("f16" not in k or "f16" not in v for k, v in types.values()):
-            raise CalibrationError("some layers cannot be set to f16. This model is not supported.")
-        with self.progress.bar("error: K and V after each type", len(captured.il) * captured.n_sample) as advance:
-            errors = error_table(captured, types, native.round_trip, lambda done, total: advance(1), self.k_vectors)
-        errors.save(path)
-        return errors
+        return self.record(ErrorTable, f"errors-{'-'.join(names)}{self.tag}.json", make)
 
     def types_of_layers(self) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
         """il -> K types and V types to choose from. Those that were not asked for by name are dropped where a cheaper one does."""
@@ -189,11 +224,10 @@ class Run:
         return {il: (kept(k), kept(v)) for il, (k, v) in types.items()}
 
     def captured(self, text: Text) -> Capture:
-        path = self.work / f"capture-{self.options.n_ctx}"
-        if (path / Capture.INDEX).exists():
+        path = self.scratch / "capture"
+        if (path / Capture.INDEX).exists():  # of an earlier stage of this run
             return Capture.load(path)
-        shutil.rmtree(path, ignore_errors=True)
-        chunks = chunks_of(text.calibration, STREAM, max(1, self.options.n_chunk // 2), "calibration text")
+        chunks = chunks_of(text.calibration, STREAM, _capture_chunks(self.options), "calibration text")
         with self.progress.bar("capture: Q, K, V on an f16 cache", chunks.tokens.size) as advance:
             return capture(self.session, chunks, path, advance, n_ctx=self.options.n_ctx)
 
@@ -201,12 +235,11 @@ class Run:
 
     def search_reference(self, text: Text) -> Reference:
         tail = text.calibration[len(text.calibration) // 2 :]
-        n_chunk = max(1, self.options.n_chunk * 3 // 4)
-        return self.reference("search", chunks_of(tail, SEARCH_CTX, n_chunk, "calibration text", min(SEARCH_SKIP, SEARCH_CTX // 4)))
+        return self.reference("search", chunks_of(tail, SEARCH_CTX, _search_chunks(self.options), "calibration text", _search_skip()))
 
     def reference(self, name: str, chunks: Chunks) -> Reference:
         with self.progress.bar(f"{name}: f16 reference", chunks.n_positions) as advance:
-            return make_reference(self.session, chunks, self.work / f"{name}.f16", advance)
+            return make_reference(self.session, chunks, self.scratch / f"{name}.f16", advance)
 
     @property
     def on_copy(self) -> bool:
@@ -246,8 +279,9 @@ class Run:
 
     def searched(self, text: Text) -> tuple[Trial, list[Trial]]:
         """The plan found, and the uniform pairs that it competes with, whose K is cached as stock does it."""
-        self.k_vectors = self.conditions(text).k_vectors
+        self.k_vectors = self.affordable_vectors(text)
         errors = self.errors(text)
+        shutil.rmtree(self.scratch / "capture", ignore_errors=True)  # large, and of no use from here on
         model = Additive.of(errors, self.geometry)
         self.affordable(model)
         reference = self.search_reference(text)
@@ -264,6 +298,7 @@ class Run:
             for pairs in uniform:
                 rivals.append(Trial.of(pairs, stock(pairs).kld_mean, self.geometry))
                 advance(1)
+        reference.path.unlink(missing_ok=True)  # likewise
         return found, rivals
 
     def fitted_search(self, model: Additive, uniform: list[tuple[Pair, ...]], kld: Callable) -> Trial:
@@ -304,17 +339,13 @@ class Run:
         return self.choose(tried)
 
     def affordable(self, model: Additive) -> None:
-        """Raises CalibrationError if no plan is within the goal's bytes."""
-        if self.budget is not None and self.budget < cheapest(model):
-            raise CalibrationError(
-                f"goal of {self.max_bytes} bytes at {self.options.n_ctx} tokens ({self.geometry.bits_of(self.max_bytes):.2f} bits): "
-                f"the cheapest plan needs {cheapest(model) + self.max_bytes - self.budget}. Allow more, or a smaller -c."
-            )
+        """Raises CalibrationError if no plan is within the goal's bytes, the vectors of K paid."""
+        check_budget(self.options, self.geometry, cheapest(model) + vector_bytes(self.k_vectors))
 
     def solved(self) -> Solved:
         """The plan of the goal by what was measured for this goal or others, and the whole front."""
         text = self.text()
-        self.k_vectors = self.conditions(text).k_vectors
+        self.k_vectors = self.affordable_vectors(text)
         model = Additive.of(self.errors(text), self.geometry)
         self.affordable(model)
         by_search = {what: self.known(model, what) for what in (SEARCH, SEARCH_COPY)}

@@ -16,13 +16,14 @@ from ..atomic import atomic_file
 from ..errors import CalibrationError
 from ..room import write_errors
 
+CURE = "Make room there, or set XDG_CACHE_HOME to a folder elsewhere."
 _SEAL_BYTES = 32
 _LINE_SEAL = 16  # hex digits
 
 
 def write_record(path: Path, data: bytes) -> None:
     """Write a file in one step, for its owner alone. Raises CalibrationError if it cannot be written."""
-    with write_errors(path, len(data), "Make room there, or set XDG_CACHE_HOME to a folder elsewhere.", CalibrationError):
+    with write_errors(path, len(data), CURE, CalibrationError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with atomic_file(path, private=True) as out:
             out.write(data)
@@ -70,7 +71,7 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 def append_line(path: Path, value: dict[str, Any]) -> None:
     """Add a sealed line of JSON, after the end of one that was cut. Raises CalibrationError if it cannot be written."""
     line = json.dumps({**value, "seal": _seal_of_line(value)}) + "\n"
-    with write_errors(path, len(line), "Make room there, or set XDG_CACHE_HOME to a folder elsewhere.", CalibrationError):
+    with write_errors(path, len(line), CURE, CalibrationError):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
         with open(fd, "r+b") as file:
             cut = False

@@ -15,6 +15,7 @@ from ..errors import CalibrationError
 from ..printable import printable
 from ..runtime import Session
 from .evaluate import Chunks
+from .records import load_arrays, save_arrays
 
 # what the model is asked for when it writes its own text; ours, of several kinds
 SEED_PROMPTS = (
@@ -59,6 +60,15 @@ class Text:
     sha256: str
     calibration: np.ndarray
     heldout: np.ndarray
+
+    def save(self, path: Path) -> None:
+        save_arrays(path, **vars(self))
+
+    @classmethod
+    def load(cls, path: Path) -> Text:
+        """Raises CalibrationError if the file does not hold what `save` wrote."""
+        arrays = load_arrays(path)
+        return cls(str(arrays["name"]), str(arrays["sha256"]), arrays["calibration"], arrays["heldout"])
 
 
 def chunks_of(tokens: np.ndarray, n_ctx: int, n_chunk: int, what: str, n_skip: int | None = None) -> Chunks:

@@ -9,48 +9,49 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..atomic import atomic_file
-from ..errors import NativeError
+from ..errors import CalibrationError, NativeError
 from ..gguf_header import read_header
+from ..room import need, write_errors
 from ..runtime import Session, total_memory
+from .records import CURE, write_record
 
 GAIN = 1.5  # how many times as fast a copy must be, to be worth its disk and memory
 SHARE = 0.25  # of the machine's memory that a copy may take
 N_TOKENS = 512  # of the prompt that both are timed with
-OWN = "own"
+OWN, KINDS = "own", ("bf16", "f16")
 CHOICE, COPY = "weights.txt", "weights.gguf"
 
 
 @contextmanager
 def search_session(
-    model: Path, folder: Path, *, n_threads: int | None, n_gpu_layers: int, may_copy: bool = True, say: Callable[[str], None]
+    model: Path, folder: Path, *, n_threads: int | None, n_gpu_layers: int, may_copy: bool = True, say: Callable[[str], None], scratch: Path | None = None
 ) -> Iterator[Session]:
     """A session of the model, or of a copy in 16-bit floats where prompts run GAIN times as fast on it.
 
     llama.cpp multiplies many quantized types (q4_1, q5_K, iq3_s) slower than bf16 or f16 on a processor. Cached K and V are the
     same but for rounding, and what is measured on a copy is measured against that copy's own f16 cache. The noise floor is lower
     there, as activations are not rounded to 8 bits.
-    folder  keeps the choice, so that a search that goes on does so with the same weights; and the copy, while the session lives
+    folder   keeps the choice, so that a search that goes on does so with the same weights
+    scratch  keeps the copy, while the session lives; folder by default
     """
-    choice, copy = folder / CHOICE, folder / COPY
+    choice, copy = folder / CHOICE, (scratch or folder) / COPY
     sizes = {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
     may_copy = may_copy and not n_gpu_layers
     copy.unlink(missing_ok=True)  # of a run that was killed
     try:
         with Session(model, **sizes) as own:
-            if may_copy and not choice.exists():
+            if may_copy and _chosen(choice) is None:
                 kind, gain = _faster(own, copy, sizes)
                 if kind != OWN:
                     say(f"search on a copy of the model in {kind}, which reads a prompt {gain:.1f} times as fast; proof on the model itself")
-                with atomic_file(choice) as out:
-                    out.write(kind.encode())
-            kind = choice.read_text() if may_copy else OWN
+                write_record(choice, kind.encode())
+            kind = _chosen(choice) if may_copy else OWN
             if kind == OWN:
                 copy.unlink(missing_ok=True)  # it was tried, and was no faster
                 yield own
                 return
             if not copy.exists():
-                own.save_as(copy, kind)
+                _make(own, copy, kind)
         with Session(copy, **sizes) as fast:
             yield fast
     finally:
@@ -63,14 +64,28 @@ def _faster(own: Session, copy: Path, sizes: dict) -> tuple[str, float]:
     n_bytes = 2 * own.n_params
     if matrices <= {"f32", "f16", "bf16"} or n_bytes > SHARE * total_memory() or 2 * n_bytes > shutil.disk_usage(copy.parent).free:
         return OWN, 1.0
-    kind = "bf16" if "BF16 = 1" in own.system_info() else "f16"
+    kind = KINDS["BF16 = 1" not in own.system_info()]
     try:
-        own.save_as(copy, kind)
+        _make(own, copy, kind)
         with Session(copy, **sizes) as fast:
             gain = _seconds(own) / _seconds(fast)
-    except NativeError:
+    except (CalibrationError, NativeError):
         return OWN, 1.0
     return (kind, gain) if gain >= GAIN else (OWN, gain)
+
+
+def _chosen(choice: Path) -> str | None:
+    """What was chosen before; None if nothing was, or the record is damaged."""
+    kinds = {kind.encode(): kind for kind in (OWN, *KINDS)}
+    return kinds.get(choice.read_bytes()) if choice.is_file() else None
+
+
+def _make(own: Session, copy: Path, kind: str) -> None:
+    """Write the copy, for its owner alone. Raises CalibrationError where there is no room, NativeError."""
+    with write_errors(copy, 2 * own.n_params, CURE, CalibrationError):
+        need(copy.parent, 2 * own.n_params)
+        copy.touch(mode=0o600)
+    own.save_as(copy, kind)
 
 
 def _seconds(session: Session) -> float:

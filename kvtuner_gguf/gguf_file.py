@@ -12,8 +12,9 @@ from typing import BinaryIO
 
 from .atomic import atomic_file
 from .errors import PlanError
-from .gguf_header import ARRAY, SCALARS, STRING, Header, Parser, StrPath, opened, read_header
+from .gguf_header import ARRAY, GGUF, SCALARS, STRING, Header, Parser, read_header
 from .plan import PREFIX, Plan
+from .reading import StrPath, opened
 from .room import need, write_errors
 from .target import check_place, check_writable
 from .values import blamed_on
@@ -50,7 +51,7 @@ def write_plan(src: StrPath, plan: Plan | None, dst: StrPath | None = None, *, o
     """
     src = Path(src)
     target = src if dst is None else Path(dst)
-    with opened(src) as file:
+    with opened(src, GGUF) as file:
         with blamed_on(src):
             header = Parser(file).header(PREFIX)
             _check_first_shard(src, header)

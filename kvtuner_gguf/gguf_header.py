@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import BinaryIO
 
 from .errors import PlanError
 from .plan import PREFIX
+from .reading import StrPath, opened
 from .values import blamed_on
 
-StrPath = str | os.PathLike[str]
+GGUF = "a GGUF file"
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -81,7 +80,7 @@ def read_header(path: StrPath, prefix: str = PREFIX) -> Header:
 
     Raises PlanError for a file that is missing, is no little-endian GGUF of version 2 or 3, or is cut off.
     """
-    with opened(path) as file, blamed_on(path):
+    with opened(path, GGUF) as file, blamed_on(path):
         return Parser(file).header(prefix)
 
 
@@ -244,15 +243,3 @@ def _whole(values: Mapping[str, object], key: str, default: int | None) -> int |
     if value is not default and type(value) is not int:
         raise PlanError(f"{key}: got {value!r:.60}, need a whole number. Get the file again.")
     return value
-
-
-@contextmanager
-def opened(path: StrPath) -> Iterator[BinaryIO]:
-    """The file, open for reading; PlanError if it is no regular file, or cannot be opened or read."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
-            raise PlanError(f"{path}: is a folder or a device, need a GGUF file. Check the path.")
-        with open(path, "rb", buffering=1 << 20) as file:
-            yield file
-    except OSError as err:
-        raise PlanError(f"{path}: cannot be read ({err.strerror}). Check the path and its permissions.") from err

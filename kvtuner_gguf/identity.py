@@ -10,8 +10,9 @@ from typing import BinaryIO
 
 from .errors import PlanError
 from .gguf_file import weights_hash
-from .gguf_header import Header, Tensor, opened, read_header
+from .gguf_header import GGUF, Header, Tensor, read_header
 from .plan import PREFIX
+from .reading import opened
 
 _SAMPLE_BYTES = 4096  # of each tensor's start and end
 
@@ -19,7 +20,7 @@ _SAMPLE_BYTES = 4096  # of each tensor's start and end
 def weights_sample(path: Path) -> str:
     """64 hex digits that name the weights: a hash of the tensor table, and of each tensor's start. Raises PlanError."""
     digest = hashlib.sha256(weights_hash(path).encode())
-    with opened(path) as file:
+    with opened(path, GGUF) as file:
         for tensor in read_header(path).tensors:
             file.seek(tensor.offset)
             digest.update(file.read(min(tensor.n_bytes or _SAMPLE_BYTES, _SAMPLE_BYTES)))
@@ -34,7 +35,7 @@ def same_model(path: Path, header: Header, model: Path) -> bool:
         return False
     if [_shape(t) for t in other.tensors] != [_shape(t) for t in header.tensors]:
         return False
-    with opened(path) as a, opened(model) as b:
+    with opened(path, GGUF) as a, opened(model, GGUF) as b:
         return all(one == two for one, two in zip_longest(_parts(a, other), _parts(b, header)))
 
 

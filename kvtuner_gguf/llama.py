@@ -48,7 +48,7 @@ class Llama(llama_cpp.Llama):
             plan = Plan.load(plan)
         self._asked = plan
         super().__init__(
-            native.FileName(os.fsdecode(model_path)),
+            native.model_file(model_path),
             flash_attn=flash_attn,
             swa_full=swa_full,
             type_k=_type_number(type_k),

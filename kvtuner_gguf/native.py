@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from .errors import CodecError, NativeError
 from .printable import printable
+from .reading import is_regular
 
 LLAMA_CPP_COMMIT = "0c1e57098"  # of the pinned source
 
@@ -61,6 +63,14 @@ class FileName(str):
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
         return os.fsencode(str(self))
+
+
+def model_file(path: str | os.PathLike[str]) -> FileName:
+    """The path of a model. Raises NativeError if it is no file: a pipe would be waited for without end."""
+    with suppress(OSError):  # nothing is there: llama.cpp says so
+        if not is_regular(path):
+            raise NativeError(f"model '{path}' is a folder or a device, need a GGUF file. Check the path.")
+    return FileName(os.fsdecode(path))
 
 
 class TapNode(ctypes.Structure):
@@ -134,6 +144,11 @@ def _check_build_id(folder: Path, have: str) -> None:
     want = stamp.read_text().strip() if stamp.exists() else have
     if have != want:
         raise NativeError(f"{folder}: the library is of series {have}, the package of {want}. Install kvtuner-gguf again.")
+
+
+def build_id() -> str:
+    """Names the series of patches that the library was built from."""
+    return library().kvt_build_id().decode()
 
 
 def last_error() -> str:

@@ -17,6 +17,7 @@ from .codecs import codec
 from .errors import PlanError
 from .kvectors import KVectors, joined, k_vectors_of, vector_bytes
 from .pair import Pair
+from .reading import opened
 from .room import write_errors
 from .values import blamed_on, brief, checked
 
@@ -269,11 +270,8 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a sidecar. Raises PlanError, which starts with the path."""
-        try:
-            with open(path, "rb") as file:
-                data = file.read(_MAX_JSON_BYTES + 1)
-        except OSError as err:
-            raise PlanError(f"{path}: plan not read ({err.strerror}). Check the path.") from err
+        with opened(path, "a plan's JSON") as file:
+            data = file.read(_MAX_JSON_BYTES + 1)
         if data.startswith(b"GGUF"):
             raise PlanError(f"{path}: is a GGUF model, need a plan's JSON. Give it as the model.")
         if len(data) > _MAX_JSON_BYTES:

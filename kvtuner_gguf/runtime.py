@@ -114,7 +114,7 @@ class Session:
         if overrides:
             self._overrides = _override_array(llama_cpp, overrides)
             params.kv_overrides = self._overrides
-        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), params)
+        self.model = llama_cpp.llama_model_load_from_file(native.model_file(path).encode(), params)
         if not self.model:
             raise NativeError(f"model '{path}' cannot be loaded: {self._log.reason()}")
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)

@@ -27,7 +27,7 @@ import numpy as np
 from kvtuner_gguf.calibrate.additive import Additive, fit
 from kvtuner_gguf.calibrate.evaluate import make_reference, measure
 from kvtuner_gguf.calibrate.options import Goal, Options
-from kvtuner_gguf.calibrate.pipeline import Run
+from kvtuner_gguf.calibrate.pipeline import Run, shape
 from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.calibrate.solve import solve
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
@@ -56,7 +56,8 @@ class Silent:
 
 def plans_of(way: str, bits: float, options: argparse.Namespace, session: Session, work: Path) -> list[Plan]:
     """The plan of this way, and with it the best uniform pair as stock caches K if the way is the default."""
-    run = Run(Options(options.model, Goal(bits=bits), n_chunk=options.chunks, resume=True, **FIXED.get(way, {})), session, Silent(), work)
+    asked = Options(options.model, Goal(bits=bits), n_chunk=options.chunks, resume=True, **FIXED.get(way, {}))
+    run = Run(asked, session, Silent(), shape(asked), work, work)
     source = run.text()
     name = f"{bits:g} {way}"
     if way in ("no-layers", "error"):
@@ -122,7 +123,7 @@ def searched(options: argparse.Namespace, session: Session, work: Path) -> list[
 
 def prove(options: argparse.Namespace, session: Session, work: Path, plans: list[Plan]) -> None:
     """A table of the plans for each context."""
-    geometry = Run(Options(options.model, Goal(bits=4.5)), session, Silent(), work).geometry
+    geometry = session.geometry(Options(options.model, Goal(bits=4.5)).n_ctx)
     for context in options.contexts.split(","):
         n_ctx, n_chunk = map(int, context.split("x"))
         if options.file:

@@ -1,0 +1,98 @@
+"""All that can be known of a calibration before its first stage: refused at once, and not when everything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..codecs import codec
+from ..errors import CalibrationError
+from ..geometry import Geometry
+from ..room import mib, need, why
+from ..runtime import Session
+from .options import Options
+
+_SPECIAL_TOKENS = 16  # more than a tokenizer adds to a text
+
+Types = Mapping[int, tuple[tuple[str, ...], tuple[str, ...]]]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a calibration before it starts.
+
+    geometry       what the model caches at the context
+    types          il -> the K types and the V types to choose from that the layer can take
+    scratch_bytes  of the largest file that is kept while it runs: captured K and V, or a reference
+    """
+
+    geometry: Geometry
+    types: Types
+    scratch_bytes: int
+
+
+def shape_of(options: Options, stream: int, n_captured: int, n_scored: int) -> Shape:
+    """n_captured chunks of `stream` tokens are captured, n_scored positions are the most of a reference.
+
+    Raises CalibrationError if no plan can meet the goal, NativeError if the model cannot be loaded.
+    """
+    with Session(options.model, no_alloc=True, n_gpu_layers=options.n_gpu_layers) as session:
+        geometry, types = session.geometry(options.n_ctx), session.supported(options.candidate_types)
+        captured = 2 * session.geometry(stream).n_values * n_captured
+        check_goal(options, geometry, types)
+        return Shape(geometry, types, max(captured, 2 * session.n_vocab * n_scored))
+
+
+def cheapest_bytes(geometry: Geometry, types: Types) -> int:
+    """Fewest bytes that any plan can have. types: il -> the K types and the V types that the layer may take."""
+    total = 0
+    for il, sides in types.items():
+        for names, n_values in zip(sides, (geometry.values_k[il], geometry.values_v[il])):
+            if n_values:
+                total += min((codec(name).row_bytes(n_values) for name in names), default=codec("f16").row_bytes(n_values))
+    return total
+
+
+def check_goal(options: Options, geometry: Geometry, types: Types) -> None:
+    """Raises CalibrationError if there is nothing to plan, or no plan of these types is within the goal's bytes."""
+    if not any(geometry.values_k):
+        raise CalibrationError(f"model '{options.model}' has no layer with a K/V cache of its own. There is nothing to plan.")
+    check_budget(options, geometry, cheapest_bytes(geometry, types))
+
+
+def check_budget(options: Options, geometry: Geometry, cheapest: int) -> None:
+    """Raises CalibrationError if the cheapest plan is beyond the goal's bytes. A goal of a KLD has none."""
+    max_bytes = options.goal.max_bytes(geometry)
+    if max_bytes is not None and max_bytes < cheapest:
+        raise CalibrationError(
+            f"goal of {max_bytes} bytes at {geometry.n_ctx} tokens ({geometry.bits_of(max_bytes):.2f} bits): "
+            f"the cheapest plan needs {cheapest} ({geometry.bits_of(cheapest):.2f} bits). Allow more, or a smaller -c."
+        )
+
+
+def check_text(path: Path | None, n_tokens: int) -> None:
+    """Raises CalibrationError if a file of text is not there, or has fewer bytes than it needs tokens."""
+    if path is None:
+        return
+    try:
+        if not path.is_file():
+            raise CalibrationError(f"text '{path}' is no file. Check the path given with -f.")
+        n_bytes = path.stat().st_size
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise CalibrationError(f"text '{path}' cannot be read ({error.strerror}). Check the path given with -f.") from None
+    if n_bytes + _SPECIAL_TOKENS < n_tokens:
+        raise CalibrationError(f"text '{path}' has {n_bytes} bytes, which is fewer than the {n_tokens} tokens needed, need {n_tokens} and more. Give a longer text, or fewer --chunks.")
+
+
+def check_room(folder: Path, n_bytes: int) -> None:
+    """Raises CalibrationError if the folder's disk has no room for what is kept while the calibration runs."""
+    try:
+        need(folder, n_bytes)
+    except OSError as error:
+        raise CalibrationError(
+            f"cache folder {folder}: {why(error, folder)}, this calibration needs about {mib(n_bytes)} there while it runs. "
+            "Make room, use fewer --chunks, or set XDG_CACHE_HOME to a folder elsewhere."
+        ) from None

@@ -1,0 +1,96 @@
+"""What can be known before the first stage is said before it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from kvtuner_gguf import Geometry
+from kvtuner_gguf.arguments import Memory
+from kvtuner_gguf.calibrate.checks import cheapest_bytes, check_goal, check_room, check_text
+from kvtuner_gguf.calibrate.options import Goal, Options
+from kvtuner_gguf.cli import main
+from kvtuner_gguf.errors import CalibrationError
+
+# three layers at 64 tokens: two with 128 values of K and V each, one with none; the second cannot be quantized
+GEOMETRY = Geometry((8192, 0, 8192), (8192, 0, 4096), 64)
+TYPES = {0: (("f16", "q8_0", "q4_0"), ("f16", "q8_0")), 2: (("f16",), ())}
+CHEAPEST = 8192 // 32 * 18 + 8192 // 32 * 34 + 2 * 8192 + 2 * 4096
+
+
+def options(**goal: float) -> Options:
+    return Options(Path("m.gguf"), Goal(**goal), n_ctx=64)
+
+
+def test_the_cheapest_plan_worked_by_hand():
+    assert cheapest_bytes(GEOMETRY, TYPES) == CHEAPEST
+
+
+def test_a_goal_below_the_cheapest_plan_names_what_is_needed():
+    check_goal(options(memory_bytes=CHEAPEST), GEOMETRY, TYPES)
+    check_goal(options(max_kld=1e-9), GEOMETRY, TYPES)
+    with pytest.raises(CalibrationError, match=f"goal of {CHEAPEST - 1} bytes.*the cheapest plan needs {CHEAPEST} "):
+        check_goal(options(memory_bytes=CHEAPEST - 1), GEOMETRY, TYPES)
+    with pytest.raises(CalibrationError, match="the cheapest plan needs"):
+        check_goal(options(bits=2), GEOMETRY, TYPES)
+
+
+def test_a_model_without_a_cache_has_nothing_to_plan():
+    with pytest.raises(CalibrationError, match="nothing to plan"):
+        check_goal(options(bits=6), Geometry((0, 0), (0, 0), 64), {})
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["bits", "memory_bytes", "max_kld"])
+def test_a_goal_that_is_no_number_above_0_is_refused(name, value):
+    with pytest.raises(CalibrationError, match="a number above 0"):
+        Goal(**{name: value})
+
+
+def test_a_huge_goal_is_one_that_everything_meets():
+    assert Goal(bits=1e308).max_bytes(GEOMETRY) > GEOMETRY.n_values * 4
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "1e400", "9" * 40 + "T" * 2, "nan", "inf"])
+def test_a_memory_that_is_no_size_is_named(text):
+    with pytest.raises(click.BadParameter) as caught:
+        Memory().convert(text, None, None)
+    assert len(str(caught.value)) < 150
+
+
+def test_a_text_with_fewer_bytes_than_tokens_is_refused_at_once(tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_bytes(b"x" * 1000)
+    check_text(text, 1010)  # a tokenizer may add some of its own
+    check_text(None, 10_000)
+    with pytest.raises(CalibrationError, match="1000 bytes.*need 5000"):
+        check_text(text, 5000)
+
+
+@pytest.mark.parametrize("way", ["missing", "folder"])
+def test_a_text_that_is_no_file_is_named(way, tmp_path):
+    path = tmp_path if way == "folder" else tmp_path / "none"
+    with pytest.raises(CalibrationError, match="is no file"):
+        check_text(path, 0)
+
+
+def test_a_cache_folder_without_room_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(3 << 20))
+    check_room(tmp_path, 3 << 20)
+    with pytest.raises(CalibrationError, match=rf"{tmp_path}: no space: 3 MiB free.*4 MiB.*--chunks.*XDG_CACHE_HOME"):
+        check_room(tmp_path, (3 << 20) + 1)
+
+
+@pytest.mark.parametrize("goal", [("--bits", "nan"), ("--bits", "inf"), ("--bits", "0"), ("--max-kld", "nan"), ("--max-kld", "-1"), ("--max-kld", "inf")])
+def test_the_commands_refuse_such_goals(goal, tmp_path):
+    model = tmp_path / "m.gguf"
+    model.write_bytes(b"GGUF")
+    for command in ("calibrate", "solve"):
+        result = CliRunner().invoke(main, [command, str(model), *goal])
+        assert result.exit_code == 1 and result.output.startswith("Error: goal") and "above 0" in result.output
