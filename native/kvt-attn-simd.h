@@ -65,6 +65,7 @@ static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) {
 static KVT_INLINE vf   vf_scale2(vf a, vf z) {
     return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(z), 23)));
 }
+static KVT_INLINE bool vf_any_nan (vf a)               { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 // a where x > lim, else 0
 static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lim, _CMP_GT_OQ), a); }
 
@@ -202,6 +203,7 @@ static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) {
 static KVT_INLINE vf   vf_scale2(vf a, vf z) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(z), 23)));
 }
+static KVT_INLINE bool vf_any_nan (vf a)               { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
 static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) { return _mm256_and_ps(_mm256_cmp_ps(x, lim, _CMP_GT_OQ), a); }
 
 static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {
@@ -309,6 +311,7 @@ static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) { return vreinterpretq_f
 static KVT_INLINE vf   vf_scale2(vf a, vf z) {
     return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(a), vshlq_n_u32(vreinterpretq_u32_f32(z), 23)));
 }
+static KVT_INLINE bool vf_any_nan (vf a)               { return vminvq_u32(vceqq_f32(a, a)) == 0; }
 static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) {
     return vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(x, lim), vreinterpretq_u32_f32(a)));
 }
@@ -375,6 +378,7 @@ static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) {
     return (vf) (vi{p[0], p[1], p[2], p[3]} << 16);
 }
 static KVT_INLINE vf   vf_scale2(vf a, vf z)           { return (vf) ((vi) a + ((vi) z << 23)); }
+static KVT_INLINE bool vf_any_nan (vf a)               { return a[0] != a[0] || a[1] != a[1] || a[2] != a[2] || a[3] != a[3]; }
 static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) { return (vf) ((x > lim) & (vi) a); }
 
 static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {

@@ -10,6 +10,8 @@
 
 static const int KVT_TILE = 64; // KV rows
 
+static const uint16_t KVT_F16_NEG_INF = 0xfc00;
+
 static int64_t kvt_pad(int64_t n) {
     return GGML_PAD(n, KVT_VW);
 }
@@ -68,25 +70,101 @@ struct kvt_tile {
     float  * vt;      // [KVT_TILE][DVp], or pairs of int16 [KVT_TILE/2][DV]
     float  * S;       // [rows][KVT_TILE]
     float  * tmp;     // [KVT_VW][D]: rows on their way
-    float  * norm;    // [blocks][KVT_TILE]: scales of V over their largest
+    float  * norm;    // [KVT_TILE]: scales of V over their largest
     int16_t * W;      // [rows][KVT_TILE]: weights of a block of V's columns
     float  * w_scale; // [rows]
-    float  * p_max;   // [rows]: largest weight
+    float  * factor;  // [rows]: of the weights
     uint16_t * d, * m; // [blocks][KVT_TILE], f16
+    uint16_t * end;   // [KVT_TILE]: a mask of a tile that fills no vector
 
     static int64_t size(const kvt_side & k, const kvt_side & v, int64_t n_rows) {
         const int64_t D = std::max(k.Dp, v.Dp), n_blocks = std::max(k.n_blocks, v.n_blocks);
-        return k.n_tile() + v.n_tile() + n_rows*(KVT_TILE + KVT_TILE/2 + 2) + KVT_VW*D + 2*n_blocks*KVT_TILE + 16*9;
+        return k.n_tile() + v.n_tile() + n_rows*(KVT_TILE + KVT_TILE/2 + 2) + KVT_VW*D + n_blocks*KVT_TILE + 2*KVT_TILE + 16*10;
     }
 
     kvt_tile(float * base, const kvt_side & k, const kvt_side & v, int64_t n_rows) {
         const int64_t D = std::max(k.Dp, v.Dp), n_blocks = std::max(k.n_blocks, v.n_blocks);
         const auto take = [&](int64_t n) { float * p = base; base += GGML_PAD(n, 16); return p; };
-        kt = take(k.n_tile()), vt = take(v.n_tile()), S = take(n_rows*KVT_TILE), tmp = take(KVT_VW*D), norm = take(n_blocks*KVT_TILE);
-        W = (int16_t *) take(n_rows*KVT_TILE/2), w_scale = take(n_rows), p_max = take(n_rows);
-        d = (uint16_t *) take(n_blocks*KVT_TILE/2), m = (uint16_t *) take(n_blocks*KVT_TILE/2);
+        kt = take(k.n_tile()), vt = take(v.n_tile()), S = take(n_rows*KVT_TILE), tmp = take(KVT_VW*D), norm = take(KVT_TILE);
+        W = (int16_t *) take(n_rows*KVT_TILE/2), w_scale = take(n_rows), factor = take(n_rows);
+        d = (uint16_t *) take(n_blocks*KVT_TILE/2), m = (uint16_t *) take(n_blocks*KVT_TILE/2), end = (uint16_t *) take(KVT_TILE/2);
     }
 };
+
+//
+// who sees what
+//
+
+// what a query row keeps from tile to tile, beside its Q and out
+struct kvt_row {
+    const uint16_t * mask; // null, or of the first KV row on
+    float scale, slope, max, sum;
+};
+
+// Which cells of a tile the rows of an item see. What a row gets depends on these alone: the others may hold anything.
+struct kvt_seen {
+    const kvt_row * rows;
+    const int n_rows, n; // n cells from ic on
+    const int64_t ic;
+    uint16_t * const end;
+    bool any = false, all = true; // any cell of any row, all cells of all rows
+
+    kvt_seen(const kvt_row * rows, int n_rows, int64_t ic, int n, uint16_t * end) : rows(rows), n_rows(n_rows), n(n), ic(ic), end(end) {
+        for (int r = 0; r < n_rows; r++) {
+            if (!as_before(r)) {
+                const int hidden = rows[r].mask ? n_hidden(rows[r].mask + ic) : 0;
+                any |= hidden < n;
+                all &= hidden == 0;
+            }
+        }
+    }
+
+    // all heads of a token see the same
+    bool as_before(int r) const { return r > 0 && rows[r].mask == rows[r - 1].mask; }
+
+    // of whole vectors; null if it changes nothing in row r; valid until the next call
+    const uint16_t * mask(int r) const {
+        const uint16_t * p = rows[r].mask ? rows[r].mask + ic : nullptr;
+        if (n % KVT_VW == 0) {
+            return p && !all_zero(p) ? p : nullptr;
+        }
+        std::fill(end, end + KVT_TILE, KVT_F16_NEG_INF); // the padding is masked
+        for (int i = 0; i < n; i++) {
+            end[i] = p ? p[i] : 0;
+        }
+        return end;
+    }
+
+    // any of the cells whose bits are set
+    bool sees(int r, uint64_t cells) const {
+        const uint16_t * p = rows[r].mask ? rows[r].mask + ic : nullptr;
+        for (int i = 0; i < n; i++) {
+            if (cells >> i & 1 && (!p || p[i] != KVT_F16_NEG_INF)) {
+                return true;
+            }
+        }
+        return false;
+    }
+
+private:
+    int n_hidden(const uint16_t * mask) const {
+        uint16_t hidden = 0;
+        for (int i = 0; i < n; i++) {
+            hidden += mask[i] == KVT_F16_NEG_INF;
+        }
+        return hidden;
+    }
+
+    bool all_zero(const uint16_t * mask) const {
+        uint16_t any = 0;
+        for (int i = 0; i < n; i++) {
+            any |= mask[i];
+        }
+        return any == 0;
+    }
+};
+
+static_assert(KVT_TILE <= 64, "a bit for each cell");
 
 //
 // Q: [rows][DKp] floats, or pairs of int16 [rows][DK/2] in the order of vi_even and vi_odd; then the sums of blocks [rows][blocks]
@@ -94,6 +172,15 @@ struct kvt_tile {
 
 static int64_t kvt_q_size(const kvt_side & k) {
     return k.integer ? GGML_PAD(k.D/2 + k.n_blocks, 16) : k.Dp;
+}
+
+// whether all of n floats, whole vectors, are finite
+static bool kvt_finite(const float * x, int64_t n) {
+    vf zero = vf_set1(0);
+    for (int64_t i = 0; i < n; i += KVT_VW) {
+        zero = vf_fma(vf_load(x + i), vf_set1(0), zero); // 0 times inf or NaN is NaN
+    }
+    return !vf_any_nan(zero);
 }
 
 // -> what scores are to be multiplied by
@@ -105,7 +192,7 @@ static float kvt_set_q(const kvt_side & k, const float * q, float * Q, kvt_tile 
             const vf x = vf_load(q + i);
             top = vf_max(top, vf_max(x, vf_sub(vf_set1(0), x)));
         }
-        const float q_max = vf_hmax(top);
+        const float q_max = kvt_finite(q, k.D) ? vf_hmax(top) : NAN;
         const vf inv = vf_set1(q_max > 0.0f ? 32767.0f/q_max : 0.0f);
         int16_t * x = (int16_t *) tile.tmp, * y = (int16_t *) Q;
         for (int64_t i = 0; i < k.D; i += KVT_VW) {
@@ -201,26 +288,33 @@ static void kvt_scores(const kvt_side & k, const char * src, int n, int n_rows, 
 struct kvt_soft_max {
     float scale, softcap, slope;
     const uint16_t * mask; // null, or KVT_TILE entries from here on
+    bool own; // weights against the tile's own max, whatever came before it: V's are rounded
 };
 
-// Turns a row of scores into exp(score - max) and scales out to a new max. -> the largest of them, 0 if all are masked, and the least.
-static float kvt_weights(const kvt_soft_max & a, float * s, int nv, float * out, int64_t n_out, float * max, float * sum, float * least) {
-    vf top = vf_set1(-INFINITY);
+// Turns a row of scores into exp(score - max) and scales out to a new max. -> what the weights are to be multiplied by, 0 if all
+// cells are masked. A score that is seen and is no number makes the row none.
+static float kvt_weights(const kvt_soft_max & a, float * s, int nv, float * out, int64_t n_out, float * max, float * sum) {
+    vf top = vf_set1(-INFINITY), zero = vf_set1(0);
     for (int j = 0; j < nv; j++) {
-        vf x = vf_mul(vf_load(s + j*KVT_VW), vf_set1(a.scale));
+        vf x = vf_mul(vf_load(s + j*KVT_VW), vf_set1(a.scale)), seen = x;
         if (a.softcap != 0.0f) {
             x = vf_mul(vf_set1(a.softcap), vf_tanh(x));
         }
         if (a.mask) {
-            x = vf_fma(vf_load_f16(a.mask + j*KVT_VW), vf_set1(a.slope), x);
+            const vf mask = vf_load_f16(a.mask + j*KVT_VW);
+            x    = vf_fma(mask, vf_set1(a.slope), x);
+            seen = vf_where_gt(seen, mask, vf_set1(-INFINITY));
         }
         vf_store(s + j*KVT_VW, x);
-        top = vf_max(x, top); // of NaN, as a masked cell may hold: top
+        zero = vf_fma(seen, vf_set1(0), zero);
+        top  = vf_max(x, top); // of NaN, as a masked cell may hold: top
+    }
+    if (vf_any_nan(zero)) {
+        *sum = NAN;
     }
     const float tile_max = vf_hmax(top);
     if (tile_max == -INFINITY) {
         memset(s, 0, nv*sizeof(vf));
-        *least = 0.0f;
         return 0.0f;
     }
     if (tile_max > *max) {
@@ -231,92 +325,127 @@ static float kvt_weights(const kvt_soft_max & a, float * s, int nv, float * out,
         *sum *= ms;
         *max  = tile_max;
     }
-    vf total = vf_set1(0), low = vf_set1(1);
+    const float base = a.own ? tile_max : *max, factor = a.own && tile_max < *max ? expf(tile_max - *max) : 1.0f;
+    vf total = vf_set1(0);
     for (int j = 0; j < nv; j++) {
-        const vf p = vf_exp(vf_sub(vf_load(s + j*KVT_VW), vf_set1(*max)));
+        const vf p = vf_exp(vf_sub(vf_load(s + j*KVT_VW), vf_set1(base)));
         vf_store(s + j*KVT_VW, p);
         total = vf_add(total, p);
-        low   = vf_min(low, p);
     }
-    *sum  += vf_hsum(total);
-    *least = -vf_hmax(vf_sub(vf_set1(0), low));
-    return tile_max == *max ? 1.0f : expf(tile_max - *max);
-}
-
-// What lies in a cell that no row sees may be NaN, and is not to be multiplied, not even by 0. f(i) for each such cell.
-template <typename F>
-static void kvt_each_dead(const kvt_tile & tile, int n, int n_rows, F f) {
-    for (int i = 0; i < n; i++) {
-        bool dead = true;
-        for (int r = 0; r < n_rows && dead; r++) {
-            dead = tile.S[r*KVT_TILE + i] == 0.0f;
-        }
-        if (dead) {
-            f(i);
-        }
-    }
+    *sum += vf_hsum(total)*factor;
+    return factor;
 }
 
 //
 // out += weights V
 //
 
-static void kvt_values_float(const kvt_side & v, const char * src, int n, int n_rows, bool all, float * out, kvt_tile & tile, kvt_ahead & ahead) {
-    if (all && n_rows <= KVT_MR && v.type && v.type->product) {
-        v.type->product(n_rows, tile.S, KVT_TILE, src, v.t->nb[1], n, v.D, out, ahead);
+static void kvt_product_float(const kvt_side & v, int n, int row, int n_rows, float * out, kvt_tile & tile, kvt_ahead & ahead) {
+    kvt_gemm<kvt_step_float, kvt_scale_none>({ n_rows, v.Dp, n, tile.S + row*KVT_TILE, KVT_TILE, tile.vt, v.Dp, out + row*v.Dp, v.Dp, true, {} }, ahead);
+}
+
+// some cells hold what is no number: 0 times it is none, so that rows that see other cells go apart
+static void kvt_values_apart(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead & ahead) {
+    uint64_t bad = 0;
+    for (int i = 0; i < seen.n; i++) {
+        bad |= (uint64_t) !kvt_finite(tile.vt + i*v.Dp, v.Dp) << i;
+    }
+    for (int r = 0, end; r < seen.n_rows; r = end) {
+        for (end = r + 1; end < seen.n_rows && seen.as_before(end); end++) {}
+        for (int i = 0; i < seen.n; i++) {
+            if (bad >> i & 1) {
+                if (seen.sees(r, (uint64_t) 1 << i)) {
+                    v.floats(src + i*v.t->nb[1], 1, tile.vt + i*v.Dp);
+                } else {
+                    memset(tile.vt + i*v.Dp, 0, v.Dp*sizeof(float));
+                }
+            }
+        }
+        kvt_product_float(v, seen.n, r, end - r, out, tile, ahead);
+    }
+}
+
+static void kvt_values_float(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead & ahead) {
+    if (seen.all && seen.n_rows <= KVT_MR && v.type && v.type->product) {
+        v.type->product(seen.n_rows, tile.S, KVT_TILE, src, v.t->nb[1], seen.n, v.D, out, ahead);
         return;
     }
-    v.floats(src, n, tile.vt);
-    if (!all) {
-        kvt_each_dead(tile, n, n_rows, [&](int i) { memset(tile.vt + i*v.Dp, 0, v.Dp*sizeof(float)); });
+    v.floats(src, seen.n, tile.vt);
+    if (seen.all || kvt_finite(tile.vt, seen.n*v.Dp)) {
+        kvt_product_float(v, seen.n, 0, seen.n_rows, out, tile, ahead);
+    } else {
+        kvt_values_apart(v, src, seen, out, tile, ahead);
     }
-    kvt_gemm<kvt_step_float, kvt_scale_none>({ n_rows, v.Dp, n, tile.S, KVT_TILE, tile.vt, v.Dp, out, v.Dp, true, {} }, ahead);
 }
 
 #ifdef KVT_DOT
 
-static void kvt_values_int(const kvt_side & v, const char * src, int n, int n_rows, bool all, float * out, kvt_tile & tile, kvt_ahead & ahead) {
-    int32_t * vt = (int32_t *) tile.vt;
-    kvt_codes(v, v.type->codes_v, src, n, vt, v.D/2, v.D, tile);
-    if (!all) {
-        kvt_each_dead(tile, n, n_rows, [&](int i) {
-            for (int64_t b = 0; b < v.n_blocks; b++) {
-                tile.d[b*KVT_TILE + i] = tile.m[b*KVT_TILE + i] = 0;
-            }
-        });
+// a bit for each of n values of f16 that is inf or NaN
+static uint64_t kvt_not_finite(const uint16_t * x, int n) {
+    unsigned any = 0;
+    for (int i = 0; i < n; i++) {
+        any |= (x[i] & 0x7c00) == 0x7c00;
     }
-    const int nv = (int) kvt_pad(n)/KVT_VW;
+    uint64_t bits = 0;
+    for (int i = 0; any && i < n; i++) {
+        bits |= (uint64_t) ((x[i] & 0x7c00) == 0x7c00) << i;
+    }
+    return bits;
+}
+
+// scales over the largest of those that are seen (mask; null: all are), 0 for the others. -> the largest
+static float kvt_norm(const uint16_t * d, const uint16_t * mask, int nv, float * norm) {
+    vf top = vf_set1(0);
+    for (int j = 0; j < nv; j++) {
+        vf x = vf_load_f16(d + j*KVT_VW);
+        if (mask) {
+            x = vf_where_gt(x, vf_load_f16(mask + j*KVT_VW), vf_set1(-INFINITY));
+        }
+        vf_store(norm + j*KVT_VW, x);
+        top = vf_max(top, vf_max(x, vf_sub(vf_set1(0), x)));
+    }
+    const float d_max = vf_hmax(top);
+    const vf inv = vf_set1(d_max > 0.0f ? 32767.0f/d_max : 0.0f);
+    for (int j = 0; j < nv; j++) {
+        vf_store(norm + j*KVT_VW, vf_mul(vf_load(norm + j*KVT_VW), inv));
+    }
+    return d_max;
+}
+
+static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead & ahead) {
+    int32_t * vt = (int32_t *) tile.vt;
+    const int n = seen.n, nv = (int) kvt_pad(n)/KVT_VW;
+    kvt_codes(v, v.type->codes_v, src, n, vt, v.D/2, v.D, tile);
     for (int64_t b = 0; b < v.n_blocks; b++) {
-        // the scale of a KV row goes into its weight, as a part of the largest one of the tile
-        const uint16_t * d = tile.d + b*KVT_TILE, * m = tile.m + b*KVT_TILE;
-        vf top = vf_set1(0);
-        for (int j = 0; j < nv; j++) {
-            const vf x = vf_load_f16(d + j*KVT_VW);
-            top = vf_max(top, vf_max(x, vf_sub(vf_set1(0), x)));
-        }
-        const float d_max = vf_hmax(top);
-        const vf d_inv = vf_set1(d_max > 0.0f ? 32767.0f/d_max : 0.0f);
-        for (int j = 0; j < nv; j++) {
-            vf_store(tile.norm + j*KVT_VW, vf_mul(vf_load_f16(d + j*KVT_VW), d_inv));
-        }
-        for (int r = 0; r < n_rows; r++) {
-            const float * s = tile.S + r*KVT_TILE;
-            const vf p_inv = vf_set1(tile.p_max[r] > 0.0f ? 1.0f/tile.p_max[r] : 0.0f);
-            for (int j = 0; j < nv; j++) {
-                vf_store_i16(tile.W + r*KVT_TILE + j*KVT_VW, vf_mul(vf_mul(vf_load(s + j*KVT_VW), p_inv), vf_load(tile.norm + j*KVT_VW)));
+        uint16_t * d = tile.d + b*KVT_TILE, * m = tile.m + b*KVT_TILE;
+        // a scale that is no number makes the rows that see it none, and is not multiplied
+        const uint64_t bad = kvt_not_finite(d, n) | (v.type->has_min ? kvt_not_finite(m, n) : 0);
+        for (int i = 0; bad && i < n; i++) {
+            if (bad >> i & 1) {
+                d[i] = m[i] = 0;
             }
-            tile.w_scale[r] = tile.p_max[r]*d_max/32767.0f;
+        }
+        // the scale of a KV row goes into its weight, as a part of the largest one that the row of Q sees in the tile
+        float d_max = 0.0f;
+        for (int r = 0; r < seen.n_rows; r++) {
+            if (r == 0 || (!seen.all && !seen.as_before(r))) {
+                d_max = kvt_norm(d, seen.all ? nullptr : seen.mask(r), nv, tile.norm);
+            }
+            for (int j = 0; j < nv; j++) {
+                vf_store_i16(tile.W + r*KVT_TILE + j*KVT_VW, vf_mul(vf_load(tile.S + r*KVT_TILE + j*KVT_VW), vf_load(tile.norm + j*KVT_VW)));
+            }
+            tile.w_scale[r] = bad && seen.sees(r, bad) ? NAN : tile.factor[r]*d_max/32767.0f;
         }
         const int64_t i = b*v.type->n;
-        kvt_gemm<kvt_step_int, kvt_scale_rows>({ n_rows, v.type->n, (n + 1)/2, (const int32_t *) tile.W, KVT_TILE/2, vt + i, v.D,
+        kvt_gemm<kvt_step_int, kvt_scale_rows>({ seen.n_rows, v.type->n, (n + 1)/2, (const int32_t *) tile.W, KVT_TILE/2, vt + i, v.D,
             out + i, v.Dp, true, { tile.w_scale, 1 } }, ahead);
         if (v.type->has_min) {
-            for (int r = 0; r < n_rows; r++) {
+            for (int r = 0; r < seen.n_rows; r++) {
                 vf sum = vf_set1(0);
                 for (int j = 0; j < nv; j++) {
                     sum = vf_fma(vf_load(tile.S + r*KVT_TILE + j*KVT_VW), vf_load_f16(m + j*KVT_VW), sum);
                 }
-                const vf all = vf_set1(vf_hsum(sum));
+                const vf all = vf_set1(vf_hsum(sum)*tile.factor[r]);
                 for (int64_t c = i; c < i + v.type->n; c += KVT_VW) {
                     vf_store(out + r*v.Dp + c, vf_add(vf_load(out + r*v.Dp + c), all));
                 }
@@ -327,13 +456,12 @@ static void kvt_values_int(const kvt_side & v, const char * src, int n, int n_ro
 
 #endif
 
-// all: no weight is 0
-static void kvt_values(const kvt_side & v, const char * src, int n, int n_rows, bool all, float * out, kvt_tile & tile, kvt_ahead ahead) {
+static void kvt_values(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead ahead) {
 #ifdef KVT_DOT
     if (v.integer) {
-        kvt_values_int(v, src, n, n_rows, all, out, tile, ahead);
+        kvt_values_int(v, src, seen, out, tile, ahead);
         return;
     }
 #endif
-    kvt_values_float(v, src, n, n_rows, all, out, tile, ahead);
+    kvt_values_float(v, src, seen, out, tile, ahead);
 }

@@ -2,6 +2,7 @@
 //
 // The query rows that share a KV head (its query heads, for a span of tokens) are the rows of two small matrix products:
 // scores = Q K^T and out += P V, with one pass of exponentials in between. K and V are unpacked a tile at a time.
+// What a row gets depends on the cells that it sees alone, bit for bit: not on the rows beside it, nor on what other cells hold.
 #include "kvt-attn.h"
 #include "kvt-attn-simd.h"
 
@@ -23,12 +24,6 @@ static const int KVT_RUN   = 512; // bytes that are fetched at once
 // An item is the query rows of a span of tokens that share a KV head, a group is the items of several KV heads: they go
 // through the KV rows together, as the heads of a row lie beside each other in memory.
 //
-
-// what a query row keeps from tile to tile, beside its Q and out
-struct kvt_row {
-    const uint16_t * mask; // null, or of the first KV row on
-    float scale, slope, max, sum;
-};
 
 struct kvt_attn {
     const ggml_tensor * q, * mask, * sinks;
@@ -127,29 +122,9 @@ struct kvt_state {
     }
 };
 
-static const uint16_t KVT_F16_NEG_INF = 0xfc00;
-
 static const uint16_t * kvt_mask_row(const kvt_attn & a, int64_t token, int64_t head, int64_t i3) {
     const ggml_tensor * m = a.mask;
     return m ? (const uint16_t *) ((const char *) m->data + token*m->nb[1] + (head % m->ne[2])*m->nb[2] + (i3 % m->ne[3])*m->nb[3]) : nullptr;
-}
-
-static bool kvt_all_masked(const uint16_t * mask, int n) {
-    unsigned any = 0;
-    for (int i = 0; i < n; i++) {
-        any |= mask[i] ^ KVT_F16_NEG_INF;
-    }
-    return any == 0;
-}
-
-static bool kvt_tile_masked(const kvt_row * rows, int n_rows, int64_t ic, int n) {
-    for (int r = 0; r < n_rows; r++) {
-        const bool as_before = r > 0 && rows[r].mask == rows[r - 1].mask; // all heads of a token
-        if (!as_before && !kvt_all_masked(rows[r].mask + ic, n)) {
-            return false;
-        }
-    }
-    return true;
 }
 
 static float kvt_slope(const kvt_attn & a, int64_t head) {
@@ -185,7 +160,8 @@ static kvt_ahead kvt_next(const kvt_attn & a, const kvt_side & s, const kvt_item
 static void kvt_item_tile(const kvt_attn & a, const kvt_item & it, const kvt_state & s, kvt_tile & tile, int64_t ic, int64_t ic1) {
     const int n  = (int) std::min<int64_t>(KVT_TILE, ic1 - ic);
     const int nv = (int) kvt_pad(n)/KVT_VW;
-    if (a.mask && kvt_tile_masked(s.rows, it.n, ic, n)) {
+    const kvt_seen seen(s.rows, it.n, ic, n, tile.end);
+    if (!seen.any) {
         return;
     }
     const char * k = a.k.head(it.ik2, it.i3, a.q->ne[3]) + ic*a.k.t->nb[1];
@@ -193,27 +169,13 @@ static void kvt_item_tile(const kvt_attn & a, const kvt_item & it, const kvt_sta
 
     kvt_scores(a.k, k, n, it.n, s.Q, tile, kvt_next(a, a.k, it, ic, ic1));
 
-    bool any = false, all = true;
+    const uint16_t * mask = nullptr;
     for (int r = 0; r < it.n; r++) {
         kvt_row & row = s.rows[r];
-        const uint16_t * mask = row.mask ? row.mask + ic : nullptr;
-        uint16_t end[KVT_TILE];
-        if (n % KVT_VW) { // the padding is masked
-            std::fill(end, end + KVT_TILE, KVT_F16_NEG_INF);
-            std::fill(end, end + n, (uint16_t) 0);
-            if (mask) {
-                std::copy(mask, mask + n, end);
-            }
-            mask = end;
-        }
-        float least;
-        tile.p_max[r] = kvt_weights({ row.scale, a.softcap, row.slope, mask }, tile.S + r*KVT_TILE, nv, s.out + r*a.v.Dp, a.v.Dp, &row.max, &row.sum, &least);
-        any |= tile.p_max[r] > 0.0f;
-        all &= least > 0.0f;
+        mask = seen.as_before(r) ? mask : seen.mask(r);
+        tile.factor[r] = kvt_weights({ row.scale, a.softcap, row.slope, mask, a.v.integer }, tile.S + r*KVT_TILE, nv, s.out + r*a.v.Dp, a.v.Dp, &row.max, &row.sum);
     }
-    if (any) {
-        kvt_values(a.v, v, n, it.n, all, s.out, tile, kvt_next(a, a.v, it, ic, ic1));
-    }
+    kvt_values(a.v, v, seen, s.out, tile, kvt_next(a, a.v, it, ic, ic1));
 }
 
 static void kvt_sink(const kvt_attn & a, const kvt_item & it, const kvt_state & s, int r) {
@@ -291,7 +253,7 @@ static void kvt_reduce(const kvt_attn & a, int64_t i_item, int r, const float * 
     memset(out, 0, a.v.Dp*sizeof(float));
     for (int64_t s = 0; s < a.n_split; s++) {
         const float * p = p0 + s*stride;
-        if (p[a.v.Dp] == -INFINITY) {
+        if (p[a.v.Dp] == -INFINITY && p[a.v.Dp + 1] == 0.0f) {
             continue;
         }
         const float ms = expf(p[a.v.Dp] - max);

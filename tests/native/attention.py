@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes as c
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -81,13 +82,60 @@ class Ggml:
         return data, dequantize(data, GGMLQuantizationType[name.upper()]).astype(np.float32)
 
 
-class Operator:
-    """One case: ggml's graph of it, and its inputs for numpy."""
+@dataclass(frozen=True)
+class Inputs:
+    """What one call of the operator reads.
 
-    def __init__(self, ggml: Ggml, case: dict, seed: int = 0):
+    q              (n_stream, n_head, n_q, dk) float32
+    k v            (n_stream, n_kv, n_head_kv, row bytes) uint8, as llama.cpp's cache has them: the heads of a token beside each other
+    mask           (n_stream, 1, n_q, n_kv) float16, or None
+    sinks          (n_head,) float32, or None
+    k_hat v_hat    (n_stream, n_head_kv, n_kv, head_dim): the values that the bytes stand for
+    """
+
+    q: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+    mask: np.ndarray | None
+    sinks: np.ndarray | None
+    k_hat: np.ndarray
+    v_hat: np.ndarray
+
+    @classmethod
+    def drawn(cls, ggml: Ggml, case: dict, seed: int) -> Inputs:
+        """Random ones of a case; the V of one with v_in_k is the front of K's rows."""
+        rng = np.random.default_rng(seed)
+        n_head_kv, n_head = case["n_head_kv"], case["n_head_kv"] * case["n_gqa"]
+        dk, dv, n_q, n_kv, n_stream = (case[name] for name in ("dk", "dv", "n_q", "n_kv", "n_stream"))
+        q = rng.standard_normal((n_stream, n_head, n_q, dk), np.float32)
+        k, k_hat = ggml.quantize(case["k"], rng.standard_normal((n_stream, n_kv, n_head_kv, dk), np.float32))
+        if case["v_in_k"]:
+            v, v_hat = k, k_hat[..., :dv]
+        else:
+            v, v_hat = ggml.quantize(case["v"], rng.standard_normal((n_stream, n_kv, n_head_kv, dv), np.float32) + 0.25)
+        mask = _mask(case, rng).astype(np.float16) if case["mask"] else None
+        sinks = rng.uniform(-4, 4, n_head).astype(np.float32) if case["sinks"] else None
+        return cls(q, k, v, mask, sinks, k_hat.transpose(0, 2, 1, 3), v_hat.transpose(0, 2, 1, 3))
+
+
+def _mask(case: dict, rng: np.random.Generator) -> np.ndarray:
+    """(n_stream, 1, n_q, n_kv): the last tokens are the queries; "holes": other sequences' cells lie between, and one row sees nothing."""
+    n_q, n_kv, n_stream = (case[name] for name in ("n_q", "n_kv", "n_stream"))
+    distance = np.arange(n_kv)[None, :] - (n_kv - n_q + np.arange(n_q))[:, None]
+    mask = np.where(distance > 0, -np.inf, distance if case["max_bias"] else 0.0) * np.ones((n_stream, 1, 1, 1))
+    if case["mask"] == "holes":
+        mask[np.broadcast_to(np.repeat(rng.random((n_stream, 1, n_q, -(-n_kv // 50))) < 0.6, 50, -1)[..., :n_kv], mask.shape)] = -np.inf
+        mask[:, :, -1] = -np.inf
+    return mask
+
+
+class Operator:
+    """One case: ggml's graph of it, over random inputs of a seed or given ones."""
+
+    def __init__(self, ggml: Ggml, case: dict, seed: int = 0, inputs: Inputs | None = None):
         self.ggml, self.case = ggml, {**DEFAULT, **case}
         case = self.case
-        rng = np.random.default_rng(seed)
+        self.inputs = inputs or Inputs.drawn(ggml, case, seed)
         base, n_head = ggml.base, case["n_head_kv"] * case["n_gqa"]
         dk, dv, n_q, n_kv, n_stream = (case[name] for name in ("dk", "dv", "n_q", "n_kv", "n_stream"))
         rows = n_stream * n_kv * case["n_head_kv"]
@@ -96,51 +144,32 @@ class Operator:
 
         def tensor(name: str, *ne: int, data: np.ndarray) -> int:
             t = base.ggml_new_tensor_4d(self.ctx, TYPES[name], *ne)
+            data = np.ascontiguousarray(data)
             c.memmove(base.ggml_get_data(t), data.ctypes.data, base.ggml_nbytes(t))
             return t
 
-        def cache(name: str, n: int, x: np.ndarray) -> tuple[int, np.ndarray]:
-            data, values = ggml.quantize(name, x)  # as in llama.cpp's cache: the heads of a token beside each other
-            t = tensor(name, n, case["n_head_kv"], n_kv, n_stream, data=data)
-            return base.ggml_permute(self.ctx, t, 0, 2, 1, 3), values.transpose(0, 2, 1, 3)
+        def cache(name: str, n: int, data: np.ndarray) -> int:
+            return base.ggml_permute(self.ctx, tensor(name, n, case["n_head_kv"], n_kv, n_stream, data=data), 0, 2, 1, 3)
 
-        self.q = rng.standard_normal((n_stream, n_head, n_q, dk), np.float32)
-        q = tensor("f32", dk, n_q, n_head, n_stream, data=self.q)
-        k, self.k = cache(case["k"], dk, rng.standard_normal((n_stream, n_kv, case["n_head_kv"], dk), np.float32))
+        q = tensor("f32", dk, n_q, n_head, n_stream, data=self.inputs.q)
+        k = cache(case["k"], dk, self.inputs.k)
         if case["v_in_k"]:
             size = base.ggml_row_size(TYPES[case["k"]], dk)
             heads = case["n_head_kv"]
             v = base.ggml_view_4d(self.ctx, k, dv, n_kv, heads, n_stream, heads * size, size, n_kv * heads * size, 0)
-            self.v = self.k[..., :dv]
         else:
-            v, self.v = cache(case["v"], dv, rng.standard_normal((n_stream, n_kv, case["n_head_kv"], dv), np.float32) + 0.25)
-
-        self.mask, mask = None, None
-        if case["mask"]:
-            self.mask = self._mask(rng).astype(np.float16)
-            mask = tensor("f16", n_kv, n_q, 1, n_stream, data=self.mask)
+            v = cache(case["v"], dv, self.inputs.v)
+        mask = None if self.inputs.mask is None else tensor("f16", n_kv, n_q, 1, n_stream, data=self.inputs.mask)
         self.scale = dk**-0.5
         self.out = base.ggml_flash_attn_ext(self.ctx, q, k, v, mask, self.scale, case["max_bias"], case["softcap"])
-        self.sinks = None
-        if case["sinks"]:
-            self.sinks = rng.uniform(-4, 4, n_head).astype(np.float32)
-            base.ggml_flash_attn_ext_add_sinks(self.out, tensor("f32", n_head, 1, 1, 1, data=self.sinks))
+        if self.inputs.sinks is not None:
+            base.ggml_flash_attn_ext_add_sinks(self.out, tensor("f32", n_head, 1, 1, 1, data=self.inputs.sinks))
         self.graph = base.ggml_new_graph(self.ctx)
         base.ggml_build_forward_expand(self.graph, self.out)
         self.plan = ggml.cpu.ggml_graph_plan(self.graph, case["n_threads"], None)
         self.work = (c.c_uint8 * self.plan.work_size)()
         c.memset(self.work, 0xFF, self.plan.work_size)  # NaN, so that nothing is read before it is written
         self.plan.work_data = c.addressof(self.work)
-
-    def _mask(self, rng: np.random.Generator) -> np.ndarray:
-        """(n_stream, 1, n_q, n_kv): the last tokens are the queries; "holes": other sequences' cells lie between, and one row sees nothing."""
-        n_q, n_kv, n_stream = (self.case[name] for name in ("n_q", "n_kv", "n_stream"))
-        distance = np.arange(n_kv)[None, :] - (n_kv - n_q + np.arange(n_q))[:, None]
-        mask = np.where(distance > 0, -np.inf, distance if self.case["max_bias"] else 0.0) * np.ones((n_stream, 1, 1, 1))
-        if self.case["mask"] == "holes":
-            mask[np.broadcast_to(np.repeat(rng.random((n_stream, 1, n_q, -(-n_kv // 50))) < 0.6, 50, -1)[..., :n_kv], mask.shape)] = -np.inf
-            mask[:, :, -1] = -np.inf
-        return mask
 
     def run(self) -> None:
         assert self.ggml.cpu.ggml_graph_compute(self.graph, c.addressof(self.plan)) == 0
@@ -163,17 +192,17 @@ class Operator:
 
     def exact(self) -> np.ndarray:
         """Like compute, by numpy in float64 on the values that the cache holds."""
-        n_gqa, softcap = self.case["n_gqa"], self.case["softcap"]
-        k, v = (np.repeat(x.astype(np.float64), n_gqa, axis=1) for x in (self.k, self.v))
-        s = self.q.astype(np.float64) @ k.swapaxes(-1, -2) * self.scale
+        n_gqa, softcap, given = self.case["n_gqa"], self.case["softcap"], self.inputs
+        k, v = (np.repeat(x.astype(np.float64), n_gqa, axis=1) for x in (given.k_hat, given.v_hat))
+        s = given.q.astype(np.float64) @ k.swapaxes(-1, -2) * self.scale
         if softcap:
             s = softcap * np.tanh(s / softcap)
-        if self.mask is not None:
+        if given.mask is not None:
             n_head = s.shape[1]
             n_log2, b, h = 2 ** int(np.log2(n_head)), self.case["max_bias"], np.arange(n_head)
             slope = np.where(h < n_log2, 2.0 ** (-b * (h + 1) / n_log2), 2.0 ** (-b / 2 * (2 * (h - n_log2) + 1) / n_log2)) if b else np.ones(n_head)
-            s = s + slope[:, None, None] * self.mask.astype(np.float64)
-        sink = np.full(s.shape[1], -np.inf) if self.sinks is None else self.sinks.astype(np.float64)
+            s = s + slope[:, None, None] * given.mask.astype(np.float64)
+        sink = np.full(s.shape[1], -np.inf) if given.sinks is None else given.sinks.astype(np.float64)
         sink = sink[None, :, None, None]
         top = np.maximum(s.max(-1, keepdims=True), sink)
         top = np.where(np.isinf(top), 0.0, top)

@@ -53,9 +53,9 @@ LONG = [
 ]
 
 
-def run(folder: Path, cases: list[dict]) -> list[dict]:
-    """What attention.py says of the cases, with the libraries in this folder."""
-    program = Path(__file__).with_name("attention.py")
+def run(folder: Path, cases: list[dict], name: str = "attention.py") -> list[dict]:
+    """What a program beside this file says of the cases, with the libraries in this folder."""
+    program = Path(__file__).with_name(name)
     env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     done = subprocess.run([sys.executable, str(program), str(folder)], input=json.dumps(cases), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

@@ -34,6 +34,7 @@ def variants_bin(builder) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_attention_of_a_variant(variants_bin, variant, tmp_path):
     import test_attn
+    import test_isolation
 
     if VARIANTS[variant] not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this processor has no {VARIANTS[variant]}")
@@ -41,6 +42,7 @@ def test_attention_of_a_variant(variants_bin, variant, tmp_path):
         (tmp_path / library.name).symlink_to(library)
     (tmp_path / "libggml-cpu.so").symlink_to(variants_bin / f"libggml-cpu-{variant}.so")
     test_attn.check([*test_attn.PAIRS[::5], *test_attn.SHAPES[::7], *test_attn.EXTRAS[::3], *test_attn.ODD[::2]], tmp_path)
+    test_isolation.check([*test_isolation.PAIRS[::19], *test_isolation.SHAPES[::11]], tmp_path)
 
 
 @pytest.fixture(scope="module")
