@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import native
 from ..cache import scratch
 from ..errors import CalibrationError
 from ..pair import Pair
@@ -38,7 +39,7 @@ def compare(
     with Session(model, no_alloc=True) as shape:
         geometry = shape.geometry(n_ctx)
     with Session(model, n_threads=threads, n_gpu_layers=n_gpu_layers) as session:
-        plans = {name: _pairs(name, plan, geometry.values_k) for name, plan in named.items()}
+        plans = {name: _plan(name, asked, geometry.values_k) for name, asked in named.items()}
         n_tokens = n_chunk * stream
         if text is not None:
             source = read_text(session, text, 0, n_tokens)
@@ -50,20 +51,21 @@ def compare(
             with progress.bar("f16 reference", chunks.n_positions) as advance:
                 reference = make_reference(session, chunks, tmp / "f16", advance)
             with progress.bar("measure", len(plans) + 1) as advance:
-                f16 = _pairs("f16", Pair("f16", "f16"), geometry.values_k)
+                f16 = _plan("f16", Pair("f16", "f16"), geometry.values_k).pairs
                 rows = [Row("f16 (noise floor)", 16.0, geometry.bytes(f16), measure(session, None, reference, flash_attn=False))]
                 advance(1)
-                for name, pairs in plans.items():
-                    k_vectors = named[name].k_vectors if isinstance(named[name], Plan) else ()
-                    bits, n_bytes = geometry.bits_per_value(pairs, k_vectors), geometry.bytes(pairs, k_vectors)
-                    rows.append(Row(name, bits, n_bytes, measure(session, pairs, reference, k_vectors=k_vectors)))
+                notes = []
+                for name, plan in plans.items():
+                    bits, n_bytes = geometry.bits_per_value(plan.pairs, plan.k_vectors), geometry.bytes(plan.pairs, plan.k_vectors)
+                    session.put_in_force(plan)
+                    notes += [f"{name}: {note}" for note in native.plan_notes(session.model)]
+                    rows.append(Row(name, bits, n_bytes, measure(session, plan.pairs, reference, k_vectors=plan.k_vectors)))
                     advance(1)
-    return Comparison(source.name, chunks.n_positions, chunks.n_ctx, n_ctx, tuple(rows))
+    return Comparison(source.name, chunks.n_positions, chunks.n_ctx, n_ctx, tuple(rows), tuple(notes))
 
 
-def _pairs(name: str, plan: Plan | Pair, values_k: tuple[int, ...]) -> tuple[Pair, ...]:
-    if isinstance(plan, Pair):
-        return Plan.uniform(plan, len(values_k), [bool(n) for n in values_k]).pairs
+def _plan(name: str, asked: Plan | Pair, values_k: tuple[int, ...]) -> Plan:
+    plan = Plan.uniform(asked, len(values_k), [bool(n) for n in values_k]) if isinstance(asked, Pair) else asked
     if plan.n_layer != len(values_k):
         raise CalibrationError(f"plan '{name}' has {plan.n_layer} layers, the model has {len(values_k)}. Use a plan of this model.")
-    return plan.pairs
+    return plan

@@ -17,7 +17,7 @@ from functools import partial
 
 import numpy as np
 
-from ..kvectors import K_SCALE_RANGE, KVectors
+from ..kvectors import K_MEAN_MAX, K_SCALE_RANGE, KVectors
 from .results import Capture, Conditions, LayerSample
 
 LEAST_GAIN = 0.02  # of the error, for one more operation in every token's graph
@@ -156,7 +156,7 @@ def vectors_of(moments: Sequence[Moments], mean: bool, scale: bool) -> KVectors:
     geometric mean 1 in each head.
     """
     average = {name: np.mean([getattr(m, name) for m in moments], axis=0) for name in ("mean", "k_sq", "q_sq", "mean_w")}
-    of_head: dict[str, np.ndarray | None] = {"mean": average["mean"] if mean else None, "scale": None}
+    of_head: dict[str, np.ndarray | None] = {"mean": np.clip(average["mean"], -K_MEAN_MAX, K_MEAN_MAX) if mean else None, "scale": None}
     if scale:
         k_sq = average["k_sq"]
         if mean:

@@ -206,14 +206,15 @@ def _outcome_json(outcome: Any, written: Path) -> dict[str, Any]:
 def show_plan(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int, as_json: bool) -> None:
     """Show the plan of MODEL as the run time resolves it, and its memory at a context."""
     from . import native
+    from .in_force import asked_plan
     from .report import layers_text, memory_rows, memory_text
     from .runtime import Session
 
-    plan = Plan.load(plan_file) if plan_file else _plan_if_sound(model)
+    given = asked_plan(plan_file)
     with Session(model, no_alloc=True, n_gpu_layers=n_gpu_layers) as session:
-        source = "sidecar" if plan_file else native.plan_source(session.model)
-        if plan_file:
-            session.set_plan(plan.pairs, plan.k_vectors)
+        session.put_in_force(given)
+        source = "sidecar" if given else native.plan_source(session.model)
+        plan = given or (_plan_if_sound(model) if source == "file" else None)
         notes = native.plan_notes(session.model)
         with session.context(n_ctx) as ctx:
             allocated = ctx.layers()
@@ -375,15 +376,15 @@ def chat(prompt: str | None, system: str | None, max_tokens: int | None, tempera
 
 
 def _open_llama(model: Path, plan_file: Path | None = None, no_plan: bool = False, n_ctx: int = 8192, threads: int | None = None, n_gpu_layers: int = 0, type_k: str | None = None, type_v: str | None = None) -> Any:
+    from .in_force import asked_plan
     from .llama import Llama
-    from .runtime import Session, check_memory, default_threads
+    from .runtime import Session, check_memory
+    from .threads import default_threads
 
-    plan = False if no_plan else plan_file
+    plan = asked_plan(False if no_plan else plan_file)
     if n_gpu_layers == 0:
         with Session(model, no_alloc=True) as session:
-            if plan is not None:  # else the file's
-                sidecar = Plan.load(plan) if plan else None
-                session.set_plan(sidecar and sidecar.pairs, sidecar.k_vectors if sidecar else ())
+            session.put_in_force(plan)
             with session.context(n_ctx, type_k=type_k or "f16", type_v=type_v or "f16") as ctx:
                 check_memory(sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers()), n_ctx)
     try:

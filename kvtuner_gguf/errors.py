@@ -28,3 +28,9 @@ class CalibrationError(KvtunerError):
 
 class NativeError(KvtunerError):
     """The native library is missing, does not match, or refused a call."""
+
+
+class StateError(NativeError, KeyError):
+    """A saved state is of another plan or model, or damaged. A KeyError as well: a cache of prompts takes it as a miss."""
+
+    __str__ = Exception.__str__  # a KeyError's quotes its text

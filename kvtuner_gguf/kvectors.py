@@ -12,7 +12,10 @@ from .errors import PlanError
 from .pair import Pair
 from .values import blamed_on, checked
 
-K_SCALE_RANGE = (1e-4, 1e4)  # the run time's
+# what is beyond is no calibration's: K is measured in f16, and condition.py clips scales. The run time has the same bounds, and one
+# more, of a scale within a head
+K_MEAN_MAX = 65504.0
+K_SCALE_RANGE = (1e-4, 1e4)
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class KVectors:
     """How one layer's K is conditioned: cached as (K - mean) / scale, after RoPE, and Q multiplied by scale. See native/kvt-cond.h.
 
     mean scale  n_head_kv * head_dim values each, head after head, kept as f32; () = none
-    Raises PlanError for lengths that differ, a value that is no finite number, a scale out of K_SCALE_RANGE.
+    Raises PlanError for lengths that differ, a value that is no finite number, a mean beyond K_MEAN_MAX, a scale out of K_SCALE_RANGE.
     """
 
     mean: tuple[float, ...] = ()
@@ -31,6 +34,8 @@ class KVectors:
             object.__setattr__(self, key, tuple(checked(f"k_{key}", "arr_f32", list(getattr(self, key)))))
         if self.mean and self.scale and len(self.mean) != len(self.scale):
             raise PlanError(f"k_mean: got {len(self.mean)} values, k_scale has {len(self.scale)}, need the same. Calibrate again.")
+        if self.mean and max(map(abs, self.mean)) > K_MEAN_MAX:
+            raise PlanError(f"k_mean: got {max(self.mean, key=abs):g}, need {-K_MEAN_MAX:g} to {K_MEAN_MAX:g}. Calibrate again.")
         low, high = K_SCALE_RANGE
         if self.scale and not (min(self.scale) >= low and max(self.scale) <= high):
             raise PlanError(f"k_scale: got {min(self.scale):g} to {max(self.scale):g}, need {low:g} to {high:g}. Calibrate again.")

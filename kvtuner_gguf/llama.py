@@ -2,79 +2,78 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from typing import TYPE_CHECKING, Any
 
 from . import native
-from .errors import PlanError
+from .held import HeldLlama
+from .in_force import Asked, asked_plan, put_in_force
 from .pair import allocated_pairs
 from .plan import Plan
-from .runtime import put_in_force
-
-native.library()  # before the first import of llama_cpp
-
-import llama_cpp  # noqa: E402
+from .threads import MOST_THREADS, checked_threads
 
 if TYPE_CHECKING:
     from .native import LayerCache
 
 
-class Llama(llama_cpp.Llama):
+class Llama(HeldLlama):
     """llama_cpp.Llama with K/V types per layer.
 
-    plan  None obeys the plan in the file; a Plan, or the path of its sidecar, is used instead of it; False = no plan
+    plan  None obeys the plan in the file; a Plan, or the path of its sidecar, is used instead of it, wholly; False = no plan
     All other arguments are llama_cpp.Llama's. Two defaults differ: flash_attn is True, which a quantized V cache needs,
-    and swa_full is False, which keeps sliding-window layers at their window. type_k and type_v also take names ("q8_0");
-    one that is not f16 makes its side uniform, whatever the plan says.
+    and swa_full is False, which keeps sliding-window layers at their window: a prompt that goes back before it is read again.
+    type_k and type_v also take names ("q8_0"); one that is not f16 makes its side uniform, whatever the plan says.
+    kv_overrides may change the file's plan ("kvtuner.type_k.3": "q8_0"), not one that is given.
+    A copy (copy, pickle) runs what the original runs, and has read nothing.
 
-    Raises PlanError if the plan does not fit the model, NativeError if llama_cpp was loaded with another library.
+    Raises PlanError if the plan does not fit the model, CodecError for a type that is no cache type, NativeError for threads out
+    of range, or if llama_cpp was loaded with another library.
     """
 
     def __init__(
         self,
         model_path: str,
         *,
-        plan: Plan | str | os.PathLike[str] | bool | None = None,
+        plan: Asked = None,
         flash_attn: bool = True,
         swa_full: bool | None = False,
         type_k: int | str | None = None,
         type_v: int | str | None = None,
         kv_overrides: dict[str, Any] | None = None,
+        n_threads: int | None = None,
+        n_threads_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if plan is True:
-            raise PlanError("plan=True: need None (the plan in the file), a Plan, the path of a sidecar, or False.")
-        if isinstance(plan, (str, os.PathLike)):
-            plan = Plan.load(plan)
-        self._asked = plan
-        super().__init__(
-            native.model_file(model_path),
-            flash_attn=flash_attn,
-            swa_full=swa_full,
-            type_k=_type_number(type_k),
-            type_v=_type_number(type_v),
-            kv_overrides={**_plan_overrides(plan), **(kv_overrides or {})} or None,
-            **kwargs,
-        )
-        if isinstance(plan, Plan):
-            self._check_fits(plan)
+        self._asked = asked_plan(plan, kv_overrides)
+        try:
+            super().__init__(
+                native.model_file(model_path),
+                flash_attn=flash_attn,
+                swa_full=swa_full,
+                type_k=_type_number(type_k),
+                type_v=_type_number(type_v),
+                kv_overrides=kv_overrides,
+                n_threads=n_threads and checked_threads(n_threads),
+                n_threads_batch=checked_threads(n_threads_batch or min(os.cpu_count() or 1, MOST_THREADS)),
+                **kwargs,
+            )
+        except BaseException:
+            self.close()  # what was loaded so far
+            raise
 
     @property
     def _model(self) -> Any:
-        """llama_cpp's model. It is set between loading it and making a context: where vectors of K, too many for overrides, go in."""
+        """llama_cpp's model. It is set between loading it and making a context: there its plan is put in force."""
         return self.__dict__["_model"]
 
     @_model.setter
     def _model(self, model: Any) -> None:
         self.__dict__["_model"] = model
-        if isinstance(self._asked, Plan) and self._asked.k_vectors and self._asked.n_layer == native.n_layer(model.model):
-            put_in_force(model.model, self._asked.pairs, self._asked.k_vectors)
+        put_in_force(model.model, self._asked)
 
-    def _check_fits(self, plan: Plan) -> None:
-        n_layer = native.n_layer(self._model.model)
-        if plan.n_layer != n_layer:
-            self.close()
-            raise PlanError(f"plan has {plan.n_layer} layers, the model has {n_layer}. Calibrate this model again.")
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"plan": self._asked}
 
     @property
     def layers(self) -> list[LayerCache]:
@@ -97,23 +96,8 @@ class Llama(llama_cpp.Llama):
         return sum(layer.bytes_k + layer.bytes_v for layer in self.layers)
 
 
-def _type_number(name: int | str | None) -> int | None:
-    """A type as llama_cpp takes it."""
-    from .codecs import codec
-
-    return native.type_number(codec(name).name) if isinstance(name, str) else name
-
-
-def _plan_overrides(plan: Plan | bool | None) -> dict[str, str | bool]:
-    """The override keys that put a plan in force, or switch the file's off."""
-    if plan is None:
-        return {}
-    if plan is False:
-        return {"kvtuner.enabled": False}
-    return {
-        f"kvtuner.type_{side}.{il}": name or "f16"
-        for side, names in (("k", plan.type_k), ("v", plan.type_v))
-        for il, name in enumerate(names)
-    }
-
-
+def _type_number(type_: int | str | None) -> int | None:
+    """A cache type as llama_cpp takes it. Raises CodecError for a name or number that is none."""
+    if type_ is None:
+        return None
+    return native.type_number(type_ if isinstance(type_, str) else native.type_name_of(operator.index(type_)))

@@ -21,6 +21,7 @@ LLAMA_CPP_COMMIT = "0c1e57098"  # of the pinned source
 
 _KVT_E_TYPE, _KVT_E_NONE = -2, -3
 _K_MEAN, _K_SCALE = 1, 2
+_OMP_PAUSE_HARD = 2  # end the calling thread's pool: a child of fork would wait for its threads, which it has not got
 
 
 def _package_lib_dir() -> Path | None:
@@ -104,12 +105,15 @@ _SIGNATURES = {
     "kvt_model_rope": (_i32, [_ptr, _i32, _ptr, _ptr]),
     "kvt_model_set_plan": (_i32, [_ptr, _strs, _strs, _i32]),
     "kvt_model_set_k_vectors": (_i32, [_ptr, _i32, _ptr, _ptr, _i32]),
+    "kvt_model_set_plan_weights": (_i32, [_ptr, _str]),
+    "kvt_model_fingerprint": (_i32, [_ptr, _ptr]),
     "kvt_model_clear_plan": (_i32, [_ptr]),
     "kvt_model_plan_source": (_str, [_ptr]),
     "kvt_model_plan_layer": (_i32, [_ptr, _i32, _strs, _strs]),
     "kvt_model_plan_notes": (_i32, [_ptr, _ptr, _i32]),
     "kvt_ctx_layer": (_i32, [_ptr, _i32, _strs, _strs, *[_ptr] * 5]),
     "kvt_ctx_k_cond": (_i32, [_ptr, _i32]),
+    "kvt_ctx_holds": (_i32, [_ptr, _i32, _i32]),
     "kvt_ctx_buffer_bytes": (ctypes.c_uint64, [_ptr]),
     "kvt_ctx_notes": (_i32, [_ptr, _ptr, _i32]),
     "kvt_tap_new": (_ptr, [TapCallback, _ptr, _i32]),
@@ -136,6 +140,8 @@ def library() -> ctypes.CDLL:
         function = getattr(lib, name)
         function.restype, function.argtypes = restype, argtypes
     _check_build_id(Path(lib._name).parent, lib.kvt_build_id().decode())
+    if hasattr(os, "register_at_fork") and hasattr(lib, "omp_pause_resource_all"):
+        os.register_at_fork(before=lambda: lib.omp_pause_resource_all(_OMP_PAUSE_HARD))
     return lib
 
 
@@ -182,6 +188,15 @@ def type_names() -> tuple[str, ...]:
 def type_number(name: str) -> int:
     """ggml's number of a cache type, for llama_cpp's type_k and type_v. Raises CodecError."""
     return check(library().kvt_type_number(name.encode()))
+
+
+def type_name_of(number: int) -> str:
+    """The name of a cache type by ggml's number, of which most are no cache types. Raises CodecError."""
+    numbers = {type_number(name): name for name in type_names()}
+    if number not in numbers:
+        known = ", ".join(f"{name} {n}" for n, name in numbers.items())
+        raise CodecError(f"type {number}: is no cache type. Use one of: {known}.")
+    return numbers[number]
 
 
 def encode(type_name: str, x: np.ndarray) -> np.ndarray:
@@ -264,6 +279,18 @@ def set_k_vectors(model: int, il: int, mean: Sequence[float], scale: Sequence[fl
     check(library().kvt_model_set_k_vectors(model, il, *pointers, max(x.size for x in sides)))
 
 
+def set_plan_weights(model: int, weights: str) -> None:
+    """The weights that the plan, which is set already, was calibrated on; others than the model's make a note. Raises NativeError."""
+    check(library().kvt_model_set_plan_weights(model, weights.encode()))
+
+
+def fingerprint(model: int) -> str:
+    """16 hex digits that name the weights of a model by their values."""
+    value = ctypes.c_uint64()
+    check(library().kvt_model_fingerprint(model, ctypes.byref(value)))
+    return f"{value.value:016x}"
+
+
 def clear_plan(model: int) -> None:
     check(library().kvt_model_clear_plan(model))
 
@@ -305,6 +332,11 @@ def ctx_layers(model: int, ctx: int) -> list[LayerCache]:
         numbers = (x.value for x in (bytes_k, bytes_v, n_cells, rot_k, rot_v))
         layers.append(LayerCache(il, k.value.decode(), v.value.decode(), *numbers, bool(cond & _K_MEAN), bool(cond & _K_SCALE)))
     return layers
+
+
+def ctx_holds(ctx: int, seq_id: int, pos: int) -> bool:
+    """Whether the context holds all that a token of the sequence at pos builds on. Raises NativeError."""
+    return bool(check(library().kvt_ctx_holds(ctx, seq_id, pos)))
 
 
 def ctx_buffer_bytes(ctx: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -33,6 +35,7 @@ _FIELDS = (
     ("k_mean.n_values", "arr_u32", "k_mean_n_values"),
     ("k_scale", "arr_f32", "k_scale"),
     ("k_scale.n_values", "arr_u32", "k_scale_n_values"),
+    ("checksum", "str", "checksum"),
     ("bits_per_value", "f32", "bits_per_value"),
     *((key, kind, f"quality.{key}") for key, kind in _QUALITY),
     ("rival", "str", "rival"),
@@ -155,6 +158,14 @@ class Plan:
         return tuple(len(v.scale) for v in self.k_vectors) if self.k_scale else None
 
     @property
+    def checksum(self) -> str:
+        """8 hex digits of CRC-32 over what the run time obeys: the types and the vectors, as native/kvt-plan.cpp reads them."""
+        names = "".join(f"{name}\0" for name in (*self.type_k, *self.type_v)).encode()
+        sides = ((self.k_mean, self.k_mean_n_values), (self.k_scale, self.k_scale_n_values))
+        numbers = (struct.pack(f"<{len(x)}f{len(n)}I", *x, *n) for x, n in sides if x)
+        return f"{zlib.crc32(b''.join((names, *numbers))):08x}"
+
+    @property
     def vector_bytes(self) -> int:
         """Bytes of the vectors of K, which bits_per_value counts too."""
         return vector_bytes(self.k_vectors)
@@ -215,6 +226,9 @@ class Plan:
         Keys that this version does not know are left out. Raises PlanError for any fault.
         """
         values = {key[len(PREFIX) :]: value for key, value in metadata.items() if key.startswith(PREFIX)}
+        for side in ("type_k", "type_v"):  # the run time reads a name up to its first NUL
+            if isinstance(values.get(side), list):
+                values[side] = [name.split("\0")[0] if isinstance(name, str) else name for name in values[side]]
         return cls._from_values(values) if "type_k" in values or "type_v" in values else None
 
     @classmethod
@@ -227,7 +241,7 @@ class Plan:
         found = {where: checked(key, kind, values[key]) for key, kind, where in _FIELDS if key in values}
         with blamed_on("rival"):
             rival = Pair.parse(found["rival"][:80]) if "rival" in found else None
-        return cls(
+        plan = cls(
             pairs=_pairs(found.get("type_k"), found.get("type_v")),
             bits_per_value=found.get("bits_per_value"),
             quality=_quality(found, "quality"),
@@ -237,6 +251,12 @@ class Plan:
             k_vectors=k_vectors_of(found),
             calibration={k[len(_CALIBRATION) :]: v for k, v in values.items() if k.startswith(_CALIBRATION)},
         )
+        if found.get("checksum", plan.checksum) != plan.checksum:
+            raise PlanError(
+                f"checksum: is {brief(found['checksum'])}, the types and vectors have {plan.checksum}: they are not as they were written. "
+                "Calibrate again, or take the checksum out if you changed them yourself."
+            )
+        return plan
 
     def to_json(self) -> str:
         """The sidecar's text: the keys of to_metadata without their prefix, one to a line, however long its array."""

@@ -29,6 +29,7 @@ class Comparison:
     """Configurations measured on the same text.
 
     n_positions scored positions   chunk_ctx tokens of a chunk   n_ctx context at which n_bytes are counted
+    notes  what was wrong with a plan that was measured all the same
     """
 
     text: str
@@ -36,6 +37,7 @@ class Comparison:
     chunk_ctx: int
     n_ctx: int
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -61,7 +63,7 @@ def comparison_text(c: Comparison) -> str:
     ]
     head = ("cache", "bits", f"MiB at {c.n_ctx}", "mean KLD", "99.9 % KLD", "same top token")
     note = f"KLD against an f16 cache, in nats; text {printable(c.text)}, {c.n_positions} scored positions in chunks of {c.chunk_ctx} tokens."
-    return f"{table(head, rows)}\n{note}"
+    return "\n".join((table(head, rows), note, *(f"note: {printable(n)}" for n in c.notes)))
 
 
 def front_text(points: Sequence[tuple[float, int, float]], n_ctx: int) -> str:
@@ -72,7 +74,7 @@ def front_text(points: Sequence[tuple[float, int, float]], n_ctx: int) -> str:
 
 def comparison_json(c: Comparison) -> dict[str, Any]:
     rows = [{"name": r.name, "bits_per_value": r.bits_per_value, "bytes": r.n_bytes, **vars(r.quality)} for r in c.rows]
-    return {"text": c.text, "n_positions": c.n_positions, "chunk_ctx": c.chunk_ctx, "n_ctx": c.n_ctx, "rows": rows}
+    return {"text": c.text, "n_positions": c.n_positions, "chunk_ctx": c.chunk_ctx, "n_ctx": c.n_ctx, "rows": rows, "notes": list(c.notes)}
 
 
 def layers_text(pairs: Sequence[Pair]) -> str:

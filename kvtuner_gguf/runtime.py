@@ -15,15 +15,13 @@ import numpy as np
 from . import native
 from .errors import NativeError
 from .geometry import Geometry
+from .in_force import put_in_force, put_pairs_in_force
 from .interrupts import called_from_c
 from .kvectors import KVectors
 from .pair import Pair
+from .plan import Plan
 from .printable import printable
-
-
-def default_threads() -> int:
-    """Threads to use if the user names none: the processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from .threads import checked_threads, default_threads
 
 
 MOST_CONTEXT = 16  # times the trained context; beyond it even the cells' bookkeeping fills the memory
@@ -42,17 +40,6 @@ def check_memory(n_bytes: int, n_ctx: int) -> None:
             f"context of {n_ctx} tokens: its K/V cache needs {n_bytes / 2**30:.1f} GiB, the machine has {total / 2**30:.1f} GiB. "
             "Use a smaller -c, or a plan of fewer bits."
         )
-
-
-def put_in_force(model: int, pairs: Sequence[Pair] | None, k_vectors: Sequence[KVectors] = ()) -> None:
-    """The plan of contexts that are made of the model from now on; None = no plan. Raises NativeError, CodecError."""
-    if pairs is None:
-        native.clear_plan(model)
-        return
-    native.set_plan(model, [p.type_k for p in pairs], [p.type_v for p in pairs])
-    for il, vectors in enumerate(k_vectors):
-        if vectors:
-            native.set_k_vectors(model, il, vectors.mean, vectors.scale)
 
 
 class _Log:
@@ -101,7 +88,7 @@ class Session:
 
         self._llama = llama_cpp
         self.path = Path(path)
-        self.n_threads = n_threads or default_threads()
+        self.n_threads = checked_threads(n_threads or default_threads())
         if not self.path.exists():
             raise NativeError(f"model '{path}' does not exist. Check the path.")
         self._log = _log()
@@ -137,7 +124,11 @@ class Session:
 
     def set_plan(self, pairs: Sequence[Pair] | None, k_vectors: Sequence[KVectors] = ()) -> None:
         """The plan of contexts opened from now on, and how its K is conditioned; None = all f16."""
-        put_in_force(self.model, pairs, k_vectors)
+        put_pairs_in_force(self.model, pairs, k_vectors)
+
+    def put_in_force(self, plan: Plan | bool | None) -> None:
+        """A plan as a user asks for it, of contexts opened from now on: see in_force.put_in_force."""
+        put_in_force(self.model, plan)
 
     @contextmanager
     def context(self, n_ctx: int, **kwargs: object) -> Iterator[Context]:

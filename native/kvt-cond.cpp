@@ -12,14 +12,17 @@
 
 #include "gguf.h"
 
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
 
-// a scale beyond is no calibration's, and could leave the range of f16
-static const float KVT_SCALE_MIN = 1e-4f;
-static const float KVT_SCALE_MAX = 1e4f;
+// what is beyond is no calibration's. kvectors.py has the same bounds
+static const float KVT_MEAN_MAX     = 65504.0f; // K is measured in f16
+static const float KVT_SCALE_MIN    = 1e-4f;
+static const float KVT_SCALE_MAX    = 1e4f;
+static const float KVT_SCALE_SPREAD = 1.001e6f; // largest over smallest in a head; a calibration stays 1e3 to either side, but for rounding
 
 //
 // vectors
@@ -38,9 +41,20 @@ std::string kvt_k_vectors_fault(const kvt_k_vectors & vectors, const llama_hpara
             if (!std::isfinite(x)) {
                 return format("layer %u: %s of K in channel %zu is %f, need a finite number", il, side, i, x);
             }
+            if (v == &vectors.mean && std::fabs(x) > KVT_MEAN_MAX) {
+                return format("layer %u: mean of K in channel %zu is %g, need %g to %g", il, i, x, -KVT_MEAN_MAX, KVT_MEAN_MAX);
+            }
             if (v == &vectors.scale && !(x >= KVT_SCALE_MIN && x <= KVT_SCALE_MAX)) {
                 return format("layer %u: scale of K in channel %zu is %g, need %g to %g", il, i, x, KVT_SCALE_MIN, KVT_SCALE_MAX);
             }
+        }
+    }
+    const auto & scale = vectors.scale;
+    const size_t n_head_dim = hparams.n_embd_head_k(il);
+    for (size_t i = 0; i + n_head_dim <= scale.size(); i += n_head_dim) {
+        const auto [low, high] = std::minmax_element(scale.begin() + i, scale.begin() + i + n_head_dim);
+        if (*high > *low*KVT_SCALE_SPREAD) {
+            return format("layer %u: scale of K in head %zu is %g to %g, need a factor of 1e6 at most", il, i/n_head_dim, *low, *high);
         }
     }
     return "";

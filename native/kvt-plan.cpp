@@ -115,20 +115,47 @@ static bool kvt_read_side(const gguf_context * gguf, const char * key, uint32_t 
     return true;
 }
 
-// same value as gguf_file.weights_hash: tells a plan that was copied onto other weights
-static std::string kvt_weights_hash(const llama_model_loader & ml) {
-    std::map<std::string, const ggml_tensor *> sorted; // bytewise by name
-    for (const auto & [name, w] : ml.weights_map) {
-        sorted[name] = w.tensor;
+// a note where the plan was made on other weights
+static void kvt_compare_weights(kvt_plan & plan, const char * hash) {
+    const std::string have = kvt_printable(hash);
+    if (have != plan.weights) {
+        plan.notes.push_back(format("the plan was calibrated on other weights (%s, this file has %s): it is used, but calibrate again", have.c_str(), plan.weights.c_str()));
     }
-    uint64_t h = KVT_HASH_START;
-    const auto add = [&](const std::string & s) { h = kvt_hash(h, s.data(), s.size()); };
-    for (const auto & [name, t] : sorted) {
-        add(name);
-        add(std::string(1, '\0') + ggml_type_name(t->type) + std::string(1, '\0'));
-        add(format("%" PRId64 ",%" PRId64 ",%" PRId64 ",%" PRId64 "\n", t->ne[0], t->ne[1], t->ne[2], t->ne[3]));
+}
+
+// same value as plan.checksum: over the types and vectors as they stand in the file, "" for an array that is missing
+static std::string kvt_plan_checksum(const gguf_context * gguf) {
+    uint32_t crc = 0;
+    for (const char * key : { "kvtuner.type_k", "kvtuner.type_v" }) {
+        const int64_t kid = gguf_find_key(gguf, key);
+        const bool is_list = kid >= 0 && gguf_get_kv_type(gguf, kid) == GGUF_TYPE_ARRAY && gguf_get_arr_type(gguf, kid) == GGUF_TYPE_STRING;
+        for (size_t i = 0; is_list && i < gguf_get_arr_n(gguf, kid); i++) {
+            const char * name = gguf_get_arr_str(gguf, kid, i);
+            crc = kvt_crc32(crc, name, strlen(name) + 1);
+        }
     }
-    return format("%016" PRIx64, h);
+    for (const char * key : { "kvtuner.k_mean", "kvtuner.k_mean.n_values", "kvtuner.k_scale", "kvtuner.k_scale.n_values" }) {
+        const int64_t kid = gguf_find_key(gguf, key);
+        const gguf_type type = kid >= 0 && gguf_get_kv_type(gguf, kid) == GGUF_TYPE_ARRAY ? gguf_get_arr_type(gguf, kid) : GGUF_TYPE_COUNT;
+        if (type == GGUF_TYPE_FLOAT32 || type == GGUF_TYPE_UINT32) {
+            crc = kvt_crc32(crc, gguf_get_arr_data(gguf, kid), 4*gguf_get_arr_n(gguf, kid));
+        }
+    }
+    return format("%08x", crc);
+}
+
+// whether the types and vectors are as they were written; a plan without a checksum is taken as it is
+static bool kvt_checksum_holds(const gguf_context * gguf, std::vector<std::string> & notes) {
+    const int64_t kid = gguf_find_key(gguf, "kvtuner.checksum");
+    if (kid < 0) {
+        return true;
+    }
+    const std::string want = gguf_get_kv_type(gguf, kid) == GGUF_TYPE_STRING ? kvt_printable(gguf_get_val_str(gguf, kid)) : "(not a string)";
+    const std::string have = kvt_plan_checksum(gguf);
+    if (have != want) {
+        notes.push_back(format("kvtuner.checksum is %s, the types and vectors have %s, so they are not as they were written. Write the plan again, or calibrate: the plan is ignored", want.c_str(), have.c_str()));
+    }
+    return have == want;
 }
 
 // kvtuner.enabled from the overrides, else from the file
@@ -179,6 +206,10 @@ static void kvt_read_file(const llama_model_loader & ml, const llama_hparams & h
         return;
     }
 
+    if (!kvt_checksum_holds(gguf, plan.notes)) {
+        return;
+    }
+
     plan.source = "file";
     plan.type_k = std::move(type_k);
     plan.type_v = std::move(type_v);
@@ -189,11 +220,7 @@ static void kvt_read_file(const llama_model_loader & ml, const llama_hparams & h
     if (kid_hash >= 0 && gguf_get_kv_type(gguf, kid_hash) != GGUF_TYPE_STRING) {
         plan.notes.push_back("kvtuner.calibration.weights is not a string: the plan is used, whatever the weights");
     } else if (kid_hash >= 0) {
-        const std::string have = kvt_printable(gguf_get_val_str(gguf, kid_hash));
-        const std::string want = kvt_weights_hash(ml);
-        if (have != want) {
-            plan.notes.push_back(format("the plan was calibrated on other weights (%s, this file has %s): it is used, but calibrate again", have.c_str(), want.c_str()));
-        }
+        kvt_compare_weights(plan, gguf_get_val_str(gguf, kid_hash));
     }
 }
 
@@ -258,6 +285,7 @@ static bool kvt_arch_refused(llm_arch arch) {
 
 void kvt_plan_load(llama_model & model, const llama_model_loader & ml) {
     auto plan = std::make_shared<kvt_plan>();
+    plan->weights = kvt_weights_hash(ml);
 
     // without its hparams a model has no layers, and no context to plan for
     if (!model.hparams.vocab_only && kvt_enabled(ml, plan->notes)) {
@@ -266,7 +294,9 @@ void kvt_plan_load(llama_model & model, const llama_model_loader & ml) {
     }
 
     if (plan->in_force() && kvt_arch_refused(model.arch)) {
-        *plan = kvt_plan();
+        kvt_plan none;
+        none.weights = plan->weights;
+        *plan = std::move(none);
         plan->notes.push_back(format("%s has attention of its own, where types per layer are not supported: the plan is ignored", llm_arch_name(model.arch)));
     }
 
@@ -320,6 +350,13 @@ static int32_t kvt_parse_side(const char * side, const char * const * names, int
     return 0;
 }
 
+// the model's plan to be, with what does not depend on it
+static std::shared_ptr<kvt_plan> kvt_plan_without_types(const llama_model & model) {
+    auto plan = std::make_shared<kvt_plan>();
+    plan->weights = model.kvt ? model.kvt->weights : "";
+    return plan;
+}
+
 int32_t kvt_model_set_plan(llama_model * model, const char * const * type_k, const char * const * type_v, int32_t n_layer) {
     if (!model || !type_k || !type_v) {
         return kvt_error(KVT_E_ARG, "kvt_model_set_plan: model, type_k and type_v must not be null");
@@ -331,7 +368,7 @@ int32_t kvt_model_set_plan(llama_model * model, const char * const * type_k, con
         return kvt_error(KVT_E_STATE, format("%s has attention of its own, where types per layer are not supported", llm_arch_name(model->arch)));
     }
 
-    auto plan = std::make_shared<kvt_plan>();
+    auto plan = kvt_plan_without_types(*model);
     plan->source = "api";
 
     int32_t err = kvt_parse_side("K", type_k, n_layer, plan->type_k);
@@ -348,7 +385,20 @@ int32_t kvt_model_clear_plan(llama_model * model) {
     if (!model) {
         return kvt_error(KVT_E_ARG, "kvt_model_clear_plan: model is null");
     }
-    model->kvt = std::make_shared<kvt_plan>();
+    model->kvt = kvt_plan_without_types(*model);
+    return 0;
+}
+
+int32_t kvt_model_set_plan_weights(llama_model * model, const char * hash) {
+    if (!model || !hash) {
+        return kvt_error(KVT_E_ARG, "kvt_model_set_plan_weights: model and hash must not be null");
+    }
+    if (!model->kvt || !model->kvt->in_force()) {
+        return kvt_error(KVT_E_STATE, "kvt_model_set_plan_weights: no plan is in force. Set the types first");
+    }
+    auto plan = std::make_shared<kvt_plan>(*model->kvt); // contexts that exist keep the old one
+    kvt_compare_weights(*plan, hash);
+    model->kvt = std::move(plan);
     return 0;
 }
 

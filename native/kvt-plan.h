@@ -29,6 +29,8 @@ struct kvt_plan {
     std::vector<kvt_k_vectors> k_vectors; // [n_layer], empty if no layer's K is conditioned
     std::vector<std::string> notes;  // what was wrong with the metadata
 
+    std::string weights; // names the model's tensors, whatever the plan
+
     bool in_force() const { return !type_k.empty(); }
 };
 
@@ -40,6 +42,9 @@ void kvt_plan_load(llama_model & model, const llama_model_loader & ml);
 
 // flash attention "auto" becomes "on" where the plan needs it, as stock does for a quantized V
 void kvt_plan_flash_attn(const llama_model & model, llama_context_params & params);
+
+// names the tensors of a model by their names, types and shapes
+std::string kvt_weights_hash(const llama_model_loader & ml);
 
 // "0-3,7" for { 0, 1, 2, 3, 7 }
 std::string kvt_layer_ranges(const std::vector<uint32_t> & il);

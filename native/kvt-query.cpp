@@ -9,7 +9,11 @@
 #include "llama-kv-cache-dsa-iswa.h"
 #include "llama-kv-cache-msa.h"
 #include "llama-memory-hybrid.h"
+#include "llama-memory-hybrid-idx.h"
 #include "llama-memory-hybrid-iswa.h"
+#include "llama-memory-recurrent.h"
+
+#include <algorithm>
 
 // friend of llama_kv_cache
 struct kvt_query {
@@ -38,6 +42,48 @@ struct kvt_query {
         } else if (auto * msa = dynamic_cast<llama_kv_cache_msa *>(mem)) {
             add(res, msa->get_base());
         }
+    }
+
+    // whether all that a token of seq_id at pos builds on is there. a memory that is not known holds it only where it stands at pos
+    static bool holds(llama_memory_i * mem, llama_seq_id seq_id, llama_pos pos) {
+        if (auto * kv = dynamic_cast<llama_kv_cache *>(mem)) {
+            return holds_cells(*kv, seq_id, pos);
+        } else if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+            return holds(iswa->get_base(), seq_id, pos) && holds(iswa->get_swa(), seq_id, pos);
+        } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
+            auto * indexed = dynamic_cast<llama_memory_hybrid_idx *>(mem);
+            return holds(hybrid->get_mem_attn(), seq_id, pos) && holds(hybrid->get_mem_recr(), seq_id, pos) &&
+                (!indexed || !indexed->get_mem_idx() || holds(indexed->get_mem_idx(), seq_id, pos));
+        } else if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
+            return holds(hybrid_iswa->get_mem_attn(), seq_id, pos) && holds(hybrid_iswa->get_mem_recr(), seq_id, pos);
+        } else if (auto * dsa = dynamic_cast<llama_kv_cache_dsa *>(mem)) {
+            return holds(dsa->get_mla(), seq_id, pos) && holds(dsa->get_lid(), seq_id, pos);
+        } else if (auto * dsa_iswa = dynamic_cast<llama_kv_cache_dsa_iswa *>(mem)) {
+            return holds(dsa_iswa->get_dsa(), seq_id, pos) && holds(dsa_iswa->get_swa(), seq_id, pos);
+        } else if (auto * msa = dynamic_cast<llama_kv_cache_msa *>(mem)) {
+            return holds(msa->get_base(), seq_id, pos) && holds(msa->get_idx(), seq_id, pos);
+        }
+        return mem->seq_pos_max(seq_id) == pos - 1; // recurrent: one state, of all tokens up to its position
+    }
+
+    // cell by cell: after a roll-back cells are reused out of order, so that there may be holes above the first position
+    static bool holds_cells(const llama_kv_cache & kv, llama_seq_id seq_id, llama_pos pos) {
+        llama_pos next = pos; // the first that a token at pos sees. windows only move on: later tokens see none before it
+        while (next > 0 && !llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, next - 1, pos)) {
+            next--;
+        }
+        const auto & cells = kv.get_cells(seq_id);
+        const auto & held  = cells.seq_pos_get(seq_id); // (position, cell), in order
+        const bool   is_2d = kv.hparams.n_pos_per_embd() > 1;
+
+        if (!is_2d && !held.empty() && held.size() == (size_t) (held.rbegin()->first - held.begin()->first) + 1) { // no hole
+            return next == pos || (held.begin()->first <= next && held.rbegin()->first >= pos - 1);
+        }
+        for (auto it = is_2d ? held.begin() : held.lower_bound({ next, 0 }); it != held.end() && it->first <= next; ++it) {
+            const auto & ext = cells.ext_get(it->second); // an image's cells stand at one position and cover a square from there
+            next = std::max({ next, it->first + 1, is_2d ? std::max(ext.x, ext.y) + 1 : 0 });
+        }
+        return next >= pos;
     }
 
     static const llama_kv_cache::kv_layer * layer(const llama_kv_cache & kv, int32_t il) {
@@ -100,6 +146,14 @@ int32_t kvt_ctx_k_cond(const llama_context * ctx, int32_t il) {
         }
     }
     return kvt_error(KVT_E_NONE, format("layer %d has no KV of its own in this context", il));
+}
+
+int32_t kvt_ctx_holds(const llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {
+    llama_memory_i * mem = ctx ? llama_get_memory(ctx) : nullptr;
+    if (!mem || seq_id < 0 || seq_id >= (llama_seq_id) llama_n_seq_max(ctx) || pos < 0) {
+        return kvt_error(KVT_E_ARG, format("kvt_ctx_holds: ctx is null or has no memory, sequence %d is not one of it, or position %d is negative", seq_id, pos));
+    }
+    return kvt_query::holds(mem, seq_id, pos);
 }
 
 uint64_t kvt_ctx_buffer_bytes(const llama_context * ctx) {

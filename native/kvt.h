@@ -58,6 +58,16 @@ LLAMA_API int32_t kvt_model_set_plan(struct llama_model * model, const char * co
 // multiplied by scale. Part of the plan in force, which kvt_model_set_plan starts without them (KVT_E_STATE if there is none)
 LLAMA_API int32_t kvt_model_set_k_vectors(struct llama_model * model, int32_t il, const float * mean, const float * scale, int32_t n_values);
 
+// the weights that the plan in force was calibrated on, as kvt_model_weights_hash names them: others make a note, and no error.
+// KVT_E_STATE if there is no plan
+LLAMA_API int32_t kvt_model_set_plan_weights(struct llama_model * model, const char * hash);
+
+// 16 hex digits that name the model's tensors by their names, types and shapes. lives as long as the model's plan
+LLAMA_API const char * kvt_model_weights_hash(const struct llama_model * model);
+
+// names the model's weights by their values as well, of which it reads a few of each tensor: what K and V were computed with
+LLAMA_API int32_t kvt_model_fingerprint(const struct llama_model * model, uint64_t * fingerprint);
+
 // no plan for contexts that are created from now on
 LLAMA_API int32_t kvt_model_clear_plan(struct llama_model * model);
 
@@ -89,6 +99,10 @@ LLAMA_API int32_t kvt_ctx_layer(
 #define KVT_K_MEAN  1
 #define KVT_K_SCALE 2
 LLAMA_API int32_t kvt_ctx_k_cond(const struct llama_context * ctx, int32_t il);
+
+// 1 if all is there that a token of the sequence at position pos builds on, else 0: in every cache each earlier position that it
+// may see, and of a recurrent memory the state that stands right before it. 0 means that the sequence must be read again
+LLAMA_API int32_t kvt_ctx_holds(const struct llama_context * ctx, llama_seq_id seq_id, llama_pos pos);
 
 // bytes of the buffers behind all attention caches of the context (with the buffers' padding; 0 with no_alloc)
 LLAMA_API uint64_t kvt_ctx_buffer_bytes(const struct llama_context * ctx);

@@ -336,6 +336,33 @@ def tiny_hybrid(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
     return w.save(extra)
 
 
+def tiny_mamba(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
+    """mamba: 2 layers, each a recurrent state of 256 * 16 values and the last 3 inputs of its convolution; no K, no V."""
+    n_layer, n_embd, d_conv, d_state, dt_rank = 2, 128, 4, 16, 8
+    d_inner = 2 * n_embd
+    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=0, n_head=0) | {
+        "ssm.conv_kernel": d_conv,
+        "ssm.inner_size": d_inner,
+        "ssm.state_size": d_state,
+        "ssm.time_step_rank": dt_rank,
+    }
+    w = _Writer(path, "mamba", seed, keys)
+    w.ends(n_embd)
+    for il in range(n_layer):
+        at = f"blk.{il}."
+        w.norm(f"{at}attn_norm", n_embd)
+        w.matrix(f"{at}ssm_in", 2 * d_inner, n_embd)
+        w.tensor(f"{at}ssm_conv1d.weight", w.normal(d_inner, d_conv, std=d_conv**-0.5))
+        w.tensor(f"{at}ssm_conv1d.bias", w.normal(d_inner, std=0.1))
+        w.matrix(f"{at}ssm_x", dt_rank + 2 * d_state, d_inner)
+        w.tensor(f"{at}ssm_dt.weight", w.normal(d_inner, dt_rank, std=dt_rank**-0.5))
+        w.tensor(f"{at}ssm_dt.bias", np.full(d_inner, -3.0, np.float32))  # a step of 1/20: the state remembers some tokens
+        w.tensor(f"{at}ssm_a", np.tile(-np.arange(1, d_state + 1, dtype=np.float32), (d_inner, 1)))
+        w.tensor(f"{at}ssm_d", np.ones(d_inner, np.float32))
+        w.matrix(f"{at}ssm_out", n_embd, d_inner)
+    return w.save(extra)
+
+
 def tiny_t5(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
     """t5: 2 encoder layers without a cache, 2 decoder layers with K and V of 2 heads * 64 for self-attention.
 

@@ -42,7 +42,7 @@ def feed(ctx: Context, tokens: Sequence[int], pos: int = 0, seq_id: int = 0) -> 
 
 def metadata(pairs: Sequence[Pair]) -> list[tuple[str, GGUFValueType, object]]:
     """The plan as `extra` of a tiny model."""
-    kinds = {"u32": GGUFValueType.UINT32, "arr_str": GGUFValueType.ARRAY}
+    kinds = {"u32": GGUFValueType.UINT32, "arr_str": GGUFValueType.ARRAY, "str": GGUFValueType.STRING}
     return [(key, kinds[kind], value) for key, kind, value in Plan(tuple(pairs)).to_metadata()]
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from gguf_bytes import F32, U32, array, entry, text, with_entries
+from gguf_bytes import F32, U32, array, entry, strings, text, u32, with_entries
 from running import feed, mixture, prompt, uniform, vectors
 from test_shift import next_logits
 from test_state import assert_refused, every_kind, restore, save, saved
@@ -352,6 +352,9 @@ FAULTS = {
     "scale nan": (spoiled(SCALE, np.nan), "layer 1: scale of K in channel 2 is nan, need a finite number"),
     "scale 0": (spoiled(SCALE, 0.0), "layer 1: scale of K in channel 2 is 0, need 0.0001 to 10000"),
     "scale negative": (spoiled(SCALE, -1.0, 511), "layer 3: scale of K in channel 127 is -1, need 0.0001 to 10000"),
+    "one bit of an exponent": (spoiled(MEAN, 2.8e38), "layer 1: mean of K in channel 2 is 2.8e+38, need -65504 to 65504"),
+    "mean beyond f16": (spoiled(MEAN, -65536.0), "layer 1: mean of K in channel 2 is -65536, need -65504 to 65504"),
+    "scale of a wide head": ({SCALE: floats(SCALE, [1e-4, 1e4] * (N // 2))}, "layer 0: scale of K in head 0 is 0.0001 to 10000, need a factor of 1e6 at most"),
     "scale denormal": (spoiled(SCALE, 1e-40), "layer 1: scale of K in channel 2 is"),
 }
 
@@ -361,9 +364,9 @@ def file_with(tiny, tmp_path):
     """file_with(changes) -> a planned model with the good entries, some replaced or left out."""
 
     def write(changes):
-        planned = write_plan(tiny("llama"), Plan(tuple(uniform("q8_0", 4))), tmp_path / "types.gguf")
+        types = [u32("kvtuner.schema_version", 1), *(strings(f"kvtuner.type_{side}", [b"q8_0"] * 4) for side in "kv")]
         entries = [e for e in (good() | changes).values() if e is not None]
-        return with_entries(planned, tmp_path / "model.gguf", entries)
+        return with_entries(tiny("llama"), tmp_path / "model.gguf", types + entries)
 
     return write
 
@@ -386,7 +389,7 @@ def test_faulty_vectors_are_ignored_with_one_note(load, file_with, case):
         assert conditioned(ctx) == [(False, False)] * 4
         assert [(layer.type_k, layer.type_v) for layer in ctx.layers()] == [("q8_0", "q8_0")] * 4
         assert np.isfinite(feed(ctx, prompt(8))).all()
-    if case not in ("counts i32", "mean f64", "a head too few"):  # to Python numbers are numbers, and it does not know the heads
+    if case not in ("counts i32", "mean f64", "a head too few", "scale of a wide head"):  # to Python numbers are numbers, and it does not know the heads
         with pytest.raises(PlanError):
             read_plan(path)
 

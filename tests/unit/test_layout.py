@@ -32,6 +32,10 @@ LEAVES = {
     "gguf_file": {"atomic", "errors", "gguf_header", "plan", "reading", "room", "target", "values"},
     "identity": {"errors", "gguf_file", "gguf_header", "plan", "reading"},
     "output": {"errors", "gguf_file", "gguf_header", "identity", "plan", "room", "target"},
+    "in_force": {"errors", "kvectors", "native", "pair", "plan"},
+    "threads": {"errors"},
+    "held": {"errors", "native"},
+    "llama": {"codecs", "held", "in_force", "native", "pair", "plan", "threads"},
     "report": {"geometry", "pair", "plan", "printable"},
 }
 

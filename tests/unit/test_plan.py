@@ -68,6 +68,7 @@ def test_metadata_has_the_names_and_kinds_of_the_format():
         ("kvtuner.schema_version", "u32"),
         ("kvtuner.type_k", "arr_str"),
         ("kvtuner.type_v", "arr_str"),
+        ("kvtuner.checksum", "str"),
         ("kvtuner.bits_per_value", "f32"),
         ("kvtuner.kld_mean", "f32"),
         ("kvtuner.kld_p999", "f32"),
