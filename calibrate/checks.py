@@ -84,7 +84,7 @@ def check_text(path: Path | None, n_tokens: int) -> None:
     except OSError as error:
         raise CalibrationError(f"text '{path}' cannot be read ({error.strerror}). Check the path given with -f.") from None
     if n_bytes + _SPECIAL_TOKENS < n_tokens:
-        raise CalibrationError(f"text '{path}' has {n_bytes} bytes, which is fewer than the {n_tokens} tokens needed, need {n_tokens} and more. Give a longer text, or fewer --chunks.")
+        raise CalibrationError(f"text '{path}': {n_bytes} bytes hold {n_bytes} tokens at most, need {n_tokens}. Give a longer text, or fewer --chunks.")
 
 
 def check_room(folder: Path, n_bytes: int) -> None:

@@ -74,10 +74,9 @@ def calibrate(ctx: click.Context, model: Path, output: Path | None, force: bool,
     One goal: --bits, --memory or --max-kld. The default is 6 bits: three eighths of f16's memory, well below
     q8_0's 8.5, and above the 4.5 to 5.5 at which many models lose more than they save.
     """
-    pipeline = _pipeline()
     options = _options(model, **given)
     to = _output(model, output, reads=_texts(options), force=force)
-    outcome = pipeline.calibrate(options, Terminal())
+    outcome = _pipeline().calibrate(options, Terminal())
     written = _written(to, outcome.plan, _recovery(ctx))
     if as_json:
         print_json(_outcome_json(outcome, written))
@@ -95,10 +94,9 @@ def solve(model: Path, output: Path | None, force: bool, as_json: bool, **given:
     The goal is as in `calibrate`; the other options must be as they were there. The KLDs are predicted, on the text of the
     search: `kvtuner-gguf evaluate` measures them.
     """
-    n_ctx, pipeline = given["n_ctx"], _pipeline()
-    options = _options(model, **given)
+    n_ctx, options = given["n_ctx"], _options(model, **given)
     to = None if output is None else _output(model, output, reads=_texts(options), force=force)
-    solved = pipeline.solve_saved(options, Terminal())
+    solved = _pipeline().solve_saved(options, Terminal())
     written = to and _written(to, solved.plan)
     if as_json:
         print_json({"written": written and str(written), "plan": json.loads(solved.plan.to_json()), "kld": solved.kld, "front": [vars(p) for p in solved.front]})

@@ -213,3 +213,19 @@ def test_nothing_is_measured_for_an_output_that_is_none(model):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and "none" in result.stderr and not result.stdout
     assert len(result.stderr.splitlines()) == 1  # no stage began
+
+
+def test_a_calibration_whose_place_is_gone_at_the_end_tells_what_writes_it_without_measuring(model, tmp_path, monkeypatch):
+    from kvtuner_gguf.calibrate import pipeline
+
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+
+    def measured(options, progress):
+        folder.rmdir()
+        return type("Outcome", (), {"plan": PLAN})
+
+    monkeypatch.setattr(pipeline, "calibrate", measured)
+    result = run("calibrate", model, "--chunks", 3, "-o", folder / "x.json")
+    assert result.exit_code == 1 and result.output.startswith(f"Error: {folder / 'x.json'}: not written")
+    assert f"kvtuner-gguf calibrate {model} --chunks 3 -o '{folder / 'x.json'}' --resume -o ELSEWHERE" in result.output

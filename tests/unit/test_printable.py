@@ -33,6 +33,12 @@ def test_what_a_person_writes_stays(text):
     assert printable(text) == text
 
 
+def test_what_is_printable_can_be_stored_in_a_plan():
+    """A text's file name, whatever it holds."""
+    name = printable(EVIL)
+    assert Plan((Pair("q8_0", "q4_0"),), calibration={"text": name}).calibration["text"] == name
+
+
 def test_a_long_text_loses_its_middle():
     text = printable("a" * 5000 + "b" * 5000, 101)
     assert len(text) <= 101 and text.startswith("aaa") and text.endswith("bbb") and "..." in text
