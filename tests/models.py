@@ -248,18 +248,21 @@ def tiny_qwen2(
     *,
     k_outlier: float = 0.0,
     outlier_layers: Iterable[int] = (0,),
+    images: bool = False,
     seed: int = 0,
     extra: Extra = (),
 ) -> Path:
     """qwen2: 4 layers, biases on Q, K and V; per layer K and V of 2 heads * 64.
 
+    images          qwen2vl: RoPE of 4 positions, so that an image's tokens stand at one position and cover a square from there
     k_outlier       added to the K bias in OUTLIER_CHANNELS of both heads, sign alternating; other K values have a std near 1.5
     outlier_layers  layers that get it
     """
     n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim = 4, 256, 128, 4, 2, 64
     outlier_layers = frozenset(outlier_layers)
     keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head) | {"attention.head_count_kv": n_head_kv}
-    w = _Writer(path, "qwen2", seed, keys)
+    keys |= {"rope.dimension_sections": [16, 8, 8, 0]} if images else {}
+    w = _Writer(path, "qwen2vl" if images else "qwen2", seed, keys)
     w.ends(n_embd)
     for il in range(n_layer):
         w.attention(f"blk.{il}.", n_embd, n_head * head_dim, n_head_kv * head_dim)

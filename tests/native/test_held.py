@@ -17,7 +17,7 @@ from kvtuner_gguf.plan import Plan
 
 pytestmark = pytest.mark.native
 
-ARCHS = ["gemma2", "gemma3", "gpt_oss", "hybrid", "mamba", "llama"]  # a window of 64 in the first three
+ARCHS = ["gemma2", "gemma3", "gpt_oss", "hybrid", "mamba", "qwen2 with images", "llama"]  # a window of 64 in the first three
 every_arch = pytest.mark.parametrize("arch", ARCHS)
 N_LONG = 450  # tokens, more than a window's cache of 256 cells holds
 
@@ -34,7 +34,8 @@ def llama(tiny):
 
     def make(arch, *, path=None, **arguments):
         sizes = {"n_ctx": 1024, "n_batch": 64, "n_ubatch": 64, "n_threads": 1, "n_threads_batch": 1} | arguments
-        opened.append(Llama(path or tiny(arch), verbose=False, **sizes))
+        path = path or (tiny("qwen2", images=True) if arch == "qwen2 with images" else tiny(arch))
+        opened.append(Llama(path, verbose=False, **sizes))
         return opened[-1]
 
     yield make
@@ -106,6 +107,20 @@ def test_a_long_chat_reads_nothing_twice(llama, arch, monkeypatch):
         assert sum(read) < 60
 
 
+@pytest.mark.parametrize("arch", ["gemma3", "hybrid"])
+def test_a_chat_that_is_reset_is_a_fresh_one(llama, arch):
+    """In the terminal: a long answer, /reset, then a question."""
+    from kvtuner_gguf.chat import chat_loop
+
+    def said(*lines):
+        rest, out = iter((*lines, "/exit")), []
+        chat_loop(llama(arch), lambda: next(rest), out.append, max_tokens=12, temperature=0.0)
+        return "".join(out)
+
+    question = "What is two plus two?"
+    assert said("word " * 90, "/reset", question).split("(forgotten)\n")[1] == said(question)
+
+
 # ---- a program that moves about by itself
 
 
@@ -156,6 +171,45 @@ def test_a_shift_by_hand_goes_on(llama):
     llm.n_tokens -= 100
     llm.eval(SHORT)
     assert llm.n_tokens == N_LONG - 100 + len(SHORT)
+
+
+def see_image(llm, side=3):
+    """What a handler of images does: side * side embeddings at one position, then n_tokens by hand. -> that position."""
+    import ctypes
+
+    import numpy as np
+    from llama_cpp import llama_cpp
+
+    at, n, n_embd = llm.n_tokens, side * side, llm.n_embd()
+    batch = llama_cpp.llama_batch_init(n, n_embd, 1)
+    batch.n_tokens, own = n, ctypes.cast(batch.pos, ctypes.POINTER(ctypes.c_int32))
+    rows, columns = np.divmod(np.arange(n), side)
+    batch.pos = (ctypes.c_int32 * (4 * n))(*[at] * n, *(at + rows).tolist(), *(at + columns).tolist(), *[0] * n)
+    ctypes.memmove(batch.embd, np.random.default_rng(0).standard_normal((n, n_embd), np.float32).ctypes.data, 4 * n * n_embd)
+    for i in range(n):
+        batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, i == n - 1
+    assert llama_cpp.llama_decode(llm._ctx.ctx, batch) == 0
+    batch.pos = own
+    llama_cpp.llama_batch_free(batch)
+    llm.n_tokens = at + side
+    return at
+
+
+def test_the_square_of_an_image_is_held(llama):
+    llm = llama("qwen2 with images")
+    llm.eval(THIRD)
+    at = see_image(llm)
+    assert native.ctx_holds(llm._ctx.ctx, 0, at + 3) and not native.ctx_holds(llm._ctx.ctx, 0, at + 4)
+    llm.eval(SHORT)
+    first = llm.sample(temp=0.0)
+    assert llm.n_tokens == at + 3 + len(SHORT)
+    llm._ctx.kv_cache_seq_rm(0, at, at + 1)
+    with pytest.raises(NativeError, match="26 tokens before it were not read by eval"):  # an image cannot be read again
+        llm.eval(SHORT)
+    llm.eval(THIRD)
+    see_image(llm)
+    llm.eval(SHORT)
+    assert llm.sample(temp=0.0) == first
 
 
 # ---- what the run time says
