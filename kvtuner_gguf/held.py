@@ -18,7 +18,17 @@ native.library()  # before the first import of llama_cpp
 
 import llama_cpp  # noqa: E402
 import numpy as np  # noqa: E402
+from llama_cpp._internals import LlamaContext  # noqa: E402
 from llama_cpp.llama import LlamaState  # noqa: E402
+
+
+class HeldContext(LlamaContext):
+    """llama_cpp's context, which grants a removal only where it can go on from there."""
+
+    def kv_cache_seq_rm(self, seq_id: int, p0: int, p1: int) -> bool:
+        """Remove positions p0 to p1 (-1 = the end). False, too, if what is left lacks what a token at p0 builds on."""
+        removed = super().kv_cache_seq_rm(seq_id, p0, p1)
+        return removed and (p1 >= 0 or native.ctx_holds(self.ctx, max(seq_id, 0), max(p0, 0)))
 
 
 class HeldLlama(llama_cpp.Llama):
@@ -29,6 +39,15 @@ class HeldLlama(llama_cpp.Llama):
     """
 
     _n_read = 0
+
+    @property
+    def _ctx(self) -> HeldContext:
+        return self.__dict__["_ctx"]
+
+    @_ctx.setter
+    def _ctx(self, ctx: LlamaContext) -> None:
+        ctx.__class__ = HeldContext  # llama_cpp makes it itself
+        self.__dict__["_ctx"] = ctx
 
     @property
     def n_tokens(self) -> int:
@@ -45,7 +64,7 @@ class HeldLlama(llama_cpp.Llama):
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Read tokens at n_tokens and on. Raises NativeError where the tokens before them are neither held nor known."""
-        if len(tokens) and not self._holds(self.n_tokens):
+        if len(tokens) and not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
             before = self._forget_all()
             if self.draft_model is None:
                 tokens = [*before, *tokens]  # in the batches of a fresh object
@@ -57,10 +76,6 @@ class HeldLlama(llama_cpp.Llama):
         finally:
             if start <= self._n_read:
                 self._n_read = self.n_tokens
-
-    def _holds(self, pos: int) -> bool:
-        """Whether all is there that a token at pos builds on, once what stands there and on is removed."""
-        return self._ctx.kv_cache_seq_rm(-1, pos, -1) and native.ctx_holds(self._ctx.ctx, 0, pos)
 
     def _forget_all(self) -> list[int]:
         """Empty the cache. -> the tokens that were read so far."""

@@ -106,6 +106,7 @@ _SIGNATURES = {
     "kvt_model_set_plan": (_i32, [_ptr, _strs, _strs, _i32]),
     "kvt_model_set_k_vectors": (_i32, [_ptr, _i32, _ptr, _ptr, _i32]),
     "kvt_model_set_plan_weights": (_i32, [_ptr, _str]),
+    "kvt_model_weights_hash": (_str, [_ptr]),
     "kvt_model_fingerprint": (_i32, [_ptr, _ptr]),
     "kvt_model_clear_plan": (_i32, [_ptr]),
     "kvt_model_plan_source": (_str, [_ptr]),
@@ -282,6 +283,11 @@ def set_k_vectors(model: int, il: int, mean: Sequence[float], scale: Sequence[fl
 def set_plan_weights(model: int, weights: str) -> None:
     """The weights that the plan, which is set already, was calibrated on; others than the model's make a note. Raises NativeError."""
     check(library().kvt_model_set_plan_weights(model, weights.encode()))
+
+
+def weights_hash(model: int) -> str:
+    """What gguf_file.weights_hash says of the model's file."""
+    return library().kvt_model_weights_hash(model).decode()
 
 
 def fingerprint(model: int) -> str:

@@ -56,6 +56,9 @@ def test_a_model_that_is_missing_is_an_error():
     fails(E_ARG, lib.kvt_model_set_plan(NULL, F16, F16, 4), "must not be null")
     fails(E_ARG, lib.kvt_model_clear_plan(NULL), "model is null")
     fails(E_ARG, lib.kvt_model_plan_layer(NULL, 0, NULL, NULL), "model is null")
+    fails(E_ARG, lib.kvt_model_set_plan_weights(NULL, b""), "must not be null")
+    fails(E_ARG, lib.kvt_model_fingerprint(NULL, NULL), "must not be null")
+    assert lib.kvt_model_weights_hash(NULL) == b""
     assert lib.kvt_model_plan_source(NULL) == b"none"
     assert lib.kvt_model_plan_notes(NULL, NULL, 0) == 0
 
@@ -101,6 +104,7 @@ def test_every_answer_may_be_left_out(session):
 def test_a_context_that_is_missing_is_an_error():
     lib = native.library()
     fails(E_ARG, lib.kvt_ctx_layer(NULL, 0, *[NULL] * 7), "ctx is null")
+    fails(E_ARG, lib.kvt_ctx_holds(NULL, 0, 0), "ctx is null")
     assert lib.kvt_ctx_buffer_bytes(NULL) == 0
     assert lib.kvt_ctx_notes(NULL, NULL, 0) == 0
 

@@ -247,6 +247,18 @@ def test_a_plan_of_these_weights_makes_no_note(load, tiny):
     assert native.plan_notes(session.model) == []
 
 
+def test_a_model_knows_its_weights(load, tiny, files):
+    """By shape, whatever its plan; and by value."""
+    one, planned, other = (load(path) for path in (tiny("llama"), files["vectors"][0], tiny("llama", seed=1)))
+    for session in (one, planned, other):
+        for plan in (None, IN_FILE, False):
+            session.put_in_force(plan)
+            assert native.weights_hash(session.model) == weights_hash(tiny("llama"))
+    assert native.fingerprint(one.model) == native.fingerprint(planned.model) != native.fingerprint(other.model)
+    with pytest.raises(NativeError, match="no plan is in force"):
+        native.set_plan_weights(one.model, "0")
+
+
 # ---- the checksum
 
 
