@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
+import subprocess
 import sys
+import time
 from pathlib import Path
 
-from harness import Tally, attack
+from harness import UPSTREAM, Tally, attack
 from kinds import KINDS
 
 KEEP = Path("build/attack")
@@ -20,6 +24,8 @@ KEEP = Path("build/attack")
 def main() -> None:
     args = _arguments()
     tallies = []
+    if args.markdown:
+        print(f"{_where()}\n\n| kind | what is counted | tried | faults | seed | time |\n|---|---|---|---|---|---|", flush=True)
     for name in args.kinds or KINDS:
         kind = KINDS[name]
         count = args.count or (kind.long if args.long else kind.short)
@@ -45,13 +51,23 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _where() -> str:
+    """The command, the commit, the machine and the day."""
+    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    info = Path("/proc/cpuinfo")
+    cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), "") if info.exists() else platform.processor()
+    return f"`python tests/attack {' '.join(sys.argv[1:])}`, commit {commit}, {cpu}, {os.cpu_count()} processors, {time.strftime('%Y-%m-%d')}"
+
+
 def _line(tally: Tally) -> str:
     words = ", ".join(f"{n} {word}" for word, n in tally.words.most_common())
     return f"{tally.kind:<12} {tally.tried:>7} tried {len(tally.faults):>3} faults {tally.seconds:>7.1f} s   {words}"
 
 
 def _row(tally: Tally) -> str:
-    return f"| {tally.kind} | {KINDS[tally.kind].what} | {tally.tried:,} | {len(tally.faults)} | {tally.seed} | {tally.seconds:.0f} s |"
+    upstream = tally.words[UPSTREAM]
+    note = f" (and {upstream} of which upstream dies, too)" if upstream else ""
+    return f"| {tally.kind} | {KINDS[tally.kind].what} | {tally.tried:,} | {len(tally.faults)}{note} | {tally.seed} | {tally.seconds:.0f} s |"
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ class Attack:
         planned = write_plan(tiny_llama(folder / "a.gguf", n_layer=2), Plan((Pair("q8_0", "q4_0"), Pair("q3_64", "f16")), k_vectors=(vectors(0), vectors(1))))
         models = ((tiny_gemma3, 128), (tiny_qwen2, 128), (tiny_mla, 192), (tiny_hybrid, 64))
         self.bases = [Base.of(planned), *(Base.of(make(folder / f"{make.__name__}.gguf"), n) for make, n in models)]
+        with Session(planned, no_alloc=True):  # takes llama.cpp's log, which llama_cpp prints
+            pass
 
     def attempt(self, rng: random.Random) -> str:
         self.path.write_bytes(damaged(rng, rng.choices(self.bases, [8, 1, 1, 1, 1], k=2)))

@@ -21,6 +21,7 @@ from kinds import KINDS, Kind
 
 CHILD = Path(__file__).with_name("child.py")
 MOST_FAULTS = 20  # after which an attack ends: the cause will be one
+UPSTREAM = "upstream dies of it, too"
 
 
 @dataclass
@@ -95,6 +96,9 @@ def _until_death(kind: Kind, tally: Tally, folder: Path, span: tuple[int, int], 
     if number is None:
         raise RuntimeError(f"{kind.module}: {why} before its first attempt\n{text}")
     tally.tried += kind.each
+    if kind.bare and not sabotage and _bare_dies(kind, folder):
+        tally.words[UPSTREAM] += 1
+        return number + 1
     _blame(tally, number, f"{why}{kept(folder, keep, tally.kind, tally.seed, number)}\n{text}")
     return number + 1
 
@@ -134,6 +138,23 @@ def _kill(child: subprocess.Popen) -> None:
 
 def _death(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ends with code {code}"
+
+
+def _bare_dies(kind: Kind, folder: Path) -> bool:
+    """Whether upstream's own code dies of the same input: of the stock build that KVTUNER_STOCK_LIB names, else of ours without a plan."""
+    library = os.environ.get("KVTUNER_STOCK_LIB") or _our_library()
+    command = [sys.executable, str(CHILD.with_name(kind.bare)), str(folder / "input" / kind.input)]
+    environment = {**os.environ, "LLAMA_CPP_LIB_PATH": library, "OMP_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}
+    try:
+        return subprocess.run(command, env=environment, capture_output=True, timeout=kind.limit_s).returncode < 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
+def _our_library() -> str:
+    from kvtuner_gguf import native
+
+    return str(native.lib_dir())
 
 
 def _blame(tally: Tally, number: int, fault: str) -> None:

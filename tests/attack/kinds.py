@@ -14,6 +14,7 @@ class Kind(NamedTuple):
     limit_s  seconds after which an attempt counts as one that hangs
     memory   bytes of address space that the process may take
     native   whether it needs the patched library
+    bare     the program here that does the same to `input` without our part in it; a death that it dies, too, is not ours
     """
 
     module: str
@@ -24,14 +25,18 @@ class Kind(NamedTuple):
     limit_s: float = 120
     memory: int = 6 << 30
     native: bool = True
+    bare: str = ""
+    input: str = "model.gguf"
 
 
 KINDS = {
     "parser": Kind("gguf_parser", "damaged GGUFs, in Python", 600, 50_000, memory=3 << 30, native=False),
+    "loader": Kind("gguf_loader", "damaged GGUFs, in llama.cpp with the plan's code", 150, 10_000, bare="bare.py"),
     "sidecars": Kind("sidecars", "damaged sidecars, read and put on a model", 400, 15_000),
     "objects": Kind("objects", "models and contexts made and freed", 30, 600),
     "shifts": Kind("shifts", "tokens that a shift of the context made room for", 2_000, 60_000, each=500),
     "threads": Kind("threads", "rounds of six threads with a plan each", 4, 200),
+    "records": Kind("records", "damaged records, then calibrate --resume and solve", 6, 500, limit_s=400),
     "signals": Kind("signals", "signals while a model is written", 40, 900),
     "killed": Kind("killed", "signals in a calibration, then --resume", 4, 150, limit_s=400),
     "disks": Kind("disks", "commands on a disk that fills up, then once more with room", 6, 400, limit_s=400),

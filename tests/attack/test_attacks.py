@@ -9,6 +9,7 @@ every_kind = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.m
 FOUND = {  # sabotage -> (the kind that finds it, how many attempts it may take, what it says)
     "parser": ("parser", 60, "Error"),
     "parser_writes": ("parser", 60, "tensor"),
+    "loader": ("loader", 20, "SIGSEGV"),
     "sidecars": ("sidecars", 40, "plan that comes back is another"),
     "objects": ("objects", 60, "MiB"),
     "shifts": ("shifts", 2000, "logits are off"),
@@ -17,6 +18,7 @@ FOUND = {  # sabotage -> (the kind that finds it, how many attempts it may take,
     "leftover": ("writers", 2, "left"),
     "noise": ("killed", 3, "another plan"),
     "no_room": ("disks", 20, "the model changed|left"),
+    "noise ": ("records", 10, "another plan"),
 }
 
 
@@ -30,7 +32,7 @@ def test_the_product_holds(name, tmp_path):
 @pytest.mark.parametrize("sabotage", [pytest.param(name, marks=[pytest.mark.native] * KINDS[kind].native) for name, (kind, *_) in FOUND.items()])
 def test_a_fault_is_found(sabotage):
     name, count, says = FOUND[sabotage]
-    (fault,) = attack(name, count, sabotage=sabotage, most_faults=1).faults.values()
+    (fault,) = attack(name, count, sabotage=sabotage.strip(), most_faults=1).faults.values()
     assert any(part in fault for part in says.split("|")), fault
 
 
