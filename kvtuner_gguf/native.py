@@ -16,6 +16,7 @@ import numpy as np
 from .errors import CodecError, NativeError
 from .printable import printable
 from .reading import is_regular
+from .threads import wait_briefly
 
 LLAMA_CPP_COMMIT = "0c1e57098"  # of the pinned source
 
@@ -56,6 +57,7 @@ def use_our_library() -> None:
                 f"llama_cpp was imported first and loaded the library in {loaded}, the plan needs the one in {folder}. "
                 "Import kvtuner_gguf before llama_cpp."
             )
+    wait_briefly()
     os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
 
 

@@ -1,4 +1,4 @@
-"""How many threads to run with."""
+"""How many threads to run with, and how they wait for each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ import os
 from .errors import NativeError
 
 MOST_THREADS = 512  # ggml's GGML_MAX_N_THREADS
+
+
+_SPINS = 2000  # some 50 us: longer than the parts of an operation differ, shorter than a slice of another program's time
+_CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+
+def wait_briefly() -> None:
+    """Let OpenMP's threads sleep where the others are long in coming, unless the user has chosen how they wait.
+
+    llama.cpp's threads meet after each operation. By itself libgomp has those that wait spin for milliseconds, which another program on
+    the same processors pays for, and then the one that is waited for. Has to be called before the library is loaded.
+    Measured by tests/bench/threads.py.
+    """
+    if not any(name in os.environ for name in _CHOICES):
+        os.environ["GOMP_SPINCOUNT"] = str(_SPINS)
 
 
 def default_threads() -> int:

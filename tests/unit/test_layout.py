@@ -22,7 +22,7 @@ LEAVES = {
     "terminal": {"errors", "printable"},
     "codecs": {"errors"},
     "reading": {"errors"},
-    "native": {"errors", "printable", "reading"},
+    "native": {"errors", "printable", "reading", "threads"},
     "values": {"errors"},
     "pair": {"codecs", "errors"},
     "kvectors": {"codecs", "errors", "pair", "values"},
