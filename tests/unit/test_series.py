@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
+import textwrap
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
@@ -52,6 +56,65 @@ def test_another_file_is_refused_by_its_hash(series, monkeypatch, tmp_path):
     pip_that(monkeypatch, series, writes=b"not the sdist")
     with pytest.raises(SystemExit, match=f"sha256 is [0-9a-f]{{64}}, need {series.SHA256}"):
         series.download(tmp_path)
+
+
+BACKEND = """
+import os
+from pathlib import Path
+with open(os.environ["MARK"], "a") as mark:
+    mark.write("ran")
+def prepare_metadata_for_build_wheel(folder, config=None):
+    info = Path(folder, "llama_cpp_python-VERSION.dist-info")
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\\nName: llama-cpp-python\\nVersion: VERSION\\n")
+    return info.name
+"""
+
+
+@pytest.fixture
+def private_index(series, monkeypatch, tmp_path):
+    """pip looks into one folder only, which holds an sdist of the pinned name whose build code leaves a mark -> (sdist, mark)"""
+    top, folder = f"llama_cpp_python-{series.VERSION}", tmp_path / "links"
+    folder.mkdir()
+    files = {
+        "pyproject.toml": f"""
+            [build-system]
+            requires = []
+            build-backend = "backend"
+            backend-path = ["."]
+            [project]
+            name = "{series.PACKAGE}"
+            version = "{series.VERSION}"
+            """,
+        "PKG-INFO": f"Metadata-Version: 2.1\nName: {series.PACKAGE}\nVersion: {series.VERSION}\n",
+        "backend.py": BACKEND.replace("VERSION", series.VERSION),
+    }
+    sdist, mark = folder / f"{top}.tar.gz", tmp_path / "mark"
+    with tarfile.open(sdist, "w:gz") as tar:
+        for name, text in files.items():
+            data = textwrap.dedent(text).encode()
+            member = tarfile.TarInfo(f"{top}/{name}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(folder)), ("PIP_CONFIG_FILE", os.devnull), ("MARK", str(mark))):
+        monkeypatch.setenv(name, value)
+    return sdist, mark
+
+
+def test_no_code_of_an_sdist_with_another_hash_is_run(series, private_index, tmp_path):
+    _, mark = private_index
+    (tmp_path / "into").mkdir()
+    with pytest.raises(SystemExit, match=f"index served another file, sha256 {series.SHA256} is needed"):
+        series.download(tmp_path / "into")
+    assert not mark.exists()
+
+
+def test_the_pinned_sdist_is_fetched_from_a_private_index(series, private_index, monkeypatch, tmp_path):
+    sdist, mark = private_index
+    (tmp_path / "into").mkdir()
+    monkeypatch.setattr(series, "SHA256", hashlib.sha256(sdist.read_bytes()).hexdigest())
+    assert series.download(tmp_path / "into").read_bytes() == sdist.read_bytes()
+    assert mark.exists()  # else the test above would prove nothing
 
 
 def test_a_patch_that_does_not_apply_is_named(series, tmp_path):
