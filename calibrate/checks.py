@@ -12,6 +12,7 @@ from ..geometry import Geometry
 from ..room import mib, need, why
 from ..runtime import Session
 from .options import Options
+from .sizes import Sizes
 
 _SPECIAL_TOKENS = 16  # more than a tokenizer adds to a text
 
@@ -23,25 +24,29 @@ class Shape:
     """What is known of a calibration before it starts.
 
     geometry       what the model caches at the context
+    sizes          of the text that the stages work on
     types          il -> the K types and the V types to choose from that the layer can take
     scratch_bytes  of the largest file that is kept while it runs: captured K and V, or a reference
     """
 
     geometry: Geometry
+    sizes: Sizes
     types: Types
     scratch_bytes: int
 
 
-def shape_of(options: Options, stream: int, n_captured: int, n_scored: int) -> Shape:
-    """n_captured chunks of `stream` tokens are captured, n_scored positions are the most of a reference.
+def shape_of(options: Options, sizes: Sizes) -> Shape:
+    """Of the model and the goal; sizes are made to fit the model.
 
-    Raises CalibrationError if no plan can meet the goal, NativeError if the model cannot be loaded.
+    Raises CalibrationError if no plan can meet the goal, NativeError if the model cannot be loaded, or does not write text.
     """
     with Session(options.model, no_alloc=True, n_gpu_layers=options.n_gpu_layers) as session:
+        session.check_writes_text()
         geometry, types = session.geometry(options.n_ctx), session.supported(options.candidate_types)
-        captured = 2 * session.geometry(stream).n_values * n_captured
+        sizes = sizes.fitting(session.fitting)
+        captured = 2 * session.geometry(sizes.stream).n_values * sizes.n_captured
         check_goal(options, geometry, types)
-        return Shape(geometry, types, max(captured, 2 * session.n_vocab * n_scored))
+        return Shape(geometry, sizes, types, max(captured, 2 * session.n_vocab * sizes.n_scored))
 
 
 def cheapest_bytes(geometry: Geometry, types: Types) -> int:
@@ -72,17 +77,8 @@ def check_budget(options: Options, geometry: Geometry, cheapest: int) -> None:
 
 
 def check_text(path: Path | None, n_tokens: int) -> None:
-    """Raises CalibrationError if a file of text is not there, or has fewer bytes than it needs tokens."""
-    if path is None:
-        return
-    try:
-        if not path.is_file():
-            raise CalibrationError(f"text '{path}' is no file. Check the path given with -f.")
-        n_bytes = path.stat().st_size
-        with path.open("rb"):
-            pass
-    except OSError as error:
-        raise CalibrationError(f"text '{path}' cannot be read ({error.strerror}). Check the path given with -f.") from None
+    """Raises CalibrationError if a file of text has fewer bytes than it needs tokens."""
+    n_bytes = n_tokens if path is None else path.stat().st_size
     if n_bytes + _SPECIAL_TOKENS < n_tokens:
         raise CalibrationError(f"text '{path}': {n_bytes} bytes hold {n_bytes} tokens at most, need {n_tokens}. Give a longer text, or fewer --chunks.")
 

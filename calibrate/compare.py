@@ -13,11 +13,18 @@ from ..pair import Pair
 from ..plan import Plan
 from ..report import Comparison, Row
 from ..runtime import Session
+from .corpus import readable
 from .evaluate import make_reference, measure
 from .text import chunks_of, read_text, write_text
 
 
-def compare(
+def compare(*, text: Path | None, **given: Any) -> Comparison:
+    """See _compare. text: a file or a pipe; None: the model writes its own. Raises CalibrationError if it cannot be read."""
+    with readable(text) as path:
+        return _compare(text=path, **given)
+
+
+def _compare(
     *,
     model: Path,
     named: Mapping[str, Plan | Pair],
@@ -30,19 +37,20 @@ def compare(
     threads: int | None,
     n_gpu_layers: int,
 ) -> Comparison:
-    """Each plan or pair measured on n_chunk chunks of `stream` tokens, beside the f16 noise floor.
+    """Each plan or pair measured on n_chunk chunks of `stream` tokens, or of as many as the model can read, beside the f16 noise floor.
 
     text   None: the model writes its own
     n_ctx  context at which bytes are counted
     Raises CalibrationError if a plan does not fit the model, or the text is too short.
     """
     with Session(model, no_alloc=True) as shape:
-        geometry = shape.geometry(n_ctx)
+        shape.check_writes_text()
+        geometry, stream = shape.geometry(n_ctx), shape.fitting(stream)
     with Session(model, n_threads=threads, n_gpu_layers=n_gpu_layers) as session:
         plans = {name: _plan(name, asked, geometry.values_k) for name, asked in named.items()}
         n_tokens = n_chunk * stream
         if text is not None:
-            source = read_text(session, text, 0, n_tokens)
+            source = read_text(session, text, 0, n_tokens, progress.say)
         else:
             with progress.bar("text: the model writes", n_tokens) as advance:
                 source = write_text(session, 0, n_tokens, stream=stream, seed=seed, progress=advance)

@@ -6,6 +6,7 @@ import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,7 @@ from .capture import capture
 from .checks import Shape, cheapest_bytes, check_budget, check_room, check_text, shape_of
 from .cluster import cluster
 from .condition import condition
+from .corpus import readable
 from .error import attention_scores, error_table, k_error
 from .evaluate import N_UBATCH, Chunks, Reference, make_reference, measure
 from .options import IN_PLACE_OF, PAPER_TRIALS, Options, Outcome, Point, Solved
@@ -37,6 +39,7 @@ from .prune import pareto_menus
 from .results import Capture, Conditions, ErrorTable, Trial, Trials
 from .saved import EvaluationCache, claimed, work_dir
 from .search import nsga2
+from .sizes import Sizes
 from .solve import cheapest, fewest_bytes, front, kld_search, refine, solve, uniform_pairs
 from .text import Text, chunks_of, read_text, write_text
 from .weights import search_session
@@ -65,9 +68,10 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
     Raises CalibrationError if the goal cannot be met, the text is too short, there is no room, or the same is being calibrated
     already; all that can be known before the first stage is looked at before it.
     """
-    check_text(options.text, sum(_text_tokens(options)))
     known = shape(options)
-    with scratch() as folder:
+    with readable(options.text) as text, scratch() as folder:
+        options = replace(options, text=text)
+        check_text(options.text, known.sizes.n_calibration + known.sizes.n_heldout)
         check_room(folder, known.scratch_bytes)
         work = _work(options)
         with claimed(work):
@@ -96,15 +100,10 @@ def solve_saved(options: Options, progress: Progress) -> Solved:
 
     Raises CalibrationError if nothing was measured, or the goal cannot be met.
     """
-    check_text(options.text, 0)
     known = shape(options)
-    with Session(options.model, no_alloc=True) as session:
+    with readable(options.text) as text, Session(options.model, no_alloc=True) as session:
+        options = replace(options, text=text)
         return Run(options, session, progress, known, _work(options), None).solved()
-
-
-def _text_tokens(options: Options) -> tuple[int, int]:
-    """Tokens of the calibration's and of the held-out part of the text."""
-    return options.n_chunk * STREAM, options.n_chunk * STREAM * 3 // 2
 
 
 def _work(options: Options) -> Path:
@@ -113,21 +112,7 @@ def _work(options: Options) -> Path:
 
 def shape(options: Options) -> Shape:
     """What is known before the first stage. Raises CalibrationError if no plan can meet the goal, NativeError."""
-    n_search = _search_chunks(options) * (SEARCH_CTX - _search_skip())
-    n_heldout = _text_tokens(options)[1] // STREAM * (STREAM - STREAM // 2)
-    return shape_of(options, STREAM, _capture_chunks(options), max(n_search, n_heldout))
-
-
-def _capture_chunks(options: Options) -> int:
-    return max(1, options.n_chunk // 2)
-
-
-def _search_chunks(options: Options) -> int:
-    return max(1, options.n_chunk * 3 // 4)
-
-
-def _search_skip() -> int:
-    return min(SEARCH_SKIP, SEARCH_CTX // 4)
+    return shape_of(options, Sizes(options.n_chunk, STREAM, SEARCH_CTX, SEARCH_SKIP))
 
 
 class Run:
@@ -139,7 +124,7 @@ class Run:
 
     def __init__(self, options: Options, session: Session, progress: Progress, shape: Shape, work: Path, scratch: Path | None) -> None:
         self.options, self.session, self.progress, self.work, self.scratch = options, session, progress, work, scratch
-        self.shape, self.geometry = shape, shape.geometry
+        self.shape, self.geometry, self.sizes = shape, shape.geometry, shape.sizes
         self.max_bytes = options.goal.max_bytes(self.geometry)
         self.cache = EvaluationCache(work / "evaluations.jsonl")
         self.k_vectors: tuple[KVectors, ...] = ()
@@ -166,11 +151,11 @@ class Run:
 
     def text(self) -> Text:
         def make() -> Text:
-            n_calibration, n_heldout = _text_tokens(self.options)
+            n_calibration, n_heldout = self.sizes.n_calibration, self.sizes.n_heldout
             if self.options.text:
-                return read_text(self.session, self.options.text, n_calibration, n_heldout)
+                return read_text(self.session, self.options.text, n_calibration, n_heldout, self.progress.say)
             with self.progress.bar("text: the model writes", n_calibration + n_heldout) as advance:
-                return write_text(self.session, n_calibration, n_heldout, stream=STREAM, seed=self.options.seed, progress=advance)
+                return write_text(self.session, n_calibration, n_heldout, stream=self.sizes.stream, seed=self.options.seed, progress=advance)
 
         return self.record(Text, "text.npz", make)
 
@@ -227,7 +212,7 @@ class Run:
         path = self.scratch / "capture"
         if (path / Capture.INDEX).exists():  # of an earlier stage of this run
             return Capture.load(path)
-        chunks = chunks_of(text.calibration, STREAM, _capture_chunks(self.options), "calibration text")
+        chunks = chunks_of(text.calibration, self.sizes.stream, self.sizes.n_captured, "calibration text")
         with self.progress.bar("capture: Q, K, V on an f16 cache", chunks.tokens.size) as advance:
             return capture(self.session, chunks, path, advance, n_ctx=self.options.n_ctx)
 
@@ -235,7 +220,8 @@ class Run:
 
     def search_reference(self, text: Text) -> Reference:
         tail = text.calibration[len(text.calibration) // 2 :]
-        return self.reference("search", chunks_of(tail, SEARCH_CTX, _search_chunks(self.options), "calibration text", _search_skip()))
+        sizes = self.sizes
+        return self.reference("search", chunks_of(tail, sizes.search_ctx, sizes.n_searched, "calibration text", sizes.search_skip))
 
     def reference(self, name: str, chunks: Chunks) -> Reference:
         with self.progress.bar(f"{name}: f16 reference", chunks.n_positions) as advance:
@@ -377,7 +363,7 @@ class Run:
 
     def proved(self, text: Text, found: Trial, uniform: list[Trial]) -> Outcome:
         """The plan on held-out text, beside the two uniform pairs of its bytes that did best in the search."""
-        chunks = chunks_of(text.heldout, STREAM, len(text.heldout) // STREAM, "held-out text")
+        chunks = chunks_of(text.heldout, self.sizes.stream, len(text.heldout) // self.sizes.stream, "held-out text")
         reference = self.reference("heldout", chunks)
         allowed = max(found.n_bytes, self.max_bytes or 0) + vector_bytes(self.k_vectors)
         rivals = sorted((t for t in uniform if t.n_bytes <= allowed), key=lambda t: t.kld)[:2]

@@ -14,6 +14,7 @@ from ..errors import CalibrationError, KvtunerError
 from ..identity import weights_sample
 from ..pair import Pair
 from ..plan import Quality
+from .corpus import file_sha256
 from .options import Options
 from .records import append_line, read_lines
 
@@ -25,16 +26,8 @@ def work_dir(options: Options, *sizes: int) -> Path:
     runs = [__version__, native.build_id(), os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""), options.n_gpu_layers]
     parts = [RECORDS, *runs, weights_sample(options.model), options.n_chunk, options.seed, *sizes]
     if options.text:
-        parts.append(_file_hash(options.text))
+        parts.append(file_sha256(options.text))
     return cache_dir() / "calibrate" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest()
 
 
 @contextmanager

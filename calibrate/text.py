@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, KvtunerError
 from ..printable import printable
 from ..runtime import Session
+from .corpus import Corpus, Document, Piece, file_sha256
 from .evaluate import Chunks
 from .records import load_arrays, save_arrays
 
@@ -81,36 +81,60 @@ def chunks_of(tokens: np.ndarray, n_ctx: int, n_chunk: int, what: str, n_skip: i
     return Chunks(tokens[: n_ctx * n_chunk].reshape(n_chunk, n_ctx), n_skip)
 
 
-def read_text(session: Session, path: Path, n_calibration: int, n_heldout: int) -> Text:
-    """Text of a file: .jsonl with a "text" field in each line, anything else as plain text.
+def read_text(
+    session: Session, path: Path, n_calibration: int, n_heldout: int, say: Callable[[str], None] = lambda text: None
+) -> Text:
+    """Text of a file: the documents of JSON Lines, or anything else as plain text. See Corpus.
 
-    The first part is for calibration, the last for proof. Raises CalibrationError if the file cannot be read, or is too short.
+    The first part is for calibration, the last for proof; what lies between is not looked at.
+    Raises CalibrationError if the file cannot be read, or is too short.
     """
-    try:
-        data = path.read_bytes()
-        text = data.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise CalibrationError(f"text '{path}' cannot be read: {e}. Give a UTF-8 text file.") from None
-    if path.suffix == ".jsonl":
-        text = "\n\n".join(_json_lines(path, text))
-    tokens = np.array(session.tokenize(text), np.int32)
-    need = n_calibration + n_heldout
-    if len(tokens) < need:
+    with Corpus(path) as corpus:
+        head, rest = _tokens(session, corpus, n_calibration, front=True)
+        tail, _ = _tokens(session, corpus, max(0, n_heldout - len(rest)), front=False)
+        if corpus.n_skipped:
+            say(f"text '{path.name}': {corpus.n_skipped} of the {corpus.n_lines} lines read have a null or empty text and are left out.")
+    tail, need = np.concatenate([rest, tail]), n_calibration + n_heldout
+    if len(head) + len(tail) < need:
         raise CalibrationError(
-            f"text '{path}' has {len(tokens)} tokens, need {need}: {n_calibration} to calibrate and {n_heldout} to prove. "
+            f"text '{path}' has {len(head) + len(tail)} tokens, need {need}: {n_calibration} to calibrate and {n_heldout} to prove. "
             "Give a longer text, or fewer --chunks."
         )
-    return Text(printable(path.name), hashlib.sha256(data).hexdigest(), tokens[:n_calibration], tokens[-n_heldout:])
+    return Text(printable(path.name), file_sha256(path), head, tail[len(tail) - n_heldout :])
 
 
-def _json_lines(path: Path, text: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(filter(str.strip, text.splitlines()), 1):
-        try:
-            documents.append(json.loads(line)["text"])
-        except (ValueError, KeyError, TypeError):
-            raise CalibrationError(f"text '{path}', line {number}: need a JSON object with a \"text\" field.") from None
-    return documents
+def _tokens(session: Session, corpus: Corpus, n: int, *, front: bool) -> tuple[np.ndarray, np.ndarray]:
+    """The next n tokens of the corpus, or the last n, in the order of the text, and what was read beyond them; fewer if it ends."""
+    pieces, have = [], 0
+    for piece in (corpus.front() if front else corpus.back()) if n else ():
+        pieces.append(np.array(_tokenized(session, piece, corpus), np.int32))
+        have += len(pieces[-1])
+        if have >= n:
+            break
+    tokens = np.concatenate([np.empty(0, np.int32), *(pieces if front else reversed(pieces))])
+    return (tokens[:n], tokens[n:]) if front else (tokens[max(0, have - n) :], tokens[: max(0, have - n)])
+
+
+def _tokenized(session: Session, piece: Piece, corpus: Corpus) -> list[int]:
+    """Plain documents as one text with an empty line between two, conversations as the model's chat template has them."""
+    tokens: list[int] = []
+    for is_chat, group in groupby(piece.documents, key=lambda d: bool(d.messages)):
+        if is_chat:
+            for document in group:
+                tokens += session.tokenize(_chat_text(session, document, corpus), add_special=False, parse_special=True)
+            continue
+        text, begins = "\n\n".join(d.text for d in group), piece.is_first and not tokens
+        tokens += session.tokenize(text if begins or not corpus.is_json else f"\n\n{text}", add_special=begins)
+    return tokens
+
+
+def _chat_text(session: Session, document: Document, corpus: Corpus) -> str:
+    if session.chat_template is None:
+        raise CalibrationError(f"text '{corpus.path}': holds \"messages\", and the model has no chat template. Give rows with a \"text\".")
+    try:
+        return session.chat_template.text(document.messages)
+    except KvtunerError as error:
+        raise CalibrationError(f"text '{corpus.path}': {error}") from None
 
 
 def write_text(

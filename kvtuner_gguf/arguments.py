@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,20 @@ from typing import Any
 
 import click
 
+from .values import brief
+
 MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+class FiniteFloat(click.FloatRange):
+    """A number within a range that is neither nan nor infinite."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"'{value}' is not a finite number.", param, ctx)
+        return number
 
 
 class Memory(click.ParamType):
@@ -21,9 +34,12 @@ class Memory(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?B)?", str(value), re.IGNORECASE)
         try:
-            return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+            n_bytes = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
         except (TypeError, ValueError, OverflowError):
-            self.fail(f"'{value:.60}' is not a size. Write for example 96M or 1.5G.", param, ctx)
+            n_bytes = 0
+        if not 0 < n_bytes < 2**63:
+            self.fail(f"{brief(value)} is not a size. Write for example 96M or 1.5G.", param, ctx)
+        return n_bytes
 
 
 def shared(*names: str) -> Callable:
@@ -36,9 +52,9 @@ def shared(*names: str) -> Callable:
         "ngl": click.option("-ngl", "--n-gpu-layers", default=0, show_default=True, type=click.IntRange(0), help="Layers to keep on the GPU."),
         "chunks": click.option("--chunks", "n_chunk", default=4, show_default=True, type=click.IntRange(2, 1000), help="Pieces of text: more take longer and tell more."),
         "seed": click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the text and the search."),
-        "bits": click.option("--bits", type=float, help="Goal: real bits per cached value, scales included. [default: 6]"),
+        "bits": click.option("--bits", type=FiniteFloat(0, 32, min_open=True), help="Goal: real bits per cached value, scales included. [default: 6]"),
         "memory": click.option("--memory", type=Memory(), help="Goal: bytes of the cache at -c, for example 96M."),
-        "kld": click.option("--max-kld", type=float, help="Goal: the least memory whose mean KLD stays within this, in nats."),
+        "kld": click.option("--max-kld", type=FiniteFloat(0, min_open=True), help="Goal: the least memory whose mean KLD stays within this, in nats."),
         "types": click.option("--types", help="Cache types to choose from, comma-separated. [default: all but f32 and bf16, and blocks of 32 only where 64 does not fit; paper: q8_0,q4_0,q2_64]"),
         "mean": click.option("--k-mean/--no-k-mean", default=None, help="Whether K may be cached without its mean, where that helps. [default: yes; paper: no]"),
         "scale": click.option("--k-scale/--no-k-scale", default=None, help="Whether K may be scaled per channel, where that helps. [default: yes; paper: no]"),

@@ -2,17 +2,59 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
 from typing import Any
 
+from .errors import KvtunerError
+from .template import TEMPLATE_ERRORS, Messages, folded, template_error
 
-def answer(llm: Any, messages: list[dict[str, str]], *, max_tokens: int | None, temperature: float) -> Iterator[str]:
-    """The pieces of the model's answer to the messages, as they come."""
-    stream = llm.create_chat_completion(messages=messages, stream=True, max_tokens=max_tokens, temperature=temperature)
-    for chunk in stream:
-        piece = chunk["choices"][0]["delta"].get("content")
-        if piece:
-            yield piece
+
+class TooLong(KvtunerError):
+    """The messages do not fit into the context."""
+
+
+def answer(
+    llm: Any, messages: Messages, *, max_tokens: int | None, temperature: float, say: Callable[[str], None] = lambda text: None
+) -> Iterator[str]:
+    """The pieces of the model's answer to the messages, as they come. say gets what the user should know.
+
+    Raises TooLong before the first piece, KvtunerError for a template that fails, or a run that does.
+    """
+    create = partial(llm.create_chat_completion, stream=True, max_tokens=max_tokens, temperature=temperature)
+    stream = _formatted(create, messages, f"model '{llm.model_path}'", say)  # nothing is run before the first piece is asked for
+    try:
+        for chunk in stream:
+            piece = chunk["choices"][0]["delta"].get("content")
+            if piece:
+                yield piece
+    except ValueError as error:
+        if "exceed context window" not in str(error):
+            raise KvtunerError(f"the answer ended early: {error}.") from None
+        raise TooLong(f"message: longer than the context of {llm.n_ctx()} tokens. Shorten it, or use a larger -c.") from None
+    except RuntimeError as error:
+        raise KvtunerError(f"the answer ended early: {error}.") from None
+
+
+def _formatted(create: Callable[..., Any], messages: Messages, name: str, say: Callable[[str], None]) -> Any:
+    """The stream of an answer, once the chat template has taken the messages."""
+    try:
+        return create(messages=messages)
+    except TEMPLATE_ERRORS as error:
+        again = folded(messages)
+        if again is None:
+            raise template_error(error, name) from None
+        stream = _formatted(create, again, name, say)
+        say("this model takes no system message: it stands at the start of your first one")
+        return stream
+
+
+def utf8(text: str) -> str:
+    """What was typed, with a replacement character for each byte that is no UTF-8."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def chat_loop(
@@ -24,42 +66,117 @@ def chat_loop(
     max_tokens: int | None = None,
     temperature: float = 0.7,
 ) -> None:
-    """Read, answer, repeat, until /exit or the end of the input. /reset forgets the conversation.
+    """Read, answer, repeat, until /exit, Ctrl-C at the prompt, or the end of the input. /reset forgets the conversation.
 
     read   the user's next line, None at the end of the input
     write  prints a piece of text as it is
-    The oldest turns are dropped when the context is full, and the user is told.
+    Ctrl-C stops an answer. The oldest turns are dropped when the context is full, and the user is told.
     """
-    start = [{"role": "system", "content": system}] if system else []
-    messages = list(start)
-    while (line := read()) is not None:
-        line = line.strip()
+    chat = _Chat(llm, write, system, max_tokens=max_tokens, temperature=temperature)
+    while (line := _read(read, write)) is not None:
+        line = utf8(line).strip()
         if line == "/exit":
             return
         if line == "/reset":
-            messages = list(start)
+            chat.turns = []
             write("(forgotten)\n")
         elif line:
-            messages = _turn(llm, [*messages, {"role": "user", "content": line}], len(start), write, max_tokens, temperature)
+            chat.turn({"role": "user", "content": line})
 
 
-def _turn(
-    llm: Any, messages: list[dict[str, str]], n_start: int, write: Callable[[str], None], max_tokens: int | None, temperature: float
-) -> list[dict[str, str]]:
-    """One answer, written as it comes; the messages with it."""
-    while True:
-        try:
-            pieces = []
-            for piece in answer(llm, messages, max_tokens=max_tokens, temperature=temperature):
-                pieces.append(piece)
-                write(piece)
-            write("\n")
-            return [*messages, {"role": "assistant", "content": "".join(pieces)}]
-        except ValueError as error:
-            if "exceed" not in str(error) or pieces:
+def _read(read: Callable[[], str | None], write: Callable[[str], None]) -> str | None:
+    try:
+        return read()
+    except KeyboardInterrupt:
+        write("\n")
+        return None
+
+
+class _Chat:
+    """A conversation, which no error and no interruption loses.
+
+    turns  the user's and the model's message of each
+    """
+
+    def __init__(self, llm: Any, write: Callable[[str], None], system: str | None, **sampling: Any) -> None:
+        self.llm, self.write, self.sampling = llm, write, sampling
+        self.start = [{"role": "system", "content": system}] if system else []
+        self.turns: list[tuple[dict[str, str], dict[str, str]]] = []
+        self.told: set[str] = set()
+
+    def say(self, text: str) -> None:
+        """Tells the user, once."""
+        if text not in self.told:
+            self.told.add(text)
+            self.write(f"({text})\n")
+
+    def turn(self, question: dict[str, str]) -> None:
+        """One answer, written as it comes. What was said when it ends, however that is, is kept."""
+        pieces: list[str] = []
+        with _Interruption() as interruption:
+            try:
+                self._speak(question, pieces, interruption)
+                end = "(stopped)\n" if interruption.asked else ""
+            except TooLong as error:
+                end = f"({error})\n"
+            except KvtunerError as error:
+                end = f"({error})\n"
+                self.llm.reset()
+            except KeyboardInterrupt:
+                end = "(stopped)\n"
+                self.llm.reset()  # it may have come between the cache and what is known of it
+        self.write(("\n" if pieces or not end else "") + end)
+        if pieces:
+            self.turns.append((question, {"role": "assistant", "content": "".join(pieces)}))
+
+    def _speak(self, question: dict[str, str], pieces: list[str], interruption: _Interruption) -> None:
+        stream = self._opened(question)
+        while (piece := next(stream, None)) is not None:
+            interruption.is_held = True
+            pieces.append(piece)
+            self.write(piece)
+            if interruption.asked:
+                return
+
+    def _opened(self, question: dict[str, str]) -> Iterator[str]:
+        """The answer's pieces, with as many of the latest turns before the question as the context holds."""
+        for n_dropped in range(len(self.turns) + 1):
+            earlier = [message for turn in self.turns[n_dropped:] for message in turn]
+            stream = answer(self.llm, [*self.start, *earlier, question], say=self.say, **self.sampling)
+            try:
+                first = next(stream, None)
+            except TooLong:
+                if n_dropped < len(self.turns):
+                    continue
                 raise
-            if len(messages) <= n_start + 1:
-                write("(this message is longer than the context: start with a larger -c)\n")
-                return messages[:n_start]
-            messages = messages[:n_start] + messages[n_start + 2 :]
-            write("(the context is full: the oldest turn is dropped)\n")
+            if n_dropped:
+                self.turns = self.turns[n_dropped:]
+                self.write(f"(the context is full: the oldest {'turn is' if n_dropped == 1 else f'{n_dropped} turns are'} dropped)\n")
+            if first is not None:
+                yield first
+            yield from stream
+            return
+
+
+class _Interruption:
+    """Ctrl-C within the block. While it is held it is only noted, so that an answer ends between two tokens; twice is not held."""
+
+    def __init__(self) -> None:
+        self.asked = self.is_held = False
+
+    def __enter__(self) -> _Interruption:
+        self._before = signal.getsignal(signal.SIGINT)
+        is_main = threading.current_thread() is threading.main_thread()  # the only one that gets signals
+        self._is_ours = is_main and callable(self._before)  # else it is ignored, or ends the process
+        if self._is_ours:
+            signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_ours:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked or not self.is_held:
+            self._before(number, frame)
+        self.asked = True

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .arguments import FILE, MODEL, shared
+from .arguments import FILE, MODEL, FiniteFloat, shared
 from .errors import MOST_CHARACTERS, CalibrationError, KvtunerError, PlanError
 from .interrupts import orderly
 from .pair import Pair, allocated_pairs
@@ -131,7 +131,10 @@ def _options(model: Path, **given: Any) -> Any:
         goals["bits"] = DEFAULT_BITS
     if goals["max_kld"] is not None and given.get("method") == "paper":
         raise click.UsageError("--method paper searches within --bits or --memory, not for --max-kld.")
-    types = tuple(codec(t.strip()).name for t in (given.pop("types") or "").split(",") if t.strip())
+    names = given.pop("types")
+    types = tuple(codec(t.strip()).name for t in (names or "").split(",") if t.strip())
+    if names is not None and not types:
+        raise click.BadParameter("names no type. Write for example q8_0,q4_0.", param_hint="--types")
     given["n_threads"], given["types"] = given.pop("threads", None), types
     return Options(model, Goal(**goals), **given)
 
@@ -351,12 +354,13 @@ def show_lib_dir() -> None:
 @click.option("-ctk", "--cache-type-k", "type_k", help="One K type for all layers, whatever the plan says.")
 @click.option("-ctv", "--cache-type-v", "type_v", help="One V type for all layers, whatever the plan says.")
 @click.option("-n", "--predict", "max_tokens", type=click.IntRange(1), help="Most tokens of an answer. Default: what fits.")
-@click.option("--temp", "temperature", default=0.7, show_default=True, type=click.FloatRange(0), help="Temperature; 0 takes the likeliest token.")
+@click.option("--temp", "temperature", default=0.7, show_default=True, type=FiniteFloat(0), help="Temperature; 0 takes the likeliest token.")
 @shared("m", "c", "t", "ngl")
 def chat(prompt: str | None, system: str | None, max_tokens: int | None, temperature: float, **given: Any) -> None:
     """Chat with a model under its plan. /reset forgets the conversation, /exit ends it."""
-    from .chat import answer, chat_loop
+    from .chat import answer, chat_loop, utf8
 
+    system = system and utf8(system)
     llm = _open_llama(**given)
     note(_memory_line(llm))
 
@@ -365,10 +369,12 @@ def chat(prompt: str | None, system: str | None, max_tokens: int | None, tempera
 
     if prompt is not None:
         messages = [{"role": "system", "content": system}] if system else []
-        for piece in answer(llm, [*messages, {"role": "user", "content": prompt}], max_tokens=max_tokens, temperature=temperature):
+        for piece in answer(llm, [*messages, {"role": "user", "content": utf8(prompt)}], max_tokens=max_tokens, temperature=temperature, say=note):
             write(piece)
         show("")
     else:
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 is no reason to end
         chat_loop(llm, _read_line, write, system=system, max_tokens=max_tokens, temperature=temperature)
     llm.close()
 
@@ -378,6 +384,7 @@ def _open_llama(model: Path, plan_file: Path | None = None, no_plan: bool = Fals
     from .llama import Llama
     from .runtime import Session, check_memory
     from .threads import default_threads
+    from .template import TemplateError, template_error
 
     plan = asked_plan(False if no_plan else plan_file)
     if n_gpu_layers == 0:
@@ -390,6 +397,8 @@ def _open_llama(model: Path, plan_file: Path | None = None, no_plan: bool = Fals
             model, plan=plan, n_ctx=n_ctx, n_threads=threads or default_threads(), n_gpu_layers=n_gpu_layers,
             type_k=type_k, type_v=type_v, verbose=False,
         )
+    except TemplateError as error:
+        raise template_error(error, f"model '{model}'") from None
     except ValueError as error:
         raise KvtunerError(f"model '{model}' at {n_ctx} tokens: {error}. Check the file, the types, and -c.") from None
 

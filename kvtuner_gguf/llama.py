@@ -12,6 +12,8 @@ from .in_force import Asked, asked_plan, put_in_force
 from .pair import allocated_pairs
 from .plan import Plan
 from .threads import MOST_THREADS, checked_threads
+from .uses import check_positions, check_writes_text
+from .words import cut_long_words
 
 if TYPE_CHECKING:
     from .native import LayerCache
@@ -28,7 +30,8 @@ class Llama(HeldLlama):
     A copy (copy, pickle) runs what the original runs, and has read nothing.
 
     Raises PlanError if the plan does not fit the model, CodecError for a type that is no cache type, NativeError for threads out
-    of range, or if llama_cpp was loaded with another library.
+    of range, a model that does not write text (embedding=True takes one), a context beyond the positions that it has learned, or if
+    llama_cpp was loaded with another library.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Llama(HeldLlama):
                 n_threads_batch=checked_threads(n_threads_batch or min(os.cpu_count() or 1, MOST_THREADS)),
                 **kwargs,
             )
+            self._check_usable()
         except BaseException:
             self.close()  # what was loaded so far
             raise
@@ -74,6 +78,22 @@ class Llama(HeldLlama):
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"plan": self._asked}
+
+    def _check_usable(self) -> None:
+        check_positions(self._model.model, self.context_params.n_ctx)
+        if not self.context_params.embeddings:
+            check_writes_text(self._model.model, self._ctx.ctx, self.model_path)
+
+    def n_ctx(self) -> int:
+        """Tokens of a context: what llama.cpp rounded up to, or as many as the model has positions for."""
+        return min(super().n_ctx(), native.n_positions(self._model.model) or super().n_ctx())
+
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of a text, however long its words are."""
+        tokens: list[int] = []
+        for part in cut_long_words(text.decode("utf-8", "surrogateescape")):
+            tokens += super().tokenize(part.encode("utf-8", "surrogateescape"), add_bos and not tokens, special)
+        return tokens
 
     @property
     def layers(self) -> list[LayerCache]:

@@ -104,6 +104,7 @@ _SIGNATURES = {
     "kvt_encode": (_i32, [_str, _ptr, _i64, _i64, _ptr]),
     "kvt_decode": (_i32, [_str, _ptr, _i64, _i64, _ptr]),
     "kvt_model_n_layer": (_i32, [_ptr]),
+    "kvt_model_n_pos": (_i32, [_ptr]),
     "kvt_model_rope": (_i32, [_ptr, _i32, _ptr, _ptr]),
     "kvt_model_set_plan": (_i32, [_ptr, _strs, _strs, _i32]),
     "kvt_model_set_k_vectors": (_i32, [_ptr, _i32, _ptr, _ptr, _i32]),
@@ -257,6 +258,11 @@ class LayerCache:
 def n_layer(model: int) -> int:
     """Layers that a plan of this model has."""
     return check(library().kvt_model_n_layer(model))
+
+
+def n_positions(model: int) -> int | None:
+    """Rows of the table of positions that the model learned, beyond which it cannot read; None if it has none."""
+    return check(library().kvt_model_n_pos(model)) or None
 
 
 def rope(model: int, il: int) -> tuple[int, bool]:

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,10 @@ from .kvectors import KVectors
 from .pair import Pair
 from .plan import Plan
 from .printable import printable
+from .template import ChatTemplate
 from .threads import checked_threads, default_threads
+from .uses import check_positions, check_writes_text
+from .words import cut_long_words
 
 
 MOST_CONTEXT = 16  # times the trained context; beyond it even the cells' bookkeeping fills the memory
@@ -141,12 +144,15 @@ class Session:
 
     def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of a text."""
-        data = text.encode()
-        buf = (ctypes.c_int32 * (len(data) + 16))()
-        n = self._llama.llama_tokenize(self.vocab, data, len(data), buf, len(buf), add_special, parse_special)
-        if n < 0:
-            raise NativeError(f"a text of {len(data)} bytes could not be tokenized: {self._log.reason()}")
-        return list(buf[:n])
+        tokens: list[int] = []
+        for part in cut_long_words(text):
+            data = part.encode()
+            buf = (ctypes.c_int32 * (len(data) + 16))()
+            n = self._llama.llama_tokenize(self.vocab, data, len(data), buf, len(buf), add_special and not tokens, parse_special)
+            if n < 0:
+                raise NativeError(f"a text of {len(data)} bytes could not be tokenized: {self._log.reason()}")
+            tokens += buf[:n]
+        return tokens
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""
@@ -158,6 +164,20 @@ class Session:
     def is_end(self, token: int) -> bool:
         """True for a token that ends a document or a turn."""
         return self._llama.llama_vocab_is_eog(self.vocab, token)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The template in the model's file; None if it has none. Raises KvtunerError if it does not parse."""
+        source = self._llama.llama_model_chat_template(self.model, None)
+        if not source:
+            return None
+        lc = self._llama
+        bos, eos = (self._token_text(token) for token in (lc.llama_vocab_bos(self.vocab), lc.llama_vocab_eos(self.vocab)))
+        return ChatTemplate(source.decode(errors="replace"), bos, eos)
+
+    def _token_text(self, token: int) -> str:
+        """How a token is written; "" for one that the vocabulary does not have."""
+        return (self._llama.llama_vocab_get_text(self.vocab, token) or b"").decode(errors="replace") if token >= 0 else ""
 
     def chat_prompt(self, prompt: str) -> str | None:
         """A user's message in the model's own chat template, up to where the answer starts; None if it has none."""
@@ -182,6 +202,15 @@ class Session:
             path.unlink(missing_ok=True)
             raise NativeError(f"model '{self.path}' cannot be written as {type_name}: {self._log.reason()}")
 
+    def check_writes_text(self) -> None:
+        """Raises NativeError for a model that cannot be run token by token; opens a small context to ask."""
+        with self.context(self.fitting(256)) as ctx:
+            check_writes_text(self.model, ctx.ctx, self.path)
+
+    def fitting(self, n_ctx: int) -> int:
+        """So many tokens, or as many as the model has positions for."""
+        return min(n_ctx, native.n_positions(self.model) or n_ctx)
+
     def geometry(self, n_ctx: int) -> Geometry:
         """Cached values of each layer at n_ctx tokens, as the run time would allocate them."""
         values_k, values_v = [0] * self.n_layer, [0] * self.n_layer
@@ -191,13 +220,13 @@ class Session:
 
     def rotation(self, type_name: str = "q8_0") -> dict[int, tuple[int, int]]:
         """il -> (rot_k, rot_v): the Hadamard blocks that quantized K and V of a layer are rotated by, 0 = none."""
-        return {layer.il: (layer.rot_k, layer.rot_v) for layer in self._layers_with(256, type_name)}
+        return {layer.il: (layer.rot_k, layer.rot_v) for layer in self._layers_with(self.fitting(256), type_name)}
 
     def supported(self, types: Sequence[str]) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
         """il -> the K types and the V types, of those named, that the run time allocates for the layer."""
         found: dict[int, tuple[list[str], list[str]]] = {}
         for name in types:
-            for layer in self._layers_with(256, name):
+            for layer in self._layers_with(self.fitting(256), name):
                 k, v = found.setdefault(layer.il, ([], []))
                 if layer.type_k == name:
                     k.append(name)
@@ -241,6 +270,9 @@ class Context:
         tap: Tap | None = None,
     ) -> None:
         """n_ctx: tokens, of all sequences together. Raises NativeError if the context cannot be made."""
+        if n_ctx < 1:
+            raise NativeError(f"context of {n_ctx} tokens: need at least 1. Use a larger -c.")
+        check_positions(session.model, n_ctx // n_seq_max)
         if n_ctx > MOST_CONTEXT * max(session.n_ctx_train, 8192) * n_seq_max:
             raise NativeError(
                 f"context of {n_ctx} tokens: more than {MOST_CONTEXT} times the {session.n_ctx_train} that the model was trained for. "
@@ -288,6 +320,7 @@ class Context:
 
         -> (sum of outputs, n_vocab) float32, a view that lives until the next call. Raises NativeError.
         """
+        self._check_batch(rows)
         batch = self._filled_batch(rows, outputs)
         code = self._llama.llama_decode(self.ctx, batch)
         if code:
@@ -298,6 +331,12 @@ class Context:
         self._llama.llama_synchronize(self.ctx)
         logits = self._llama.llama_get_logits(self.ctx)
         return np.ctypeslib.as_array(logits, (n_outputs, self._session.n_vocab))
+
+    def _check_batch(self, rows: Sequence[tuple[int, int, int]]) -> None:
+        """llama.cpp aborts the process for these."""
+        if not 0 < len(rows) <= self.n_ctx:
+            raise NativeError(f"a batch of {len(rows)} tokens: need 1 to {self.n_ctx}, as many as the context.")
+        check_positions(self._session.model, 1 + max(pos for _, pos, _ in rows))
 
     def _filled_batch(self, rows: Sequence[tuple[int, int, int]], outputs: Sequence[bool]) -> object:
         if self._batch is None:

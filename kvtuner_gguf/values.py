@@ -56,5 +56,8 @@ def _shortest_f32(value: float) -> float:
 
 def brief(value: object) -> str:
     """The value as an error shows it, 60 characters at most."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__} of many levels"
     return text if len(text) <= 60 else text[:57] + "..."

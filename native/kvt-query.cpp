@@ -1,4 +1,4 @@
-// kvt-query.cpp - what a context has really allocated
+// kvt-query.cpp - how far a model can read, and what a context has really allocated
 #include "kvt.h"
 #include "kvt-plan.h"
 
@@ -8,6 +8,7 @@
 #include "llama-kv-cache-dsa.h"
 #include "llama-kv-cache-dsa-iswa.h"
 #include "llama-kv-cache-msa.h"
+#include "llama-model.h"
 #include "llama-memory-hybrid.h"
 #include "llama-memory-hybrid-idx.h"
 #include "llama-memory-hybrid-iswa.h"
@@ -109,6 +110,13 @@ struct kvt_query {
 
     static const kvt_cache & types(const llama_kv_cache & kv) { return *kv.kvt; }
 };
+
+int32_t kvt_model_n_pos(const llama_model * model) {
+    if (!model) {
+        return kvt_error(KVT_E_ARG, "kvt_model_n_pos: model is null");
+    }
+    return model->pos_embd ? (int32_t) model->pos_embd->ne[1] : 0;
+}
 
 int32_t kvt_ctx_layer(
         const llama_context * ctx, int32_t il,

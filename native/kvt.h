@@ -50,6 +50,9 @@ LLAMA_API int32_t kvt_model_n_layer(const struct llama_model * model);
 // else with its neighbour. Vectors that are equal within a pair commute with it
 LLAMA_API int32_t kvt_model_rope(const struct llama_model * model, int32_t il, int32_t * n_rot, bool * far);
 
+// positions that the model has a row for in a table that it learned; a token beyond them cannot be read. 0 = no table, no end
+LLAMA_API int32_t kvt_model_n_pos(const struct llama_model * model);
+
 // set the plan for contexts that are created from now on; contexts that exist keep theirs
 // type_k, type_v: n_layer names, "" where a layer is left at f16 or has no KV of its own
 LLAMA_API int32_t kvt_model_set_plan(struct llama_model * model, const char * const * type_k, const char * const * type_v, int32_t n_layer);

@@ -390,3 +390,43 @@ def tiny_t5(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
             w.tensor(f"{at}attn_rel_b.weight", w.normal(n_bucket, n_head))
             w.ffn(at, n_embd, n_ff)
     return w.save(extra)
+
+
+def tiny_gpt2(path: Path | str, *, n_ctx: int = 128, seed: int = 0, extra: Extra = ()) -> Path:
+    """gpt2: no RoPE but a table of n_ctx learned positions, which ends; 2 layers, K and V of 2 heads * 64."""
+    n_layer, n_embd, n_ff, n_head = 2, 128, 256, 2
+    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx) | {"attention.layer_norm_epsilon": 1e-5}
+    w = _Writer(path, "gpt2", seed, keys)
+    w.ends(n_embd)
+    w.tensor("output_norm.bias", w.normal(n_embd, std=0.1))
+    w.tensor("position_embd.weight", w.normal(n_ctx, n_embd, std=0.5))
+    for il in range(n_layer):
+        at = f"blk.{il}."
+        for name, n_out, n_in in (("attn_qkv", 3 * n_embd, n_embd), ("attn_output", n_embd, n_embd), ("ffn_up", n_ff, n_embd), ("ffn_down", n_embd, n_ff)):
+            w.matrix(at + name, n_out, n_in)
+            w.tensor(f"{at}{name}.bias", w.normal(n_out, std=0.1))
+        for name in ("attn_norm", "ffn_norm"):
+            w.norm(at + name, n_embd)
+            w.tensor(f"{at}{name}.bias", w.normal(n_embd, std=0.1))
+    return w.save(extra)
+
+
+def tiny_bert(path: Path | str, *, n_ctx: int = 128, seed: int = 0, extra: Extra = ()) -> Path:
+    """bert: an encoder, which makes embeddings and has no cache; 2 layers, a table of n_ctx learned positions."""
+    n_layer, n_embd, n_ff, n_head = 2, 128, 256, 2
+    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx) | {"attention.layer_norm_epsilon": 1e-5}
+    w = _Writer(path, "bert", seed, keys)
+    w.tensor("token_embd.weight", w.normal(len(TOKENS), n_embd).astype(np.float16))
+    w.tensor("position_embd.weight", w.normal(n_ctx, n_embd, std=0.5))
+    norms = ["token_embd_norm", *(f"blk.{il}.{name}" for il in range(n_layer) for name in ("attn_output_norm", "layer_output_norm"))]
+    for name in norms:
+        w.norm(name, n_embd)
+        w.tensor(f"{name}.bias", w.normal(n_embd, std=0.1))
+    for il in range(n_layer):
+        at = f"blk.{il}."
+        for name, n_out, n_in in (("attn_q", n_embd, n_embd), ("attn_k", n_embd, n_embd), ("attn_v", n_embd, n_embd)):
+            w.matrix(at + name, n_out, n_in)
+        for name, n_out, n_in in (("attn_output", n_embd, n_embd), ("ffn_up", n_ff, n_embd), ("ffn_down", n_embd, n_ff)):
+            w.matrix(at + name, n_out, n_in)
+    extra = [("tokenizer.ggml.token_type_count", GGUFValueType.UINT32, 2), ("bert.attention.causal", GGUFValueType.BOOL, False), *extra]
+    return w.save(extra)

@@ -73,13 +73,6 @@ def test_a_text_with_fewer_bytes_than_tokens_is_refused_at_once(tmp_path):
         check_text(text, 5000)
 
 
-@pytest.mark.parametrize("way", ["missing", "folder"])
-def test_a_text_that_is_no_file_is_named(way, tmp_path):
-    path = tmp_path if way == "folder" else tmp_path / "none"
-    with pytest.raises(CalibrationError, match="is no file"):
-        check_text(path, 0)
-
-
 def test_a_cache_folder_without_room_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(3 << 20))
     check_room(tmp_path, 3 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from kvtuner_gguf import Pair, Plan
 from kvtuner_gguf.arguments import Memory
 from kvtuner_gguf.cli import main
+from kvtuner_gguf.errors import PlanError
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 COMMANDS = sorted(main.commands)
@@ -84,3 +86,50 @@ def test_runs_of_conditioned_layers_are_named():
     layers = [(il, il != 2, il in (0, 5)) for il in (0, 1, 2, 3, 5)]
     assert conditions_text(layers) == "mean in layers 0-1,3,5, scale in layers 0,5"
     assert conditions_text([(0, False, False)]) == ""
+
+
+@pytest.fixture
+def model(tmp_path):
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    return path
+
+
+NO_GOALS = [("--bits", x) for x in ("nan", "inf", "-inf", "0", "-4", "1e308", "33", "6 bits", "")] + [
+    *(("--max-kld", x) for x in ("nan", "inf", "0", "-1", "x")),
+    *(("--memory", x) for x in ("1e400", "9" * 400, "9" * 40 + "T", "0", "0.0K", "-1", "nan", "inf", ".", "1.2.3")),
+    *(("--types", x) for x in ("", ",", " , ")),
+    *(("-c", x) for x in ("0", "63", "-1", "1e3", "")),
+    *(("--chunks", x) for x in ("0", "1", "1001", "-5", "9" * 40)),
+    *(("--seed", x) for x in ("-1", str(2**31), "x")),
+]
+
+
+@pytest.mark.parametrize("command", ["calibrate", "solve"])
+@pytest.mark.parametrize(("option", "value"), NO_GOALS, ids=lambda x: x[:12])
+def test_an_odd_value_is_refused_before_any_work(model, command, option, value):
+    result = run(command, model, option, value)
+    assert result.exit_code == 2 and option.lstrip("-") in result.output, result.output
+    assert len(result.output) < 1200
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", ""])
+def test_an_odd_temperature_is_refused(model, value):
+    assert run("chat", "-m", model, "--temp", value).exit_code == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
+@pytest.mark.parametrize("args", [("show", "P"), ("strip", "P"), ("export", "P"), ("apply", "P", "S"), ("apply", "M", "P"), ("show", "M", "--plan", "P"), ("chat", "-m", "P"), ("evaluate", "-m", "P", "q8_0"), ("evaluate", "-m", "M", "P.json")])
+def test_a_pipe_that_nobody_writes_to_is_refused_and_not_waited_for(model, tmp_path, args):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    os.mkfifo(tmp_path / "pipe.json")
+    files = {"P": pipe, "P.json": tmp_path / "pipe.json", "M": model, "S": _sidecar(tmp_path)}
+    result = run(*(files.get(a, a) for a in args))
+    assert result.exit_code == 1 and "pipe" in result.output and "Check the path" in result.output, result.output
+
+
+@pytest.mark.parametrize("depth", [*range(300, 1000, 7), 10**5])
+def test_a_sidecar_of_many_levels_is_an_error(depth):
+    with pytest.raises(PlanError, match="type_k: got|not JSON"):  # either too deep to show, or to read
+        Plan.from_json('{"schema_version": 1, "type_k": ' + "[" * depth + "]" * depth + ', "type_v": ["f16"]}')

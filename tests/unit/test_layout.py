@@ -14,7 +14,7 @@ LEAVES = {
     "errors": {"printable"},
     "atomic": set(),
     "interrupts": set(),
-    "arguments": set(),
+    "arguments": {"values"},
     "cache": {"errors"},
     "room": {"errors"},
     "default_model": {"atomic", "cache", "errors", "room"},
@@ -24,6 +24,10 @@ LEAVES = {
     "reading": {"errors"},
     "native": {"errors", "printable", "reading", "threads"},
     "values": {"errors"},
+    "template": {"errors"},
+    "uses": {"errors", "native"},
+    "words": set(),
+    "chat": {"errors", "template"},
     "pair": {"codecs", "errors"},
     "kvectors": {"codecs", "errors", "pair", "values"},
     "geometry": {"codecs", "errors", "kvectors", "pair"},
@@ -35,7 +39,7 @@ LEAVES = {
     "in_force": {"errors", "kvectors", "native", "pair", "plan"},
     "threads": {"errors"},
     "held": {"errors", "native"},
-    "llama": {"codecs", "held", "in_force", "native", "pair", "plan", "threads"},
+    "llama": {"codecs", "held", "in_force", "native", "pair", "plan", "threads", "uses", "words"},
     "report": {"geometry", "pair", "plan", "printable"},
 }
 
