@@ -12,7 +12,7 @@ from ..errors import CalibrationError
 from .. import native
 from ..native import TapNode
 from ..runtime import Session, Tap
-from .evaluate import N_UBATCH, Chunks
+from .evaluate import N_UBATCH, Chunks, check_logits
 from .results import Capture, LayerSample, save_sample
 
 N_Q = 64  # query rows of each layer and sample, spread over the last batch
@@ -51,7 +51,8 @@ def capture(
                 if last:
                     ctx.decode(rows[:last], [False] * last)
                 with tap.enabled():
-                    ctx.decode(rows[last:], [True] * (len(rows) - last))  # the last layer, too, works on all of them
+                    logits = ctx.decode(rows[last:], [True] * (len(rows) - last))  # the last layer, too, works on all of them
+                    check_logits(session, logits, tokens.tolist())  # first: of NaN no layer can be blamed
                 for il in shares:
                     shares[il] += [share] if (share := tap.share(il)) is not None else []
                 progress(len(rows))
@@ -84,9 +85,10 @@ def _turns(session: Session, chunks: Chunks, n_ctx: int) -> dict[int, np.ndarray
         with session.context(max(256, N_PROBE), n_ubatch=N_UBATCH, swa_full=True, tap=tap) as ctx:
             for start in starts:
                 ctx.clear()
-                tokens = chunks.tokens[0][:N_PROBE]
+                tokens = chunks.tokens[0][:N_PROBE].tolist()
                 with tap.enabled():
-                    ctx.decode([(int(token), start + pos, 0) for pos, token in enumerate(tokens)], [True] * len(tokens))
+                    logits = ctx.decode([(token, start + pos, 0) for pos, token in enumerate(tokens)], [True] * len(tokens))
+                    check_logits(session, logits, tokens)
     finally:
         tap.close()
     return {il: _turns_of(samples[:: len(samples) // len(starts)]) for il, samples in seen.items()}

@@ -14,7 +14,7 @@ from ..kvectors import KVectors
 from ..pair import Pair
 from ..plan import Quality
 from ..room import reserve, write_errors
-from ..runtime import Context, Session
+from ..runtime import Session
 from .records import CURE
 
 N_UBATCH = 512  # of all runs that are compared
@@ -55,6 +55,24 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     x = logits - logits.max(axis=1, keepdims=True)
     x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
     return x
+
+
+def check_logits(session: Session, logits: np.ndarray, tokens: Sequence[int]) -> None:
+    """Raises CalibrationError unless logits, of an f16 cache after the tokens, are numbers. -inf is one: a token that never comes."""
+    if np.isfinite(logits.max(axis=1)).all():
+        return
+    session.set_plan(None)
+    with session.context(len(tokens), type_k="bf16", type_v="bf16") as ctx:
+        is_the_cache = all(np.isfinite(part.max(axis=1)).all() for part in ctx.logits(tokens, 0))
+    if is_the_cache:
+        raise CalibrationError(
+            f"model '{session.path}': its K or V is beyond the 65504 of f16, so that an f16 cache gives NaN, and there is nothing to "
+            "measure a plan against. Run it with -ctk bf16 -ctv bf16."
+        )
+    raise CalibrationError(
+        f"model '{session.path}': gives NaN, whatever its cache. The file is damaged, or its quantization is. "
+        "Get it again, or take another quantization."
+    )
 
 
 def kl_divergence(base: np.ndarray, logits: np.ndarray) -> np.ndarray:
@@ -98,10 +116,12 @@ def make_reference(session: Session, chunks: Chunks, path: Path, progress: Calla
     with write_errors(path, n_bytes, CURE, CalibrationError), open(path, "wb", opener=_private) as out:
         reserve(out, path.parent, n_bytes)
         with session.context(chunks.n_ctx, n_ubatch=N_UBATCH) as ctx:
-            for logits in _runs(ctx, chunks):
-                for block in _blocks(logits):
-                    out.write(log_softmax(block).astype(np.float16).tobytes())
-                progress(len(logits))
+            for tokens in chunks.tokens.tolist():
+                for logits in ctx.logits(tokens, chunks.first):
+                    check_logits(session, logits, tokens)
+                    for block in _blocks(logits):
+                        out.write(log_softmax(block).astype(np.float16).tobytes())
+                    progress(len(logits))
     return Reference(chunks, path, session.n_vocab)
 
 
@@ -133,19 +153,18 @@ def measure(
     with session.context(chunks.n_ctx, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
         if pairs is not None and ctx.notes():
             raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")
-        for logits in _runs(ctx, chunks):
-            for block in _blocks(logits):
-                rows = slice(at, at + len(block))
-                kld[rows] = kl_divergence(base[rows], block)
-                same_top[rows] = base[rows].argmax(axis=1) == block.argmax(axis=1)
-                at += len(block)
-            progress(len(logits))
+        for tokens in chunks.tokens.tolist():
+            for logits in ctx.logits(tokens, chunks.first):
+                for block in _blocks(logits):
+                    rows = slice(at, at + len(block))
+                    kld[rows] = kl_divergence(base[rows], block)
+                    same_top[rows] = base[rows].argmax(axis=1) == block.argmax(axis=1)
+                    at += len(block)
+                progress(len(logits))
+    if not np.isfinite(kld).all():
+        what = ", ".join(sorted({str(p) for p in pairs if p.type_k})) if pairs is not None else "f16 without flash attention"
+        raise CalibrationError(f"{what}: NaN at {np.isnan(kld).sum()} of {len(kld)} positions, where an f16 cache gives numbers. Choose other types.")
     return Quality(float(kld.mean()), float(np.quantile(kld, 0.999)), float(same_top.mean()), chunks.n_positions)
-
-
-def _runs(ctx: Context, chunks: Chunks):
-    for tokens in chunks.tokens:
-        yield from ctx.logits(tokens.tolist(), chunks.first)
 
 
 def _blocks(logits: np.ndarray):

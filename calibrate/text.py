@@ -14,7 +14,7 @@ from ..errors import CalibrationError, KvtunerError
 from ..printable import printable
 from ..runtime import Session
 from .corpus import Corpus, Document, Piece, file_sha256
-from .evaluate import Chunks
+from .evaluate import Chunks, check_logits
 from .records import load_arrays, save_arrays
 
 # what the model is asked for when it writes its own text; ours, of several kinds
@@ -91,10 +91,12 @@ def read_text(
     """
     with Corpus(path) as corpus:
         head, rest = _tokens(session, corpus, n_calibration, front=True)
-        tail, _ = _tokens(session, corpus, max(0, n_heldout - len(rest)), front=False)
+        tail, _ = _tokens(session, corpus, n_heldout, front=False)
         if corpus.n_skipped:
             say(f"text '{path.name}': {corpus.n_skipped} of the {corpus.n_lines} lines read have a null or empty text and are left out.")
-    tail, need = np.concatenate([rest, tail]), n_calibration + n_heldout
+    if len(tail) < n_heldout:  # the two ends have met
+        tail = np.concatenate([rest, tail])
+    need = n_calibration + n_heldout
     if len(head) + len(tail) < need:
         raise CalibrationError(
             f"text '{path}' has {len(head) + len(tail)} tokens, need {need}: {n_calibration} to calibrate and {n_heldout} to prove. "
@@ -129,9 +131,9 @@ def _tokenized(session: Session, piece: Piece, corpus: Corpus) -> list[int]:
 
 
 def _chat_text(session: Session, document: Document, corpus: Corpus) -> str:
-    if session.chat_template is None:
-        raise CalibrationError(f"text '{corpus.path}': holds \"messages\", and the model has no chat template. Give rows with a \"text\".")
     try:
+        if session.chat_template is None:
+            raise CalibrationError("it holds \"messages\", and the model has no chat template. Give rows with a \"text\".")
         return session.chat_template.text(document.messages)
     except KvtunerError as error:
         raise CalibrationError(f"text '{corpus.path}': {error}") from None
@@ -189,7 +191,10 @@ class _Writer:
                     outputs += [j == len(part) - 1 for j in range(len(part))]
                     at += [i] if part else []
                     text += part
-                for i, logits in zip(at, ctx.decode(rows, outputs)):
+                written_logits = ctx.decode(rows, outputs)
+                if len(written_logits):
+                    check_logits(self.session, written_logits, texts[at[0]])
+                for i, logits in zip(at, written_logits):
                     token, written[i] = self._sample(logits), written[i] + 1
                     pending[i] = [token]
                     if self.session.is_end(token) or written[i] >= MAX_DOCUMENT:
