@@ -64,7 +64,7 @@ class HeldLlama(llama_cpp.Llama):
 
     def eval(self, tokens: Sequence[int]) -> None:
         """Read tokens at n_tokens and on. Raises NativeError where the tokens before them are neither held nor known."""
-        if len(tokens) and not self._ctx.kv_cache_seq_rm(-1, self.n_tokens, -1):
+        if len(tokens) and not native.ctx_holds(self._ctx.ctx, 0, self.n_tokens):
             before = self._forget_all()
             if self.draft_model is None:
                 tokens = [*before, *tokens]  # in the batches of a fresh object

@@ -69,8 +69,9 @@ struct kvt_query {
 
     // cell by cell: after a roll-back cells are reused out of order, so that there may be holes above the first position
     static bool holds_cells(const llama_kv_cache & kv, llama_seq_id seq_id, llama_pos pos) {
-        llama_pos next = pos; // the first that a token at pos sees. windows only move on: later tokens see none before it
-        while (next > 0 && !llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, next - 1, pos)) {
+        const bool windowed = kv.swa_type != LLAMA_SWA_TYPE_NONE;
+        llama_pos next = windowed ? pos : 0; // the first that a token at pos sees. windows only move on: later tokens see none before it
+        while (windowed && next > 0 && !llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, next - 1, pos)) {
             next--;
         }
         const auto & cells = kv.get_cells(seq_id);

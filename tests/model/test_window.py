@@ -59,13 +59,22 @@ def test_chats_after_each_other(gemma):
     assert answer(llm, [*question, *more]) == answer(gemma(), [*question, *more])
 
 
-def test_a_restored_session(gemma):
+def test_a_question_after_a_restored_session(gemma):
     llm = gemma()
+    answer(llm, turn(llm, README[:5000]))
+    state, question = llm.save_state(), turn(llm, QUESTION)
+    answer(llm, question)
+    llm.load_state(state)
+    assert answer(llm, question) == answer(gemma(), question)
+
+
+@pytest.mark.parametrize("gemma", ["f16"], indirect=True)  # what is read in other batches is rounded otherwise, and then cached as other codes
+def test_a_restored_session_goes_on(gemma):
+    llm, other = gemma(), gemma()
     long, question = turn(llm, README[:5000]), turn(llm, QUESTION)
     first = answer(llm, long)
     state = llm.save_state()
     answer(llm, question)
-    for tokens in (long, question, [*long, *first, *question]):
-        llm.load_state(state)
-        got = answer(llm, tokens)
-        assert got == answer(gemma(), tokens)
+    llm.load_state(state)
+    assert answer(other, long) == first
+    assert answer(llm, [*long, *first, *question]) == answer(other, [*long, *first, *question])
