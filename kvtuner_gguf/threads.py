@@ -9,7 +9,7 @@ from .errors import NativeError
 MOST_THREADS = 512  # ggml's GGML_MAX_N_THREADS
 
 
-_SPINS = 2000  # some 50 us: longer than the parts of an operation differ, shorter than a slice of another program's time
+_SPINS = 1000  # some 25 us: about as long as the parts of an operation differ, and far shorter than a slice of another program's time
 _CHOICES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
