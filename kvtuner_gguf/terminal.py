@@ -38,8 +38,9 @@ def print_json(value: Any) -> None:
 
 
 def note(text: str) -> None:
-    """One line to standard error."""
-    click.echo(printable(text, sys.maxsize, keep="\n"), err=True)
+    """One line to standard error; one that cannot be written there ends nothing."""
+    with suppress(OSError):
+        click.echo(printable(text, sys.maxsize, keep="\n"), err=True)
 
 
 def _write(text: str | bytes, nl: bool) -> None:
