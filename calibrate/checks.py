@@ -89,6 +89,6 @@ def check_room(folder: Path, n_bytes: int) -> None:
         need(folder, n_bytes)
     except OSError as error:
         raise CalibrationError(
-            f"cache folder {folder}: {why(error, folder)}, this calibration needs about {mib(n_bytes)} there while it runs. "
+            f"cache folder {folder}: {why(error, folder)}, need about {mib(n_bytes)} there while it runs. "
             "Make room, use fewer --chunks, or set XDG_CACHE_HOME to a folder elsewhere."
         ) from None

@@ -13,6 +13,7 @@ from ..pair import Pair
 from ..plan import Plan
 from ..report import Comparison, Row
 from ..runtime import Session
+from .checks import check_room, check_text
 from .corpus import readable
 from .evaluate import make_reference, measure
 from .text import chunks_of, read_text, write_text
@@ -45,8 +46,10 @@ def _compare(
     """
     with Session(model, no_alloc=True) as shape:
         shape.check_writes_text()
-        geometry, stream = shape.geometry(n_ctx), shape.fitting(stream)
-    with Session(model, n_threads=threads, n_gpu_layers=n_gpu_layers) as session:
+        geometry, stream, n_vocab = shape.geometry(n_ctx), shape.fitting(stream), shape.n_vocab
+    check_text(text, n_chunk * stream)
+    with scratch() as tmp, Session(model, n_threads=threads, n_gpu_layers=n_gpu_layers) as session:
+        check_room(tmp, 2 * n_vocab * n_chunk * (stream - stream // 2))
         plans = {name: _plan(name, asked, geometry.values_k) for name, asked in named.items()}
         n_tokens = n_chunk * stream
         if text is not None:
@@ -55,20 +58,19 @@ def _compare(
             with progress.bar("text: the model writes", n_tokens) as advance:
                 source = write_text(session, 0, n_tokens, stream=stream, seed=seed, progress=advance)
         chunks = chunks_of(source.heldout, stream, n_chunk, "text")
-        with scratch() as tmp:
-            with progress.bar("f16 reference", chunks.n_positions) as advance:
-                reference = make_reference(session, chunks, tmp / "f16", advance)
-            with progress.bar("measure", len(plans) + 1) as advance:
-                f16 = _plan("f16", Pair("f16", "f16"), geometry.values_k).pairs
-                rows = [Row("f16 (noise floor)", 16.0, geometry.bytes(f16), measure(session, None, reference, flash_attn=False))]
+        with progress.bar("f16 reference", chunks.n_positions) as advance:
+            reference = make_reference(session, chunks, tmp / "f16", advance)
+        with progress.bar("measure", len(plans) + 1) as advance:
+            f16 = _plan("f16", Pair("f16", "f16"), geometry.values_k).pairs
+            rows = [Row("f16 (noise floor)", 16.0, geometry.bytes(f16), measure(session, None, reference, flash_attn=False))]
+            advance(1)
+            notes = []
+            for name, plan in plans.items():
+                bits, n_bytes = geometry.bits_per_value(plan.pairs, plan.k_vectors), geometry.bytes(plan.pairs, plan.k_vectors)
+                session.put_in_force(plan)
+                notes += [f"{name}: {note}" for note in native.plan_notes(session.model)]
+                rows.append(Row(name, bits, n_bytes, measure(session, plan.pairs, reference, k_vectors=plan.k_vectors)))
                 advance(1)
-                notes = []
-                for name, plan in plans.items():
-                    bits, n_bytes = geometry.bits_per_value(plan.pairs, plan.k_vectors), geometry.bytes(plan.pairs, plan.k_vectors)
-                    session.put_in_force(plan)
-                    notes += [f"{name}: {note}" for note in native.plan_notes(session.model)]
-                    rows.append(Row(name, bits, n_bytes, measure(session, plan.pairs, reference, k_vectors=plan.k_vectors)))
-                    advance(1)
     return Comparison(source.name, chunks.n_positions, chunks.n_ctx, n_ctx, tuple(rows), tuple(notes))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -77,6 +78,23 @@ def test_xattrs_are_kept(way, tmp_path):
         pytest.skip("this file system keeps no xattrs")
     write(path)
     assert os.getxattr(path, "user.origin") == b"hub"
+
+
+ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *e) for e in [(1, 6, 2**32 - 1), (2, 6, 1234), (4, 4, 2**32 - 1), (16, 6, 2**32 - 1), (32, 0, 2**32 - 1)])
+
+
+@posix
+def test_an_access_list_is_kept(way, tmp_path):
+    """Owner rw, user 1234 rw, group r, mask rw, others nothing."""
+    path = tmp_path / "a"
+    path.touch()
+    try:
+        os.setxattr(path, "system.posix_acl_access", ACL)
+    except (OSError, AttributeError):
+        pytest.skip("this file system keeps no access lists")
+    before = path.stat().st_mode
+    write(path)
+    assert os.getxattr(path, "system.posix_acl_access") == ACL and path.stat().st_mode == before
 
 
 AS_MEMBER = """
