@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from ..atomic import atomic_file
 from ..errors import CalibrationError
+from ..reading import is_regular
 from ..room import write_errors
 
 CURE = "Make room there, or set XDG_CACHE_HOME to a folder elsewhere."
@@ -24,7 +26,7 @@ _LINE_SEAL = 16  # hex digits
 def write_record(path: Path, data: bytes) -> None:
     """Write a file in one step, for its owner alone. Raises CalibrationError if it cannot be written."""
     with write_errors(path, len(data), CURE, CalibrationError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_place(path)
         with atomic_file(path, private=True) as out:
             out.write(data)
 
@@ -72,6 +74,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
     """Add a sealed line of JSON, after the end of one that was cut. Raises CalibrationError if it cannot be written."""
     line = json.dumps({**value, "seal": _seal_of_line(value)}) + "\n"
     with write_errors(path, len(line), CURE, CalibrationError):
+        _make_place(path)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o600)
         with open(fd, "r+b") as file:
             cut = False
@@ -83,13 +86,27 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
             os.fsync(fd)
 
 
+def _make_place(path: Path) -> None:
+    """The folder of a record, and nothing but a file in the record's place."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif path.is_symlink() or (path.exists() and not path.is_file()):
+        path.unlink()
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The values of `append_line`, in order; lines that are not as they were written are left out. [] if there is no file."""
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return []
+    lines = (read_bytes(path) or b"").split(b"\n")
     return [value for line in lines if (value := _value_of(line)) is not None]
+
+
+def read_bytes(path: Path) -> bytes | None:
+    """What a file holds; None if none is there, or it cannot be read."""
+    try:
+        return path.read_bytes() if is_regular(path) else None
+    except OSError:
+        return None
 
 
 def _value_of(line: bytes) -> dict[str, Any] | None:
@@ -114,9 +131,7 @@ def _dumped(body: dict[str, Any]) -> str:
 
 
 def _read(path: Path, record: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise CalibrationError(f"{path}: there is no such file, need {record}. Run the stage before.") from None
-    except OSError as error:
-        raise CalibrationError(f"{path}: cannot be read ({error.strerror}), need {record}. Run the stage before again.") from None
+    data = read_bytes(path)
+    if data is None:
+        raise CalibrationError(f"{path}: there is no such file, need {record} that can be read. Run the stage before.")
+    return data

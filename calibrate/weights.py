@@ -13,7 +13,7 @@ from ..errors import CalibrationError, NativeError
 from ..gguf_header import read_header
 from ..room import need, write_errors
 from ..runtime import Session, total_memory
-from .records import CURE, write_record
+from .records import CURE, read_bytes, write_record
 
 GAIN = 1.5  # how many times as fast a copy must be, to be worth its disk and memory
 SHARE = 0.25  # of the machine's memory that a copy may take
@@ -77,10 +77,7 @@ def _faster(own: Session, copy: Path, sizes: dict) -> tuple[str, float]:
 def _chosen(choice: Path) -> str | None:
     """What was chosen before; None if nothing was, or the record is damaged."""
     kinds = {kind.encode(): kind for kind in (OWN, *KINDS)}
-    try:
-        return kinds.get(choice.read_bytes())
-    except OSError:
-        return None
+    return kinds.get(read_bytes(choice))
 
 
 def _make(own: Session, copy: Path, kind: str) -> None:

@@ -126,6 +126,17 @@ def test_a_damaged_sample_of_a_capture_is_named(tmp_path):
 
 
 @posix
+@pytest.mark.parametrize("make", [lambda p: (p / "deep").mkdir(parents=True), lambda p: p.symlink_to(p), lambda p: os.mkfifo(p), lambda p: p.symlink_to("/dev/full")], ids=["folder", "loop", "pipe", "device"])
+def test_what_stands_in_a_records_place_goes(make, tmp_path):
+    for name in ("text.npz", "lines"):
+        make(tmp_path / name)
+    assert same(run_in(tmp_path, tmp_path).record(Text, "text.npz", lambda: KINDS[0]), KINDS[0])
+    assert read_lines(tmp_path / "lines") == []
+    append_line(tmp_path / "lines", {"a": 1})
+    assert same(Text.load(tmp_path / "text.npz"), KINDS[0]) and read_lines(tmp_path / "lines") == [{"a": 1}]
+
+
+@posix
 def test_records_are_their_owners_alone(tmp_path):
     KINDS[1].save(tmp_path / "new" / "folder" / "a.json")
     append_line(tmp_path / "lines", {"a": 1})
