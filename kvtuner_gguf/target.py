@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import re
 import stat
@@ -11,6 +13,7 @@ from pathlib import Path
 from .errors import PlanError
 from .room import need
 
+_FAT_LIMIT = 1 << 32  # bytes that FAT cannot hold; a smaller file is held by all, and FAT fills it with zeros
 _BLOB = re.compile(r"(sha256-)?[0-9a-f]{40,64}")  # a file of a hub's or a program's store, named by its content
 
 
@@ -41,6 +44,19 @@ def check_writable(target: Path) -> None:
 
 def check_folder(target: Path, n_bytes: int) -> None:
     """Raises OSError if no file of n_bytes can be made in the target's folder: tried with one that has no name."""
+    if n_bytes > _most_bytes():
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     with tempfile.TemporaryFile(dir=target.parent) as file:
-        file.truncate(n_bytes)  # as large as the file system and this process's limit allow
+        if n_bytes >= _FAT_LIMIT:
+            file.truncate(n_bytes)  # refused at once by a file system that holds no such file; others need no zeros for it
     need(target.parent, n_bytes)
+
+
+def _most_bytes() -> float:
+    """Of a file that this process may write."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.inf
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else limit

@@ -164,6 +164,14 @@ def test_a_folder_that_cannot_be_written_is_tried(model, tmp_path, monkeypatch):
 
 
 @posix
+def test_a_file_that_is_larger_than_this_process_may_write_is_refused(model, monkeypatch):
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1000, 1000))
+    fault(lambda: output.in_place(model), model, "File too large", "-o")
+
+
+@posix
 def test_other_names_of_a_file_are_told_of(model, plan_file, tmp_path):
     os.link(model, tmp_path / "second.gguf")
     result = run("strip", model)
