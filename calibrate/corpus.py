@@ -8,14 +8,16 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ..cache import scratch
 from ..errors import CalibrationError
+from ..room import write_errors
+from .records import CURE
 
 PIECE = 1 << 16  # bytes that are looked at at once; a document of JSON Lines may be longer
 BOM = b"\xef\xbb\xbf"
@@ -61,8 +63,8 @@ def readable(path: Path | None) -> Iterator[Path | None]:
     if stat.S_ISREG(kind):
         yield path
     elif stat.S_ISFIFO(kind):
-        with tempfile.TemporaryDirectory() as folder:
-            yield _copied(path, Path(folder))
+        with scratch() as folder:
+            yield _copied(path, folder)
     else:
         raise CalibrationError(f"text '{path}': is {'a folder' if stat.S_ISDIR(kind) else 'a device'}, need a text file or a pipe.")
 
@@ -80,7 +82,7 @@ def _copied(pipe: Path, folder: Path) -> Path:
     """What comes out of a pipe, in a file of its name. A pipe that a shell made has none: JSON objects are told by their brace."""
     with _blamed(pipe):
         whole = folder / "text"
-        with pipe.open("rb") as source, whole.open("wb") as target:
+        with write_errors(whole, 0, CURE, CalibrationError), pipe.open("rb") as source, whole.open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)
         with whole.open("rb") as file:
             braced = file.read(4096).removeprefix(BOM).lstrip().startswith(b"{")

@@ -37,7 +37,7 @@ def pip(monkeypatch):
 
         def run(self, command, **_):
             self.calls += 1
-            assert "--only-binary=:all:" in command  # a wheel: nothing of it is run
+            assert command[command.index("--only-binary") + 1] == ":all:"  # a wheel: nothing of it is run
             if not self.code:
                 with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "p.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
                     wheel.writestr(self.member, self.data)
