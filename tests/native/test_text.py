@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
+import models
 import numpy as np
 import pytest
 from gguf import GGUFValueType
@@ -110,3 +113,38 @@ def test_a_text_whose_words_never_end_is_read(load, tiny, tmp_path):
     path.write_bytes(b"a" * 300_000)
     text = read_text(load(tiny("llama", n_layer=1)), path, 100, 100)
     assert np.array_equal(text.heldout, spelled("a" * 100))
+
+
+class BpeWriter(models._Writer):
+    """A byte-level vocabulary whose words are found by std::regex, as most of llama.cpp's are."""
+
+    def _add_vocab(self):
+        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        letters = [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+        self._gguf.add_tokenizer_model("gpt2")
+        self._gguf.add_tokenizer_pre("gpt-4o")
+        self._gguf.add_token_list([*letters, "<|end|>", "aa", *(f"[{i}]" for i in range(len(models.TOKENS) - 258))])
+        self._gguf.add_token_types([1] * 256 + [3] + [1] * (len(models.TOKENS) - 257))
+        self._gguf.add_token_merges(["a a"])
+        self._gguf.add_eos_token_id(256)
+
+
+TOKENIZE = """
+import sys
+from kvtuner_gguf import Llama
+from kvtuner_gguf.runtime import Session
+text = "a" * 100_000 + " " * 100_000 + "."
+with Session(sys.argv[1], no_alloc=True) as session:
+    tokens = session.tokenize(text)
+    assert session.detokenize(tokens) == text and len(tokens) == 150_001, len(tokens)
+llm = Llama(sys.argv[1], n_ctx=256, n_threads=1, verbose=False)
+assert llm.tokenize(text.encode(), add_bos=False) == tokens
+llm.close()
+"""
+
+
+def test_long_words_do_not_overflow_the_stack_of_a_tokenizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "_Writer", BpeWriter)
+    model = models.tiny_llama(tmp_path / "bpe.gguf", n_layer=1)
+    run = subprocess.run([sys.executable, "-c", TOKENIZE, str(model)], capture_output=True, text=True)
+    assert run.returncode == 0, (run.returncode, run.stderr[-1000:])  # -11: the stack ended

@@ -15,7 +15,6 @@ from kvtuner_gguf import native
 from kvtuner_gguf.calibrate import pipeline
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.errors import NativeError
-from kvtuner_gguf.words import MOST
 
 pytestmark = pytest.mark.native
 
@@ -150,13 +149,6 @@ def test_a_context_of_an_odd_size_is_refused(load, tiny, arguments, told):
 
 
 # text
-
-
-def test_long_words_do_not_overflow_the_stack_of_a_tokenizer(load, tiny):
-    session = load(tiny("llama"))
-    text = "a" * (3 * MOST) + " b"
-    assert session.tokenize(text) == [models.BOS, *(models.FIRST_BYTE + ord(c) if c != " " else len(models.TOKENS) - 1 for c in text)]
-    assert session.tokenize("") == [models.BOS]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
