@@ -23,8 +23,9 @@ class Sizes:
 
     def fitting(self, fit: Callable[[int], int]) -> Sizes:
         """The same for a model that can read fit(n) of n tokens."""
-        search_ctx = fit(self.search_ctx)
-        return replace(self, stream=fit(self.stream), search_ctx=search_ctx, search_skip=min(self.search_skip, search_ctx // 4))
+        stream = fit(self.stream)
+        search_ctx = min(self.search_ctx, stream // 2)  # plans are tried on the second half of the calibration text
+        return replace(self, stream=stream, search_ctx=search_ctx, search_skip=min(self.search_skip, search_ctx // 4))
 
     @property
     def n_calibration(self) -> int:

@@ -12,11 +12,13 @@ from .in_force import Asked, asked_plan, put_in_force
 from .pair import allocated_pairs
 from .plan import Plan
 from .threads import MOST_THREADS, checked_threads
-from .uses import check_positions, check_writes_text
+from .uses import check_context, check_writes_text
 from .words import cut_long_words
 
 if TYPE_CHECKING:
     from .native import LayerCache
+
+N_CTX = 512  # llama_cpp.Llama's default
 
 
 class Llama(HeldLlama):
@@ -48,7 +50,7 @@ class Llama(HeldLlama):
         n_threads_batch: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self._asked = asked_plan(plan, kv_overrides)
+        self._asked, self._n_ctx_asked = asked_plan(plan, kv_overrides), kwargs.get("n_ctx")
         try:
             super().__init__(
                 native.model_file(model_path),
@@ -61,28 +63,26 @@ class Llama(HeldLlama):
                 n_threads_batch=checked_threads(n_threads_batch or min(os.cpu_count() or 1, MOST_THREADS)),
                 **kwargs,
             )
-            self._check_usable()
+            if not self.context_params.embeddings:
+                check_writes_text(self._model.model, self._ctx.ctx, self.model_path)
         except BaseException:
             self.close()  # what was loaded so far
             raise
 
     @property
     def _model(self) -> Any:
-        """llama_cpp's model. It is set between loading it and making a context: there its plan is put in force."""
+        """llama_cpp's model. It is set between loading it and making a context: there that is looked at, and its plan put in force."""
         return self.__dict__["_model"]
 
     @_model.setter
     def _model(self, model: Any) -> None:
         self.__dict__["_model"] = model
+        if self._n_ctx_asked != 0:  # 0: as many as the model was trained for
+            check_context(model.model, N_CTX if self._n_ctx_asked is None else self._n_ctx_asked)
         put_in_force(model.model, self._asked)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"plan": self._asked}
-
-    def _check_usable(self) -> None:
-        check_positions(self._model.model, self.context_params.n_ctx)
-        if not self.context_params.embeddings:
-            check_writes_text(self._model.model, self._ctx.ctx, self.model_path)
 
     def n_ctx(self) -> int:
         """Tokens of a context: what llama.cpp rounded up to, or as many as the model has positions for."""

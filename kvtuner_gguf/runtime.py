@@ -23,11 +23,8 @@ from .plan import Plan
 from .printable import printable
 from .template import ChatTemplate
 from .threads import checked_threads, default_threads
-from .uses import check_positions, check_writes_text
+from .uses import check_context, check_positions, check_writes_text
 from .words import cut_long_words
-
-
-MOST_CONTEXT = 16  # times the trained context; beyond it even the cells' bookkeeping fills the memory
 
 
 def total_memory() -> float:
@@ -270,14 +267,7 @@ class Context:
         tap: Tap | None = None,
     ) -> None:
         """n_ctx: tokens, of all sequences together. Raises NativeError if the context cannot be made."""
-        if n_ctx < 1:
-            raise NativeError(f"context of {n_ctx} tokens: need at least 1. Use a larger -c.")
-        check_positions(session.model, n_ctx // n_seq_max)
-        if n_ctx > MOST_CONTEXT * max(session.n_ctx_train, 8192) * n_seq_max:
-            raise NativeError(
-                f"context of {n_ctx} tokens: more than {MOST_CONTEXT} times the {session.n_ctx_train} that the model was trained for. "
-                "Use a smaller -c."
-            )
+        check_context(session.model, n_ctx, n_seq_max)
         self._session, self._llama = session, session._llama
         lc = self._llama
         params = lc.llama_context_default_params()

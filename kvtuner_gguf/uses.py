@@ -8,6 +8,9 @@ from . import native
 from .errors import NativeError
 
 
+MOST_CONTEXT = 16  # times the trained context; beyond it even the cells' bookkeeping fills the memory
+
+
 def check_writes_text(model: Any, ctx: Any, name: object) -> None:
     """Raises NativeError for a model that cannot read and write text token by token, over a cache of what it has read.
 
@@ -36,8 +39,22 @@ def _what_it_is(model: Any, ctx: Any) -> str:
     return ""
 
 
+def check_context(model: Any, n_ctx: int, n_seq_max: int = 1) -> None:
+    """Raises NativeError for a context of a size that the model, or llama.cpp, cannot have. n_ctx: tokens of all sequences together."""
+    from llama_cpp import llama_cpp as lc
+
+    if n_ctx < 1:
+        raise NativeError(f"context of {n_ctx} tokens: need at least 1. Use a larger -c.")
+    check_positions(model, n_ctx // n_seq_max)
+    n_ctx_train = lc.llama_model_n_ctx_train(model)
+    if n_ctx > MOST_CONTEXT * max(n_ctx_train, 8192) * n_seq_max:
+        raise NativeError(
+            f"context of {n_ctx} tokens: more than {MOST_CONTEXT} times the {n_ctx_train} that the model was trained for. Use a smaller -c."
+        )
+
+
 def check_positions(model: Any, n_ctx: int) -> None:
-    """Raises NativeError for a context of one sequence in which the model would run out of positions."""
+    """Raises NativeError for so many tokens of one sequence if the model would run out of positions."""
     n_pos = native.n_positions(model)
     if n_pos is not None and n_ctx > n_pos:
         raise NativeError(f"context of {n_ctx} tokens: the model has learned {n_pos} positions and no more. Use -c {n_pos} (n_ctx={n_pos}) or less.")

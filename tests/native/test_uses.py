@@ -148,6 +148,29 @@ def test_a_context_of_an_odd_size_is_refused(load, tiny, arguments, told):
         load(tiny("llama")).context(**arguments).__enter__()
 
 
+@pytest.mark.parametrize(("n_ctx", "told"), [(-1, "need at least 1"), (2**31, "more than 16 times"), (2**32 + 1, "more than 16 times"), (10**30, "more than 16 times")])
+@pytest.mark.parametrize("n_gpu_layers", [0, 1])
+def test_llama_and_chat_refuse_a_context_of_an_odd_size(run, tiny, n_ctx, told, n_gpu_layers):
+    from kvtuner_gguf import Llama
+
+    with pytest.raises(NativeError, match=told):
+        Llama(str(tiny("llama")), n_ctx=n_ctx, n_gpu_layers=n_gpu_layers, verbose=False)
+    if n_ctx > 0:
+        result = run("chat", "-m", tiny("llama"), "-c", n_ctx, "-ngl", n_gpu_layers, "-p", "hi")
+        assert result.exit_code == 1 and told in result.output
+
+
+def test_llama_takes_the_trained_context(tiny):
+    from kvtuner_gguf import Llama
+
+    for n_ctx, n in ((0, N_POS), (N_POS, N_POS)):
+        llm = Llama(str(tiny("gpt2")), n_ctx=n_ctx, n_threads=1, verbose=False)
+        assert llm.n_ctx() == n
+        llm.close()
+    with pytest.raises(NativeError, match="512 tokens: the model has learned 128"):
+        Llama(str(tiny("gpt2")), verbose=False)
+
+
 # text
 
 

@@ -1,0 +1,23 @@
+"""The text that the stages work on is there, however few positions a model has."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvtuner_gguf.calibrate.sizes import Sizes
+
+
+@pytest.mark.parametrize("n_positions", [32, 64, 100, 128, 511, 512, 513, 1000, 1024, 2048])
+@pytest.mark.parametrize("n_chunk", [2, 3, 4, 5, 7, 12, 1000])
+def test_each_stage_has_the_text_that_it_needs(n_chunk, n_positions):
+    sizes = Sizes(n_chunk, 1024, 512, 128).fitting(lambda n: min(n, n_positions))
+    assert 16 <= sizes.search_ctx <= sizes.stream <= min(1024, n_positions)
+    assert sizes.n_captured * sizes.stream <= sizes.n_calibration
+    second_half = sizes.n_calibration - sizes.n_calibration // 2
+    assert sizes.n_searched * sizes.search_ctx <= second_half
+    assert 0 <= sizes.search_skip < sizes.search_ctx and sizes.n_heldout >= sizes.stream
+    assert sizes.n_scored >= sizes.n_searched * (sizes.search_ctx - sizes.search_skip)
+
+
+def test_a_model_without_a_table_gets_the_sizes_as_they_are():
+    assert Sizes(4, 1024, 512, 128).fitting(lambda n: n) == Sizes(4, 1024, 512, 128)
