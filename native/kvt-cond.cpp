@@ -50,8 +50,8 @@ std::string kvt_k_vectors_fault(const kvt_k_vectors & vectors, const llama_hpara
         }
     }
     const auto & scale = vectors.scale;
-    const size_t n_head_dim = hparams.n_embd_head_k(il);
-    for (size_t i = 0; i + n_head_dim <= scale.size(); i += n_head_dim) {
+    const size_t n_head_dim = hparams.n_embd_head_k(il); // 0 in a file without head counts
+    for (size_t i = 0; n_head_dim > 0 && i + n_head_dim <= scale.size(); i += n_head_dim) {
         const auto [low, high] = std::minmax_element(scale.begin() + i, scale.begin() + i + n_head_dim);
         if (*high > *low*KVT_SCALE_SPREAD) {
             return format("layer %u: scale of K in head %zu is %g to %g, need a factor of 1e6 at most", il, i/n_head_dim, *low, *high);

@@ -292,3 +292,13 @@ def test_a_count_of_keys_that_overflows_fails_with_an_error(load, file_with, tmp
         (tmp_path / "counts.gguf").write_bytes(data[:16] + struct.pack("<Q", n) + data[24:])
         with pytest.raises(NativeError, match="cannot be loaded"):
             load(tmp_path / "counts.gguf")
+
+
+@pytest.mark.parametrize("key", ["llama.attention.head_count", "llama.attention.key_length", "llama.embedding_length"])
+def test_a_plan_in_a_file_whose_heads_have_no_size_does_no_harm(load, file_with, tmp_path, key):
+    path = tmp_path / "nameless.gguf"
+    path.write_bytes(file_with({}).read_bytes().replace(text(key), text(key[:-1] + "~")))
+    try:
+        assert allocated(load(path)) == [Q8_0] * N_LAYER
+    except NativeError as e:
+        assert "cannot be loaded" in str(e)
