@@ -11,7 +11,7 @@ class Kind(NamedTuple):
     short    counted by plain pytest
     long     counted by `python tests/attack --long`
     each     how many of what one attempt is
-    limit_s  seconds after which an attempt counts as one that hangs
+    limit_s  seconds after which an attempt counts as one that hangs: many times what it takes on a busy machine
     memory   bytes of address space that the process may take
     native   whether it needs the patched library
     bare     the program here that does the same to `input` without our part in it; a death that it dies, too, is not ours
@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     short: int
     long: int
     each: int = 1
-    limit_s: float = 120
+    limit_s: float = 600
     memory: int = 6 << 30
     native: bool = True
     bare: str = ""
@@ -37,9 +37,9 @@ KINDS = {
     "objects": Kind("objects", "models and contexts made and freed", 30, 600),
     "shifts": Kind("shifts", "tokens that a shift of the context made room for", 2_000, 60_000, each=500),
     "threads": Kind("threads", "rounds of six threads with a plan each", 4, 100),
-    "records": Kind("records", "damaged records, then calibrate --resume and solve", 6, 500, limit_s=400),
+    "records": Kind("records", "damaged records, then calibrate --resume and solve", 6, 500, limit_s=1800),
     "signals": Kind("signals", "signals while a model is written", 40, 900),
-    "killed": Kind("killed", "signals in a calibration, then --resume", 4, 100, limit_s=400),
-    "disks": Kind("disks", "commands on a disk that fills up, then once more with room", 6, 200, limit_s=400),
-    "writers": Kind("writers", "rounds of five to seven commands at once on one model", 3, 100, limit_s=400),
+    "killed": Kind("killed", "signals in a calibration, then --resume", 4, 100, limit_s=1800),
+    "disks": Kind("disks", "commands on a disk that fills up, then once more with room", 6, 200, limit_s=1800),
+    "writers": Kind("writers", "rounds of five to seven commands at once on one model", 3, 100, limit_s=1800),
 }
