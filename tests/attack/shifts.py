@@ -19,7 +19,7 @@ SHIFTED = 500  # tokens of an attempt that stand where others were shifted away
 N_CTX = 256
 MODELS = ({}, {"head_dim": 96}, {"head_dim": 128}, {"rope_dim": 32})
 # A shift rounds K once more, so what it does to the logits is of the size of what rounding did in the first place. Root mean squares:
-MOST_RATIO = 6  # of that; measured at worst 4.2
+MOST_RATIO = 5  # of that, over all shifts of an attempt; measured at worst 2.6, in 360 attempts
 LEAST = 0.01  # f32 and f16 do not round; measured at worst 0.0014, of logits with a std near 2. A shift left out gives 1 and more
 NAMES = ("f16", "f32", "bf16", "q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q3_32", "q2_32", "q3_64", "q2_64")
 
@@ -42,6 +42,7 @@ class Attack:
         with ExitStack() as stack:
             shifted, fresh = (self._context(stack, model, Pair(name_k, name_v), conditioned) for _ in range(2))
             exact = self._context(stack, model, Pair("f32", name_v), [])
+            offs, roundings = [], []
             feed(shifted, held)
             for done in range(n_drop, SHIFTED + n_drop, n_drop):
                 _shift(shifted, n_keep, n_drop)
@@ -49,11 +50,13 @@ class Attack:
                 have = feed(shifted, [77], len(held))[0]
                 held.append(77)
                 want, unrounded = (_last_logits(ctx, held) for ctx in (fresh, exact))
-                off, rounding = _rms(have - want), _rms(want - unrounded)
-                need(off < MOST_RATIO * rounding + LEAST, f"{what}: after {done} shifted tokens the logits are off by {off:.4f}, rounding K did {rounding:.4f}")
+                offs.append(_rms(have - want))
+                roundings.append(_rms(want - unrounded))
                 more = [rng.randrange(3, 259) for _ in range(N_CTX - 1 - len(held))]
                 feed(shifted, more, len(held))
                 held += more
+        off, rounding = _rms(np.array(offs)), _rms(np.array(roundings))
+        need(off < MOST_RATIO * rounding + LEAST, f"{what}: after {done} shifted tokens the logits are off by {off:.4f}, rounding K did {rounding:.4f}")
         return name_k
 
     def _context(self, stack: ExitStack, model: int, pair: Pair, conditioned: list[KVectors]) -> Context:
