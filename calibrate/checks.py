@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..errors import CalibrationError
 from ..geometry import Geometry
 from ..room import mib, need, why
 from ..runtime import Session
+from .corpus import Corpus
 from .options import Options
 from .sizes import Sizes
 
@@ -77,9 +79,11 @@ def check_budget(options: Options, geometry: Geometry, cheapest: int) -> None:
 
 
 def check_text(path: Path | None, n_tokens: int) -> None:
-    """Raises CalibrationError if a file of text has fewer bytes than it needs tokens."""
+    """Raises CalibrationError if a file of text has fewer bytes than it needs tokens; what is wrong in it is said before that."""
     n_bytes = n_tokens if path is None else path.stat().st_size
     if n_bytes + _SPECIAL_TOKENS < n_tokens:
+        with Corpus(path) as corpus:
+            deque(corpus.front(), 0)  # as short as it is
         raise CalibrationError(f"text '{path}': {n_bytes} bytes hold {n_bytes} tokens at most, need {n_tokens}. Give a longer text, or fewer --chunks.")
 
 

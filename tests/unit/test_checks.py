@@ -73,6 +73,13 @@ def test_a_text_with_fewer_bytes_than_tokens_is_refused_at_once(tmp_path):
         check_text(text, 5000)
 
 
+def test_a_fault_in_a_short_text_is_said_before_its_length(tmp_path):
+    text = tmp_path / "short.jsonl"
+    text.write_text('\n\n{"text": "a river"}\n\n{"txt": 1}\n')
+    with pytest.raises(CalibrationError, match="line 5: "):
+        check_text(text, 5000)
+
+
 def test_a_cache_folder_without_room_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(3 << 20))
     check_room(tmp_path, 3 << 20)
