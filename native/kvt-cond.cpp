@@ -106,7 +106,9 @@ static bool kvt_read_vectors(const gguf_context * gguf, const std::string & key,
     const char * data = (const char *) gguf_get_arr_data(gguf, kid);
     for (uint32_t il = 0; il < n_layer; il++) {
         layers[il].resize(n_values[il]);
-        memcpy(layers[il].data(), data, n_values[il]*sizeof(float));
+        if (n_values[il] > 0) { // an empty vector's memory is null
+            memcpy(layers[il].data(), data, n_values[il]*sizeof(float));
+        }
         data += n_values[il]*sizeof(float);
     }
     return true;
