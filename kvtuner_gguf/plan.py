@@ -251,9 +251,9 @@ class Plan:
             k_vectors=k_vectors_of(found),
             calibration={k[len(_CALIBRATION) :]: v for k, v in values.items() if k.startswith(_CALIBRATION)},
         )
-        if found.get("checksum", plan.checksum) != plan.checksum:
+        if "checksum" in found and found["checksum"] != (have := plan.checksum):
             raise PlanError(
-                f"checksum: is {brief(found['checksum'])}, the types and vectors have {plan.checksum}: they are not as they were written. "
+                f"checksum: is {brief(found['checksum'])}, the types and vectors have {have}: they are not as they were written. "
                 "Calibrate again, or take the checksum out if you changed them yourself."
             )
         return plan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -16,6 +17,15 @@ StrPath = str | os.PathLike[str]
 def is_regular(path: StrPath) -> bool:
     """Whether a file is there, and no folder, pipe or device. Raises OSError if nothing is."""
     return stat.S_ISREG(os.stat(path).st_mode)
+
+
+def sha256_of(path: StrPath) -> str:
+    """64 hex digits of a file's bytes, read a piece at a time. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(1 << 20):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -283,9 +283,15 @@ static bool kvt_arch_refused(llm_arch arch) {
     }
 }
 
-void kvt_plan_load(llama_model & model, const llama_model_loader & ml) {
+// no types, and what does not depend on them
+static std::shared_ptr<kvt_plan> kvt_plan_empty(std::string weights) {
     auto plan = std::make_shared<kvt_plan>();
-    plan->weights = kvt_weights_hash(ml);
+    plan->weights = std::move(weights);
+    return plan;
+}
+
+void kvt_plan_load(llama_model & model, const llama_model_loader & ml) {
+    auto plan = kvt_plan_empty(kvt_weights_hash(ml));
 
     // without its hparams a model has no layers, and no context to plan for
     if (!model.hparams.vocab_only && kvt_enabled(ml, plan->notes)) {
@@ -294,9 +300,7 @@ void kvt_plan_load(llama_model & model, const llama_model_loader & ml) {
     }
 
     if (plan->in_force() && kvt_arch_refused(model.arch)) {
-        kvt_plan none;
-        none.weights = plan->weights;
-        *plan = std::move(none);
+        plan = kvt_plan_empty(plan->weights);
         plan->notes.push_back(format("%s has attention of its own, where types per layer are not supported: the plan is ignored", llm_arch_name(model.arch)));
     }
 
@@ -350,13 +354,6 @@ static int32_t kvt_parse_side(const char * side, const char * const * names, int
     return 0;
 }
 
-// the model's plan to be, with what does not depend on it
-static std::shared_ptr<kvt_plan> kvt_plan_without_types(const llama_model & model) {
-    auto plan = std::make_shared<kvt_plan>();
-    plan->weights = model.kvt ? model.kvt->weights : "";
-    return plan;
-}
-
 int32_t kvt_model_set_plan(llama_model * model, const char * const * type_k, const char * const * type_v, int32_t n_layer) {
     if (!model || !type_k || !type_v) {
         return kvt_error(KVT_E_ARG, "kvt_model_set_plan: model, type_k and type_v must not be null");
@@ -368,7 +365,7 @@ int32_t kvt_model_set_plan(llama_model * model, const char * const * type_k, con
         return kvt_error(KVT_E_STATE, format("%s has attention of its own, where types per layer are not supported", llm_arch_name(model->arch)));
     }
 
-    auto plan = kvt_plan_without_types(*model);
+    auto plan = kvt_plan_empty(kvt_model_weights_hash(model));
     plan->source = "api";
 
     int32_t err = kvt_parse_side("K", type_k, n_layer, plan->type_k);
@@ -385,7 +382,7 @@ int32_t kvt_model_clear_plan(llama_model * model) {
     if (!model) {
         return kvt_error(KVT_E_ARG, "kvt_model_clear_plan: model is null");
     }
-    model->kvt = kvt_plan_without_types(*model);
+    model->kvt = kvt_plan_empty(kvt_model_weights_hash(model));
     return 0;
 }
 

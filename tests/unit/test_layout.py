@@ -17,7 +17,7 @@ LEAVES = {
     "arguments": {"values"},
     "cache": {"errors"},
     "room": {"errors"},
-    "default_model": {"atomic", "cache", "errors", "room"},
+    "default_model": {"atomic", "cache", "errors", "reading", "room"},
     "target": {"errors", "room"},
     "terminal": {"errors", "printable"},
     "codecs": {"errors"},
