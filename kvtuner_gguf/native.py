@@ -141,7 +141,9 @@ def library() -> ctypes.CDLL:
     if not hasattr(lib, "kvt_build_id"):
         raise NativeError(f"{lib._name}: this libllama is not the patched one. Unset LLAMA_CPP_LIB_PATH, or point it at ours.")
     for name, (restype, argtypes) in _SIGNATURES.items():
-        function = getattr(lib, name)
+        function = getattr(lib, name, None)
+        if function is None:
+            raise NativeError(f"{lib._name}: has no {name}, so it is of another version than this package. Install kvtuner-gguf again.")
         function.restype, function.argtypes = restype, argtypes
     _check_build_id(Path(lib._name).parent, lib.kvt_build_id().decode())
     if hasattr(os, "register_at_fork") and hasattr(lib, "omp_pause_resource_all"):
@@ -153,11 +155,11 @@ def _check_build_id(folder: Path, have: str) -> None:
     stamp = folder / "build_id.txt"
     want = stamp.read_text().strip() if stamp.exists() else have
     if have != want:
-        raise NativeError(f"{folder}: the library is of series {have}, the package of {want}. Install kvtuner-gguf again.")
+        raise NativeError(f"{folder}: the library is of build {have}, the package of {want}. Install kvtuner-gguf again.")
 
 
 def build_id() -> str:
-    """Names the series of patches that the library was built from."""
+    """Names what the library was built from: the pinned source, the series of patches, native/."""
     return library().kvt_build_id().decode()
 
 

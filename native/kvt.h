@@ -18,7 +18,7 @@ extern "C" {
 #define KVT_E_NONE  (-3) // there is no such thing here (a layer without KV of its own, a model without plan)
 #define KVT_E_STATE (-4) // the object is not in a state for this call
 
-// id of the patch series that this library was built with; Python refuses a mismatch
+// id of the pin, the patch series and the sources in native/ that this library was built from; Python refuses a mismatch
 LLAMA_API const char * kvt_build_id(void);
 
 LLAMA_API const char * kvt_last_error(void);

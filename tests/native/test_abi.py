@@ -1,15 +1,21 @@
 """kvt.h, called as no one should: null pointers, layers that do not exist, buffers too small. An error code and its text, no crash."""
 
 import ctypes
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from running import uniform
 
 from kvtuner_gguf import native
 from kvtuner_gguf.errors import CodecError, NativeError
+from kvtuner_gguf.reading import sha256_of
 
 pytestmark = pytest.mark.native
 
+ROOT = Path(__file__).resolve().parents[2]
 E_ARG, E_TYPE, E_NONE = -1, -2, -3
 NULL = None
 F16 = (ctypes.c_char_p * 4)(*[b"f16"] * 4)
@@ -30,6 +36,19 @@ def fails(code, have, text):
 def test_the_build_says_which_it_is():
     build_id = native.library().kvt_build_id().decode()
     assert build_id and build_id.isprintable()
+
+
+def test_the_build_is_of_these_sources():
+    """Another kernel is another build: --resume must not go on with what the one before measured."""
+    series = subprocess.run([sys.executable, ROOT / "patches/series", "id"], capture_output=True, text=True, check=True).stdout.strip()
+    hashes = [sha256_of(path) for path in sorted((ROOT / "native").iterdir())]
+    assert native.build_id() == hashlib.sha256("".join([series, *hashes]).encode()).hexdigest()[:12]
+
+
+def test_a_library_of_another_version_is_named(monkeypatch):
+    monkeypatch.setitem(native._SIGNATURES, "kvt_no_such_function", (None, []))
+    with pytest.raises(NativeError, match="has no kvt_no_such_function.*Install kvtuner-gguf again"):
+        native.library.__wrapped__()
 
 
 def test_codecs_refuse_what_is_missing():
