@@ -2,10 +2,10 @@
 
 KLD(plan) ~ floor + sum over layers of  x_k * error(type_k)^2 + x_v * error(type_v)^2
 
-The squared error of the residual stream tells how a layer's damage grows from type to type, and roughly how much the layer
-matters. What remains, x, is fitted to measured KLDs. The floor is what any change of rounding does to the model; it grows
-through the layers above the first one that is quantized. A single KLD is noisy for the same reason, so a plan is chosen by the
-fitted model, not by its luckiest run.
+The squared error of the residual stream tells how a layer's damage grows from type to type, and roughly how much the
+layer matters. What remains, x, is fitted to measured KLDs. The floor is what any change of rounding does to the model;
+it grows through the layers above the first one that is quantized. A single KLD is noisy for the same reason, so a plan
+is chosen by the fitted model, not by its luckiest run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from ..pair import Pair
 from .results import ErrorTable, Trial
 
 F16 = Pair("f16", "f16")
-PRIOR_SPREAD = 1.0  # how far a layer's x may lie from its side's mean, relative to the larger of the two: one standard deviation
+PRIOR_SPREAD = (
+    1.0  # how far a layer's x may lie from its side's mean, relative to the larger of the two: one standard deviation
+)
 ALIKE = 0.85  # correlation of the x of a layer's K and of its V: what lies above a layer amplifies both (SmolLM2: 0.87)
 N_REWEIGHT = 5
 NOISE = 0.1  # how far a measured KLD may lie from the model, relative
@@ -105,7 +107,8 @@ def _layer_bytes(geometry: Geometry, il: int, pair: Pair) -> int:
 
 
 def floor_shape(model: Additive, trials: Sequence[Trial]) -> np.ndarray:
-    """(n_il,) the floor of a plan by its first quantized layer, relative to that of one quantized from the first layer on.
+    """(n_il,) the floor of a plan by its first quantized layer, relative to that of one quantized from the first layer
+    on.
 
     From trials in which one layer alone has its finest pair; 1 everywhere if there are none.
     """
@@ -124,8 +127,8 @@ def floor_shape(model: Additive, trials: Sequence[Trial]) -> np.ndarray:
 def fit(model: Additive, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
     """x (2*n_il,) and the floor that explain the trials' KLDs best: ridge regression towards one x per side.
 
-    What a layer's x departs from that by is expected to be much the same for its K and its V. The floor is that of a plan which
-    is quantized from the first layer on. Residuals count relative to the KLD, as its noise grows with it.
+    What a layer's x departs from that by is expected to be much the same for its K and its V. The floor is that of a
+    plan which is quantized from the first layer on. Residuals count relative to the KLD, as its noise grows with it.
     """
     from scipy.optimize import lsq_linear, nnls
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import CalibrationError
 from .. import native
+from ..errors import CalibrationError
 from ..native import TapNode
 from ..runtime import Session, Tap
 from .evaluate import N_UBATCH, Chunks, check_logits
@@ -38,20 +38,25 @@ def capture(
     def on_node(node: TapNode) -> None:
         if (node.il, sample) not in seen:  # layers that read another layer's KV come later
             seen.add((node.il, sample))
-            save_sample(path, sample, _sample(node, rotation.get(node.il, (0, 0)), native.rope(session.model, node.il), turns.get(node.il)))
+            save_sample(
+                path,
+                sample,
+                _sample(node, rotation.get(node.il, (0, 0)), native.rope(session.model, node.il), turns.get(node.il)),
+            )
 
     tap = Tap(on_node, N_Q)
     try:
         # full-size sliding windows: the mask tells what a query sees
         with session.context(chunks.n_ctx, n_ubatch=N_UBATCH, swa_full=True, tap=tap) as ctx:
-            for sample, tokens in enumerate(chunks.tokens):
+            for sample, tokens in enumerate(chunks.tokens):  # noqa: B007 - on_node reads it
                 ctx.clear()
                 rows = [(int(token), pos, 0) for pos, token in enumerate(tokens)]
                 last = max(0, (len(rows) - 1) // N_UBATCH * N_UBATCH)
                 if last:
                     ctx.decode(rows[:last], [False] * last)
                 with tap.enabled():
-                    logits = ctx.decode(rows[last:], [True] * (len(rows) - last))  # the last layer, too, works on all of them
+                    # the last layer, too, works on all of them
+                    logits = ctx.decode(rows[last:], [True] * (len(rows) - last))
                     check_logits(session, logits, tokens.tolist())  # first: of NaN no layer can be blamed
                 for il in shares:
                     shares[il] += [share] if (share := tap.share(il)) is not None else []
@@ -61,7 +66,9 @@ def capture(
     il = tuple(sorted(rotation))
     missing = [i for i in il if any((i, s) not in seen for s in range(len(chunks.tokens)))]
     if missing:
-        raise CalibrationError(f"capture: layers {missing} have KV of their own but no attention was seen. This model is not supported.")
+        raise CalibrationError(
+            f"capture: layers {missing} have KV of their own but no attention was seen. This model is not supported."
+        )
     result = Capture(path, session.n_layer, il, len(chunks.tokens), _share(il, shares))
     result.save()
     return result
@@ -70,8 +77,8 @@ def capture(
 def _turns(session: Session, chunks: Chunks, n_ctx: int) -> dict[int, np.ndarray]:
     """il -> LayerSample.turns: what RoPE does at other places, measured on the K of the same few tokens there.
 
-    RoPE is relative, so that text at another place is the same text with K and Q turned on. So whatever the frequencies and
-    their scaling, the turn is the angle between K here and K there. Without RoPE it is none.
+    RoPE is relative, so that text at another place is the same text with K and Q turned on. So whatever the frequencies
+    and their scaling, the turn is the angle between K here and K there. Without RoPE it is none.
     """
     last = min(n_ctx, session.n_ctx_train) - chunks.n_ctx
     if last <= 0 or not any(native.rope(session.model, il)[0] for il in range(session.n_layer)):
@@ -79,7 +86,9 @@ def _turns(session: Session, chunks: Chunks, n_ctx: int) -> dict[int, np.ndarray
     # spread evenly, but at no even distance, which a frequency could share
     starts = [0, *(int(last * (j * 0.6180339887 % 1)) for j in range(1, N_PLACE))]
     seen: dict[int, list[LayerSample]] = {}
-    tap = Tap(lambda node: seen.setdefault(node.il, []).append(_sample(node, (0, 0), native.rope(session.model, node.il))), 1)
+    tap = Tap(
+        lambda node: seen.setdefault(node.il, []).append(_sample(node, (0, 0), native.rope(session.model, node.il))), 1
+    )
     session.set_plan(None)
     try:
         with session.context(max(256, N_PROBE), n_ubatch=N_UBATCH, swa_full=True, tap=tap) as ctx:
@@ -87,7 +96,9 @@ def _turns(session: Session, chunks: Chunks, n_ctx: int) -> dict[int, np.ndarray
                 ctx.clear()
                 tokens = chunks.tokens[0][:N_PROBE].tolist()
                 with tap.enabled():
-                    logits = ctx.decode([(token, start + pos, 0) for pos, token in enumerate(tokens)], [True] * len(tokens))
+                    logits = ctx.decode(
+                        [(token, start + pos, 0) for pos, token in enumerate(tokens)], [True] * len(tokens)
+                    )
                     check_logits(session, logits, tokens)
     finally:
         tap.close()
@@ -111,7 +122,9 @@ def _share(il: tuple[int, ...], shares: dict[int, list[float]]) -> tuple[float, 
     return tuple(means.get(i, typical) for i in il)
 
 
-def _sample(node: TapNode, rotation: tuple[int, int], rope: tuple[int, bool], turns: np.ndarray | None = None) -> LayerSample:
+def _sample(
+    node: TapNode, rotation: tuple[int, int], rope: tuple[int, bool], turns: np.ndarray | None = None
+) -> LayerSample:
     """A copy of the node's data, which lives during the callback only."""
 
     def copy(pointer: ctypes._Pointer, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray | None:

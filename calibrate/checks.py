@@ -1,4 +1,5 @@
-"""All that can be known of a calibration before its first stage: refused at once, and not when everything is measured."""
+"""All that can be known of a calibration before its first stage: refused at once, and not when everything is
+measured."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ class Shape:
 def shape_of(options: Options, sizes: Sizes) -> Shape:
     """Of the model and the goal; sizes are made to fit the model.
 
-    Raises CalibrationError if no plan can meet the goal, NativeError if the model cannot be loaded, or does not write text.
+    Raises CalibrationError if no plan can meet the goal, NativeError if the model cannot be loaded, or does not write
+    text.
     """
     with Session(options.model, no_alloc=True, n_gpu_layers=options.n_gpu_layers) as session:
         session.check_writes_text()
@@ -57,14 +59,18 @@ def cheapest_bytes(geometry: Geometry, types: Types) -> int:
     for il, sides in types.items():
         for names, n_values in zip(sides, (geometry.values_k[il], geometry.values_v[il])):
             if n_values:
-                total += min((codec(name).row_bytes(n_values) for name in names), default=codec("f16").row_bytes(n_values))
+                total += min(
+                    (codec(name).row_bytes(n_values) for name in names), default=codec("f16").row_bytes(n_values)
+                )
     return total
 
 
 def check_goal(options: Options, geometry: Geometry, types: Types) -> None:
     """Raises CalibrationError if there is nothing to plan, or no plan of these types is within the goal's bytes."""
     if not any(geometry.values_k):
-        raise CalibrationError(f"model '{options.model}' has no layer with a K/V cache of its own. There is nothing to plan.")
+        raise CalibrationError(
+            f"model '{options.model}' has no layer with a K/V cache of its own. There is nothing to plan."
+        )
     check_budget(options, geometry, cheapest_bytes(geometry, types))
 
 
@@ -79,12 +85,16 @@ def check_budget(options: Options, geometry: Geometry, cheapest: int) -> None:
 
 
 def check_text(path: Path | None, n_tokens: int) -> None:
-    """Raises CalibrationError if a file of text has fewer bytes than it needs tokens; what is wrong in it is said before that."""
+    """Raises CalibrationError if a file of text has fewer bytes than it needs tokens; what is wrong in it is said
+    before that."""
     n_bytes = n_tokens if path is None else path.stat().st_size
     if n_bytes + _SPECIAL_TOKENS < n_tokens:
         with Corpus(path) as corpus:
             deque(corpus.front(), 0)  # as short as it is
-        raise CalibrationError(f"text '{path}': {n_bytes} bytes hold {n_bytes} tokens at most, need {n_tokens}. Give a longer text, or fewer --chunks.")
+        raise CalibrationError(
+            f"text '{path}': {n_bytes} bytes hold {n_bytes} tokens at most, need {n_tokens}. Give a longer text, or "
+            "fewer --chunks."
+        )
 
 
 def check_room(folder: Path, n_bytes: int) -> None:

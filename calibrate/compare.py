@@ -20,7 +20,8 @@ from .text import chunks_of, read_text, write_text
 
 
 def compare(*, text: Path | None, **given: Any) -> Comparison:
-    """See _compare. text: a file or a pipe; None: the model writes its own. Raises CalibrationError if it cannot be read."""
+    """See _compare. text: a file or a pipe; None: the model writes its own. Raises CalibrationError if it cannot be
+    read."""
     with readable(text) as path:
         return _compare(text=path, **given)
 
@@ -38,7 +39,8 @@ def _compare(
     threads: int | None,
     n_gpu_layers: int,
 ) -> Comparison:
-    """Each plan or pair measured on n_chunk chunks of `stream` tokens, or of as many as the model can read, beside the f16 noise floor.
+    """Each plan or pair measured on n_chunk chunks of `stream` tokens, or of as many as the model can read, beside the
+    f16 noise floor.
 
     text   None: the model writes its own
     n_ctx  context at which bytes are counted
@@ -62,11 +64,16 @@ def _compare(
             reference = make_reference(session, chunks, tmp / "f16", advance)
         with progress.bar("measure", len(plans) + 1) as advance:
             f16 = _plan("f16", Pair("f16", "f16"), geometry.values_k).pairs
-            rows = [Row("f16 (noise floor)", 16.0, geometry.bytes(f16), measure(session, None, reference, flash_attn=False))]
+            rows = [
+                Row("f16 (noise floor)", 16.0, geometry.bytes(f16), measure(session, None, reference, flash_attn=False))
+            ]
             advance(1)
             notes = []
             for name, plan in plans.items():
-                bits, n_bytes = geometry.bits_per_value(plan.pairs, plan.k_vectors), geometry.bytes(plan.pairs, plan.k_vectors)
+                bits, n_bytes = (
+                    geometry.bits_per_value(plan.pairs, plan.k_vectors),
+                    geometry.bytes(plan.pairs, plan.k_vectors),
+                )
                 session.put_in_force(plan)
                 notes += [f"{name}: {note}" for note in native.plan_notes(session.model)]
                 rows.append(Row(name, bits, n_bytes, measure(session, plan.pairs, reference, k_vectors=plan.k_vectors)))
@@ -77,5 +84,7 @@ def _compare(
 def _plan(name: str, asked: Plan | Pair, values_k: tuple[int, ...]) -> Plan:
     plan = Plan.uniform(asked, len(values_k), [bool(n) for n in values_k]) if isinstance(asked, Pair) else asked
     if plan.n_layer != len(values_k):
-        raise CalibrationError(f"plan '{name}' has {plan.n_layer} layers, the model has {len(values_k)}. Use a plan of this model.")
+        raise CalibrationError(
+            f"plan '{name}' has {plan.n_layer} layers, the model has {len(values_k)}. Use a plan of this model."
+        )
     return plan

@@ -1,12 +1,14 @@
-"""Capture -> Conditions: a mean and a balanced scale of each layer's K, kept where they were measured to lower its error.
+"""Capture -> Conditions: a mean and a balanced scale of each layer's K, kept where they were measured to lower its
+error.
 
-The mean: softmax does not see what shifts all scores of a query alike, so K may be cached without its mean over tokens, and
-codes then cover what is left. The scale: the noise of a rotated codec is the same in all channels and grows with K's energy,
-sum of k^2/s^2; Q*s turns it into an error of the scores of sum of q^2*s^2. The product is least at s = sqrt(rms_k/rms_q). Tokens
-count by the attention they get.
+The mean: softmax does not see what shifts all scores of a query alike, so K may be cached without its mean over tokens,
+and codes then cover what is left. The scale: the noise of a rotated codec is the same in all channels and grows with
+K's energy, sum of k^2/s^2; Q*s turns it into an error of the scores of sum of q^2*s^2. The product is least at s =
+sqrt(rms_k/rms_q). Tokens count by the attention they get.
 
-Both must hold wherever in the context a token stands, and RoPE turns K as it goes: a mean taken at the start of the context is
-a wrong one, worse than none, some thousand tokens on. So moments are averaged over the places of the whole context.
+Both must hold wherever in the context a token stands, and RoPE turns K as it goes: a mean taken at the start of the
+context is a wrong one, worse than none, some thousand tokens on. So moments are averaged over the places of the whole
+context.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def condition(
 
     error       of a sample and a type of K: a function of vectors, the error of its attention under them
     scores      of a sample: (n_head, n_q, n_kv) after softmax
-    type_k      il -> the type to measure with: the coarsest that the layer may get; layers that are not in it are left alone
+    type_k      il -> the type to measure with: the coarsest that the layer may get; layers that are not in it are left
+                alone
     mean scale  whether to try them at all
     Each sample is measured with vectors of the others, if there are others, so that none looks better than it will be.
     """
@@ -56,14 +59,15 @@ def condition(
             allowed = {name: way for name, way in ways.items() if not (way[0] and mean_matters(samples[0]))}
             if not samples[0].v_in_k:
                 moments = [Moments.of(sample, scores(sample)) for sample in samples]
-                errors[il] = _errors(samples, moments, allowed, lambda sample: error(sample, type_k[il]))
+                errors[il] = _errors(samples, moments, allowed, lambda sample, type_k=type_k[il]: error(sample, type_k))
                 k_vectors[il] = vectors_of(moments, *WAYS[best_way(errors[il])])
         progress(1)
     return Conditions(tuple(k_vectors), errors)
 
 
 def mean_matters(sample: LayerSample) -> bool:
-    """True where the attention is no plain softmax, so that the mean of K changes the output: the run time leaves it in."""
+    """True where the attention is no plain softmax, so that the mean of K changes the output: the run time leaves it
+    in."""
     return bool(sample.logit_softcap) or sample.sinks is not None
 
 
@@ -104,7 +108,8 @@ class Moments:
     """First and second moments of K and Q in one sample, averaged over the places of the context.
 
     mean       (n_head_kv, head_dim) of K
-    k_sq q_sq  (n_head_kv, head_dim) mean squares; of K, tokens weighed by attention; of the Q of all heads that share a K
+    k_sq q_sq  (n_head_kv, head_dim) mean squares; of K, tokens weighed by attention; of the Q of all heads that share a
+               K
     mean_w     (n_head_kv, head_dim) mean of K, weighed likewise: what k_sq is to be centred with
     pairs      channels that RoPE turns
     """
@@ -125,7 +130,11 @@ class Moments:
         w /= w.sum(axis=1, keepdims=True)
         q = q.reshape(n_head_kv, -1, head_dim)  # heads that share K are neighbours
         even = np.full(q.shape[:2], 1 / q.shape[1])
-        turns = np.stack([np.ones(sample.n_rot // 2), np.zeros(sample.n_rot // 2)], axis=-1)[None] if sample.turns is None else sample.turns
+        turns = (
+            np.stack([np.ones(sample.n_rot // 2), np.zeros(sample.n_rot // 2)], axis=-1)[None]
+            if sample.turns is None
+            else sample.turns
+        )
         places = partial(_over_places, pairs=sample.rope_pairs, turns=turns.astype(np.float64))
         (mean, _), (mean_w, k_sq), (_, q_sq) = places(k, np.full(w.shape, 1 / n_kv)), places(k, w), places(q, even)
         return cls(mean, k_sq, q_sq, mean_w, sample.rope_pairs)
@@ -134,7 +143,8 @@ class Moments:
 def _over_places(
     x: np.ndarray, weight: np.ndarray, *, pairs: tuple[np.ndarray, np.ndarray], turns: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted mean and mean square of each channel, (n, head_dim) each, averaged over places. x (n, n_token, head_dim)."""
+    """Weighted mean and mean square of each channel, (n, head_dim) each, averaged over places. x (n, n_token,
+    head_dim)."""
     mean = np.einsum("nt,ntd->nd", weight, x)
     square = np.einsum("nt,ntd->nd", weight, np.square(x))
     first, second = pairs
@@ -152,17 +162,24 @@ def _over_places(
 def vectors_of(moments: Sequence[Moments], mean: bool, scale: bool) -> KVectors:
     """Mean and balanced scale of a layer's K; what is not asked for is empty.
 
-    The scale is that of the K that is left once the mean is off, if it is; the same within each pair that RoPE turns; of
-    geometric mean 1 in each head.
+    The scale is that of the K that is left once the mean is off, if it is; the same within each pair that RoPE turns;
+    of geometric mean 1 in each head.
     """
-    average = {name: np.mean([getattr(m, name) for m in moments], axis=0) for name in ("mean", "k_sq", "q_sq", "mean_w")}
-    of_head: dict[str, np.ndarray | None] = {"mean": np.clip(average["mean"], -K_MEAN_MAX, K_MEAN_MAX) if mean else None, "scale": None}
+    average = {
+        name: np.mean([getattr(m, name) for m in moments], axis=0) for name in ("mean", "k_sq", "q_sq", "mean_w")
+    }
+    of_head: dict[str, np.ndarray | None] = {
+        "mean": np.clip(average["mean"], -K_MEAN_MAX, K_MEAN_MAX) if mean else None,
+        "scale": None,
+    }
     if scale:
         k_sq = average["k_sq"]
         if mean:
             k_sq = np.maximum(k_sq - 2 * average["mean_w"] * average["mean"] + average["mean"] ** 2, 0)
         of_head["scale"] = balanced_scale(*(tied(x, *moments[0].pairs) for x in (k_sq, average["q_sq"])))
-    return KVectors(**{name: () if x is None else tuple(x.astype(np.float32).reshape(-1).tolist()) for name, x in of_head.items()})
+    return KVectors(
+        **{name: () if x is None else tuple(x.astype(np.float32).reshape(-1).tolist()) for name, x in of_head.items()}
+    )
 
 
 def tied(energy: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:

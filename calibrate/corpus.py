@@ -1,4 +1,5 @@
-"""A text file of the user's -> its documents, from the front and from the back, read no further than they are needed."""
+"""A text file of the user's -> its documents, from the front and from the back, read no further than they are
+needed."""
 
 from __future__ import annotations
 
@@ -66,7 +67,9 @@ def readable(path: Path | None) -> Iterator[Path | None]:
         with scratch() as folder:
             yield _copied(path, folder)
     else:
-        raise CalibrationError(f"text '{path}': is {'a folder' if stat.S_ISDIR(kind) else 'a device'}, need a text file or a pipe.")
+        raise CalibrationError(
+            f"text '{path}': is {'a folder' if stat.S_ISDIR(kind) else 'a device'}, need a text file or a pipe."
+        )
 
 
 def file_sha256(path: Path) -> str:
@@ -76,7 +79,8 @@ def file_sha256(path: Path) -> str:
 
 
 def _copied(pipe: Path, folder: Path) -> Path:
-    """What comes out of a pipe, in a file of its name. A pipe that a shell made has none: JSON objects are told by their brace."""
+    """What comes out of a pipe, in a file of its name. A pipe that a shell made has none: JSON objects are told by
+    their brace."""
     with _blamed(pipe):
         whole = folder / "text"
         with write_errors(whole, 0, CURE, CalibrationError), pipe.open("rb") as source, whole.open("wb") as target:
@@ -93,14 +97,16 @@ def _blamed(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CalibrationError(f"text '{path}' cannot be read ({error.strerror}). Check the path given with -f.") from None
+        raise CalibrationError(
+            f"text '{path}' cannot be read ({error.strerror}). Check the path given with -f."
+        ) from None
 
 
 class Corpus:
     """A text file, read in pieces that end where a document or a line does.
 
-    A file whose name ends in .jsonl or .ndjson holds a JSON object with a "text" or with "messages" in each line; any other
-    is one text. Pieces from the front and pieces from the back never meet.
+    A file whose name ends in .jsonl or .ndjson holds a JSON object with a "text" or with "messages" in each line; any
+    other is one text. Pieces from the front and pieces from the back never meet.
 
     n_lines    JSON lines read so far
     n_skipped  of them without a text: null or empty
@@ -129,7 +135,8 @@ class Corpus:
             yield Piece(self._documents(data, start), start == self._first)
 
     def back(self) -> Iterator[Piece]:
-        """The documents that were not read yet, a piece at a time, the last piece first; within it they stand in order."""
+        """The documents that were not read yet, a piece at a time, the last piece first; within it they stand in
+        order."""
         while self._start < (end := self._end):
             data = self._cut_off(lambda size: (max(end - size, self._start), end), self._n_back)
             self._end -= len(data)
@@ -181,9 +188,13 @@ class Corpus:
         try:
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise self._fault(offset + error.start, f"byte 0x{data[error.start]:02x} is no UTF-8. Convert the text to UTF-8.") from None
+            raise self._fault(
+                offset + error.start, f"byte 0x{data[error.start]:02x} is no UTF-8. Convert the text to UTF-8."
+            ) from None
         if "\0" in text:
-            raise self._fault(offset + data.index(b"\0"), "a NUL byte, need text. Convert it to UTF-8, or give another file.")
+            raise self._fault(
+                offset + data.index(b"\0"), "a NUL byte, need text. Convert it to UTF-8, or give another file."
+            )
         return text
 
     def _document(self, line: bytes, offset: int) -> list[Document]:
@@ -197,10 +208,16 @@ class Corpus:
         row = {"messages": [], "text": ""} | {key: value for key, value in row.items() if value is not None}
         messages, text = row["messages"], row["text"]
         if not isinstance(messages, list) or not all(map(_is_message, messages)):
-            raise self._fault(offset, '"messages" is no list of objects with a "role" and a "content" that are strings.')
+            raise self._fault(
+                offset, '"messages" is no list of objects with a "role" and a "content" that are strings.'
+            )
         if not isinstance(text, str):
             raise self._fault(offset, f'"text" is {_kind(text)}, need a string.')
-        document = Document(messages=tuple({**m, "content": m.get("content") or ""} for m in messages)) if messages else Document(text)
+        document = (
+            Document(messages=tuple({**m, "content": m.get("content") or ""} for m in messages))
+            if messages
+            else Document(text)
+        )
         if _SURROGATE.search(document.characters):
             raise self._fault(offset, "half a surrogate pair (\\ud800 to \\udfff) is no character. Remove it.")
         self.n_lines += 1
@@ -224,7 +241,11 @@ def _char_start(block: bytes, at: int, step: int) -> int:
 
 
 def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content") or "", str)
+    return (
+        isinstance(message, dict)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content") or "", str)
+    )
 
 
 def _kind(value: object) -> str:

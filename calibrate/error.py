@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from ..codecs import codec
-from ..kvectors import KVectors
+from ..kvectors import AS_IT_IS, KVectors
 from ..pair import Pair
 from .results import Capture, ErrorTable, LayerSample
 
@@ -128,7 +128,9 @@ def rotate(x: np.ndarray, n: int) -> np.ndarray:
     return (x.reshape(*x.shape[:-1], -1, n) @ hadamard(n)).reshape(x.shape)
 
 
-def after_codec(x: np.ndarray, type_name: str, n_rot: int, round_trip: RoundTrip, vectors: KVectors = KVectors()) -> np.ndarray:
+def after_codec(
+    x: np.ndarray, type_name: str, n_rot: int, round_trip: RoundTrip, vectors: KVectors = AS_IT_IS
+) -> np.ndarray:
     """K or V as attention reads it from a cache of this type; x itself if the type changes nothing.
 
     x        (n_head_kv, n_kv, head_dim) float32
@@ -138,7 +140,9 @@ def after_codec(x: np.ndarray, type_name: str, n_rot: int, round_trip: RoundTrip
     if codec(type_name).block_size == 1:
         n_rot = 0
     elif vectors:
-        mean, scale = (np.array(v, np.float32).reshape(len(x), 1, -1) if v else None for v in (vectors.mean, vectors.scale))
+        mean, scale = (
+            np.array(v, np.float32).reshape(len(x), 1, -1) if v else None for v in (vectors.mean, vectors.scale)
+        )
         centred = x if mean is None else x - mean
         x_hat = after_codec(centred if scale is None else centred / scale, type_name, n_rot, round_trip)
         x_hat = x_hat if scale is None else x_hat * scale
@@ -172,7 +176,11 @@ def error_table(
         types_k, types_v = types_of_layer(il)
         samples = []
         for i in range(capture.n_sample):
-            samples.append(sample_errors(capture.sample(il, i), types_k, types_v, round_trip, k_vectors[il] if k_vectors else KVectors()))
+            samples.append(
+                sample_errors(
+                    capture.sample(il, i), types_k, types_v, round_trip, k_vectors[il] if k_vectors else KVectors()
+                )
+            )
             if progress:
                 progress(row * capture.n_sample + i + 1, n_total)
         layers.append({pair: _mean([errors[pair] for errors in samples]) for pair in samples[0]})
@@ -184,7 +192,11 @@ def error_table(
 
 
 def sample_errors(
-    sample: LayerSample, types_k: Sequence[str], types_v: Sequence[str], round_trip: RoundTrip, vectors: KVectors = KVectors()
+    sample: LayerSample,
+    types_k: Sequence[str],
+    types_v: Sequence[str],
+    round_trip: RoundTrip,
+    vectors: KVectors = AS_IT_IS,
 ) -> dict[Pair, dict[str, float]]:
     """Every measure of every pair of these types in one sample.
 

@@ -33,7 +33,9 @@ class Chunks:
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.tokens.shape[1] < 16:
-            raise CalibrationError(f"chunks {self.tokens.shape}: need (n_chunk, n_ctx) with n_ctx of at least 16. Use a longer text.")
+            raise CalibrationError(
+                f"chunks {self.tokens.shape}: need (n_chunk, n_ctx) with n_ctx of at least 16. Use a longer text."
+            )
 
     @property
     def n_ctx(self) -> int:
@@ -58,7 +60,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def check_logits(session: Session, logits: np.ndarray, tokens: Sequence[int]) -> None:
-    """Raises CalibrationError unless logits, of an f16 cache after the tokens, are numbers. -inf is one: a token that never comes."""
+    """Raises CalibrationError unless logits, of an f16 cache after the tokens, are numbers. -inf is one: a token that
+    never comes."""
     if np.isfinite(logits.max(axis=1)).all():
         return
     session.set_plan(None)
@@ -66,7 +69,8 @@ def check_logits(session: Session, logits: np.ndarray, tokens: Sequence[int]) ->
         is_the_cache = all(np.isfinite(part.max(axis=1)).all() for part in ctx.logits(tokens, 0))
     if is_the_cache:
         raise CalibrationError(
-            f"model '{session.path}': its K or V is beyond the 65504 of f16, so that an f16 cache gives NaN, and there is nothing to "
+            f"model '{session.path}': its K or V is beyond the 65504 of f16, so that an f16 cache gives NaN, and "
+            "there is nothing to "
             "measure a plan against. Run it with -ctk bf16 -ctv bf16."
         )
     raise CalibrationError(
@@ -106,7 +110,9 @@ class Reference:
         return np.memmap(self.path, np.float16, "r", shape=(self.chunks.n_positions, self.n_vocab))
 
 
-def make_reference(session: Session, chunks: Chunks, path: Path, progress: Callable[[int], None] = lambda n: None) -> Reference:
+def make_reference(
+    session: Session, chunks: Chunks, path: Path, progress: Callable[[int], None] = lambda n: None
+) -> Reference:
     """Run the text on an f16 cache and keep its log-probabilities in a file. progress gets positions done.
 
     Raises CalibrationError if the disk has no room for it: seen before the run, and never by a write into a mapping.
@@ -162,8 +168,15 @@ def measure(
                     at += len(block)
                 progress(len(logits))
     if not np.isfinite(kld).all():
-        what = ", ".join(sorted({str(p) for p in pairs if p.type_k})) if pairs is not None else "f16 without flash attention"
-        raise CalibrationError(f"{what}: NaN at {np.isnan(kld).sum()} of {len(kld)} positions, where an f16 cache gives numbers. Choose other types.")
+        what = (
+            ", ".join(sorted({str(p) for p in pairs if p.type_k}))
+            if pairs is not None
+            else "f16 without flash attention"
+        )
+        raise CalibrationError(
+            f"{what}: NaN at {np.isnan(kld).sum()} of {len(kld)} positions, where an f16 cache gives numbers. "
+            "Choose other types."
+        )
     return Quality(float(kld.mean()), float(np.quantile(kld, 0.999)), float(same_top.mean()), chunks.n_positions)
 
 

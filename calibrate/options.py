@@ -42,7 +42,8 @@ class Goal:
 
 @dataclass(frozen=True)
 class Options:
-    """One calibration. n_ctx: context at which bytes are counted; n_chunk: pieces of text, which all stages scale with."""
+    """One calibration. n_ctx: context at which bytes are counted; n_chunk: pieces of text, which all stages scale
+    with."""
 
     model: Path
     goal: Goal

@@ -1,4 +1,5 @@
-"""All stages in order: text, capture, condition, error, prune, cluster, search, prove, write. The only file that imports a stage."""
+"""All stages in order: text, capture, condition, error, prune, cluster, search, prove, write. The only file that
+imports a stage."""
 
 from __future__ import annotations
 
@@ -12,13 +13,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from .. import native
 from ..cache import scratch
 from ..codecs import codec
 from ..errors import CalibrationError
-from ..geometry import Geometry
 from ..gguf_file import weights_hash
 from ..kvectors import KVectors, vector_bytes, where_quantized
 from ..pair import Pair
@@ -45,7 +43,9 @@ from .text import Text, chunks_of, read_text, write_text
 from .weights import search_session
 
 STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
-JUDGED_BITS = 4.5  # of the type of K that conditioning is judged with: an error of a rotated type has the same shape at all bits
+JUDGED_BITS = (
+    4.5  # of the type of K that conditioning is judged with: an error of a rotated type has the same shape at all bits
+)
 SEARCH_CTX = 512  # tokens of a chunk that plans are tried on
 SEARCH_SKIP = 128  # of them not scored: three chunks tell as much as four whose second half is
 SEARCH, SEARCH_COPY = "search", "search-copy"  # runs in the records
@@ -65,8 +65,8 @@ class Progress(Protocol):
 def calibrate(options: Options, progress: Progress) -> Outcome:
     """Measure the model, find a plan for the goal, and prove it on held-out text. Writes nothing but its own records.
 
-    Raises CalibrationError if the goal cannot be met, the text is too short, there is no room, or the same is being calibrated
-    already; all that can be known before the first stage is looked at before it.
+    Raises CalibrationError if the goal cannot be met, the text is too short, there is no room, or the same is being
+    calibrated already; all that can be known before the first stage is looked at before it.
     """
     known = shape(options)
     with readable(options.text) as text, scratch() as folder:
@@ -82,7 +82,9 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
 
 def _calibrate(options: Options, progress: Progress, known: Shape, work: Path, folder: Path) -> Outcome:
     threads = {"n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers}
-    may_copy = options.goal.max_kld is None  # a KLD that is asked for is one of the model itself, with its own noise floor
+    may_copy = (
+        options.goal.max_kld is None
+    )  # a KLD that is asked for is one of the model itself, with its own noise floor
     with search_session(options.model, work, **threads, may_copy=may_copy, say=progress.say, scratch=folder) as session:
         run = Run(options, session, progress, known, work, folder)
         text = run.text()
@@ -122,7 +124,9 @@ class Run:
     scratch  folder of what is not: captured tensors, references; None = nothing is measured, records are only read
     """
 
-    def __init__(self, options: Options, session: Session, progress: Progress, shape: Shape, work: Path, scratch: Path | None) -> None:
+    def __init__(
+        self, options: Options, session: Session, progress: Progress, shape: Shape, work: Path, scratch: Path | None
+    ) -> None:
         self.options, self.session, self.progress, self.work, self.scratch = options, session, progress, work, scratch
         self.shape, self.geometry, self.sizes = shape, shape.geometry, shape.sizes
         self.max_bytes = options.goal.max_bytes(self.geometry)
@@ -155,7 +159,14 @@ class Run:
             if self.options.text:
                 return read_text(self.session, self.options.text, n_calibration, n_heldout, self.progress.say)
             with self.progress.bar("text: the model writes", n_calibration + n_heldout) as advance:
-                return write_text(self.session, n_calibration, n_heldout, stream=self.sizes.stream, seed=self.options.seed, progress=advance)
+                return write_text(
+                    self.session,
+                    n_calibration,
+                    n_heldout,
+                    stream=self.sizes.stream,
+                    seed=self.options.seed,
+                    progress=advance,
+                )
 
         return self.record(Text, "text.npz", make)
 
@@ -165,13 +176,23 @@ class Run:
         if not (mean or scale):
             return Conditions((KVectors(),) * self.session.n_layer, {})
         quantized = {il: [t for t in k if codec(t).block_size > 1] for il, (k, _) in self.types_of_layers().items()}
-        judged = {il: min(k, key=lambda t: abs(codec(t).bits_per_value - JUDGED_BITS)) for il, k in quantized.items() if k}
+        judged = {
+            il: min(k, key=lambda t: abs(codec(t).bits_per_value - JUDGED_BITS)) for il, k in quantized.items() if k
+        }
 
         def make() -> Conditions:
             captured = self.captured(text)
             with self.progress.bar("condition: K without its mean, scaled", len(captured.il)) as advance:
                 error = partial(k_error, round_trip=native.round_trip)
-                return condition(captured, error, lambda s: attention_scores(s, s.k), judged, mean=mean, scale=scale, progress=advance)
+                return condition(
+                    captured,
+                    error,
+                    lambda s: attention_scores(s, s.k),
+                    judged,
+                    mean=mean,
+                    scale=scale,
+                    progress=advance,
+                )
 
         name = f"conditions-{self.options.n_ctx}-{mean:d}{scale:d}-{'-'.join(dict.fromkeys(judged.values()))}.json"
         return self.record(Conditions, name, make)
@@ -179,9 +200,14 @@ class Run:
     def affordable_vectors(self, text: Text) -> tuple[KVectors, ...]:
         """The vectors of K; none where the goal has no room for them beside the cheapest plan."""
         found = self.conditions(text).k_vectors
-        if self.max_bytes is None or self.max_bytes - vector_bytes(found) >= cheapest_bytes(self.geometry, self.shape.types):
+        if self.max_bytes is None or self.max_bytes - vector_bytes(found) >= cheapest_bytes(
+            self.geometry, self.shape.types
+        ):
             return found
-        self.progress.say(f"K is cached as it is: the vectors that condition it take {vector_bytes(found)} bytes, which this goal does not have")
+        self.progress.say(
+            f"K is cached as it is: the vectors that condition it take {vector_bytes(found)} bytes, which this goal "
+            "does not have"
+        )
         return ()
 
     def errors(self, text: Text) -> ErrorTable:
@@ -198,7 +224,8 @@ class Run:
         return self.record(ErrorTable, f"errors-{'-'.join(names)}{self.tag}.json", make)
 
     def types_of_layers(self) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
-        """il -> K types and V types to choose from. Those that were not asked for by name are dropped where a cheaper one does."""
+        """il -> K types and V types to choose from. Those that were not asked for by name are dropped where a cheaper
+        one does."""
         types = self.session.supported(tuple(dict.fromkeys(("f16", *self.options.candidate_types))))
         if self.options.types:
             return types
@@ -221,7 +248,9 @@ class Run:
     def search_reference(self, text: Text) -> Reference:
         tail = text.calibration[len(text.calibration) // 2 :]
         sizes = self.sizes
-        return self.reference("search", chunks_of(tail, sizes.search_ctx, sizes.n_searched, "calibration text", sizes.search_skip))
+        return self.reference(
+            "search", chunks_of(tail, sizes.search_ctx, sizes.n_searched, "calibration text", sizes.search_skip)
+        )
 
     def reference(self, name: str, chunks: Chunks) -> Reference:
         with self.progress.bar(f"{name}: f16 reference", chunks.n_positions) as advance:
@@ -252,8 +281,11 @@ class Run:
         """The vectors of a plan of these pairs."""
         return where_quantized(self.k_vectors, pairs)
 
-    def evaluate(self, reference: Reference, what: str, *, stock: bool = False) -> Callable[[tuple[Pair, ...]], Quality]:
-        """Quality of a plan on a reference's text, by a real run; one that was measured before is read from the records.
+    def evaluate(
+        self, reference: Reference, what: str, *, stock: bool = False
+    ) -> Callable[[tuple[Pair, ...]], Quality]:
+        """Quality of a plan on a reference's text, by a real run; one that was measured before is read from the
+        records.
 
         stock: K as it is, as llama.cpp caches it without a plan
         """
@@ -278,7 +310,11 @@ class Run:
             return quality(pairs).kld_mean
 
         uniform = uniform_pairs(model, self.geometry, self.max_bytes)
-        found = self.paper_search(errors, kld) if self.options.method == "paper" else self.fitted_search(model, uniform, kld)
+        found = (
+            self.paper_search(errors, kld)
+            if self.options.method == "paper"
+            else self.fitted_search(model, uniform, kld)
+        )
         with self.progress.bar("search: uniform pairs as stock has them", len(uniform)) as advance:
             rivals = []
             for pairs in uniform:
@@ -288,7 +324,8 @@ class Run:
         return found, rivals
 
     def fitted_search(self, model: Additive, uniform: list[tuple[Pair, ...]], kld: Callable) -> Trial:
-        """The default: runs that price each layer's K and V, then the best plans by these prices, to correct them at the goal."""
+        """The default: runs that price each layer's K and V, then the best plans by these prices, to correct them at
+        the goal."""
         n_price, n_refine = 2 * len(model.il) + N_FLOOR, N_REFINE
         if self.options.n_trials is not None:
             rest = max(3, self.options.n_trials - len(uniform))
@@ -300,15 +337,28 @@ class Run:
             return Trial.of(pairs, kld(pairs), self.geometry)
 
         known = []
-        with self.progress.bar("search: price of each layer's K and V", len(uniform) + len(floors) + len(ladders)) as advance:
+        with self.progress.bar(
+            "search: price of each layer's K and V", len(uniform) + len(floors) + len(ladders)
+        ) as advance:
             for trial in chain(map(run, [*uniform, *floors]), (price(ladder, run) for ladder in ladders)):
                 known.append(trial)
                 advance(1)
         with self.progress.bar("search: best plans by these prices", n_refine) as advance:
             if self.budget is None:
                 goal = self.options.goal.max_kld
-                return self.choose(kld_search(model, known, kld, self.geometry, goal, n_trials=n_refine, progress=advance))
-            return refine(model, known, kld, self.geometry, self.budget, n_trials=n_refine, seed=self.options.seed, progress=advance)[1]
+                return self.choose(
+                    kld_search(model, known, kld, self.geometry, goal, n_trials=n_refine, progress=advance)
+                )
+            return refine(
+                model,
+                known,
+                kld,
+                self.geometry,
+                self.budget,
+                n_trials=n_refine,
+                seed=self.options.seed,
+                progress=advance,
+            )[1]
 
     def paper_search(self, errors: ErrorTable, kld: Callable) -> Trial:
         """KVTuner as published: menus by output_error, DBSCAN groups, NSGA-II over (KLD, bits)."""
@@ -321,7 +371,16 @@ class Run:
         bits = self.geometry.bits_of(self.budget) if self.budget is not None else None
         n_trials = self.options.n_trials or PAPER_TRIALS
         with self.progress.bar("search: real runs (paper)", n_trials) as advance:
-            tried = nsga2(groups, menus, kld, self.geometry, n_trials=n_trials, seed=self.options.seed, max_bits=bits, progress=advance)
+            tried = nsga2(
+                groups,
+                menus,
+                kld,
+                self.geometry,
+                n_trials=n_trials,
+                seed=self.options.seed,
+                max_bits=bits,
+                progress=advance,
+            )
         return self.choose(tried)
 
     def affordable(self, model: Additive) -> None:
@@ -348,15 +407,26 @@ class Run:
         else:
             pairs = fewest_bytes(model, model.prices(x), goal - floor)
             if pairs is None:
-                raise CalibrationError(f"goal of a KLD of {goal:g}: the rounding of any quantized cache alone costs {floor:.6f}. Allow a larger --max-kld.")
-        rows = [Point(self.geometry.bits_per_value(p, v), self.geometry.bytes(p, v), kld) for p, kld in points for v in [self.vectors_of(p)]]
+                raise CalibrationError(
+                    f"goal of a KLD of {goal:g}: the rounding of any quantized cache alone costs {floor:.6f}. Allow "
+                    "a larger --max-kld."
+                )
+        rows = [
+            Point(self.geometry.bits_per_value(p, v), self.geometry.bytes(p, v), kld)
+            for p, kld in points
+            for v in [self.vectors_of(p)]
+        ]
         predicted = floor + float(model.features(pairs) @ x)
         return Solved(self.final_plan(text, pairs, self.vectors_of(pairs)), predicted, tuple(rows), self.geometry)
 
     def known(self, model: Additive, what: str) -> list[Trial]:
         """The runs of a search, of these types and vectors, that tell prices."""
         runs = self.cache.of(what + self.tag)
-        trials = [Trial.of(pairs, q.kld_mean, self.geometry) for pairs, q in runs if {pairs[il] for il in model.il} <= {*model.column}]
+        trials = [
+            Trial.of(pairs, q.kld_mean, self.geometry)
+            for pairs, q in runs
+            if {pairs[il] for il in model.il} <= {*model.column}
+        ]
         return [t for t in trials if not replaced(t)]
 
     # prove
@@ -372,7 +442,9 @@ class Run:
             written = found.pairs, self.vectors_of(found.pairs), proof.quality
         else:
             written = proof.best[1].pairs, (), proof.best[0]
-        return Outcome(self.final_plan(text, *written, proof.best), found.pairs, proof.won, proof.comparison, self.geometry)
+        return Outcome(
+            self.final_plan(text, *written, proof.best), found.pairs, proof.won, proof.comparison, self.geometry
+        )
 
     def choose(self, trials: Trials) -> Trial:
         """The best trial within the goal. Raises CalibrationError if none is."""
@@ -381,7 +453,9 @@ class Run:
             within = [t for t in trials.trials if t.kld <= goal]
             if not within:
                 best = min(t.kld for t in trials.trials)
-                raise CalibrationError(f"goal of a KLD of {goal:g}: the best plan tried has {best:.6f}. Allow a larger --max-kld.")
+                raise CalibrationError(
+                    f"goal of a KLD of {goal:g}: the best plan tried has {best:.6f}. Allow a larger --max-kld."
+                )
             return min(within, key=lambda t: (t.n_bytes, t.kld))
         within = [t for t in trials.trials if t.n_bytes <= self.budget]
         return min(within, key=lambda t: (t.kld, t.n_bytes))

@@ -1,7 +1,7 @@
 """What each layer's K and V cost in KLD: real runs on an f16 cache but for one side of one layer, or both.
 
-The coarsest type is priced, since its KLD stands furthest above the noise: the squared errors tell what the finer ones cost. A few
-runs with the finest pair in one layer tell how large the floor is there.
+The coarsest type is priced, since its KLD stands furthest above the noise: the squared errors tell what the finer ones
+cost. A few runs with the finest pair in one layer tell how large the floor is there.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def floor_plans(model: Additive) -> list[tuple[Pair, ...]]:
 def price_ladders(model: Additive, n_runs: int) -> list[Plans]:
     """For K and for V of each layer: plans with its types alone, the coarsest first.
 
-    n_runs  at most so many. Too few for that: both sides of a layer are lowered together, as their x are much alike, and if need be
-            those of layers that follow each other
+    n_runs  at most so many. Too few for that: both sides of a layer are lowered together, as their x are much alike,
+            and if need be those of layers that follow each other
     """
     sides = {s: [r for r in range(len(model.il)) if _types(model, r, s)] for s in ("k", "v")}
     if n_runs >= sum(map(len, sides.values())):

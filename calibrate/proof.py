@@ -52,7 +52,9 @@ def prove(run: Run, found: Trial, rivals: list[Trial], reference: Reference, tex
             advance(1)
             return result
 
-        floor = run.cache.get(HELDOUT_FLOOR, lambda _: measure(run.session, None, reference, flash_attn=False), _all(has_kv, "f16"))
+        floor = run.cache.get(
+            HELDOUT_FLOOR, lambda _: measure(run.session, None, reference, flash_attn=False), _all(has_kv, "f16")
+        )
         advance(1)
         of_plan = quality_of(found.pairs, quality)
         of_plain = quality_of(found.pairs) if any(vectors) else None
@@ -61,10 +63,17 @@ def prove(run: Run, found: Trial, rivals: list[Trial], reference: Reference, tex
         of_shuffled = quality_of(shuffled, quality)
     row = partial(_row, run.geometry)
     best = min(of_rivals, key=lambda r: r[0].kld_mean) if of_rivals else None
-    rows = [Row("f16 (noise floor)", 16.0, run.geometry.bytes(_all(has_kv, "f16")), floor), row("plan", found.pairs, of_plan, vectors)]
+    rows = [
+        Row("f16 (noise floor)", 16.0, run.geometry.bytes(_all(has_kv, "f16")), floor),
+        row("plan", found.pairs, of_plan, vectors),
+    ]
     rows += [row("plan, K not conditioned", found.pairs, of_plain)] if of_plain else []
     rows += [row(f"best uniform pair, {best[1].uniform_pair}", best[1].pairs, best[0])] if best else []
-    rows += [row("plan, layers shuffled", shuffled, of_shuffled, run.vectors_of(shuffled))] if shuffled != found.pairs else []
+    rows += (
+        [row("plan, layers shuffled", shuffled, of_shuffled, run.vectors_of(shuffled))]
+        if shuffled != found.pairs
+        else []
+    )
     rows += [row(name, named[name], q) for name, q in of_named.items()]
     chunks = reference.chunks
     return Proof(Comparison(text_name, chunks.n_positions, chunks.n_ctx, run.options.n_ctx, tuple(rows)), of_plan, best)
@@ -84,5 +93,7 @@ def _shuffled(pairs: tuple[Pair, ...], has_kv: Sequence[bool], seed: int) -> tup
     return tuple(result)
 
 
-def _row(geometry: Geometry, name: str, pairs: tuple[Pair, ...], quality: Quality, k_vectors: Sequence[KVectors] = ()) -> Row:
+def _row(
+    geometry: Geometry, name: str, pairs: tuple[Pair, ...], quality: Quality, k_vectors: Sequence[KVectors] = ()
+) -> Row:
     return Row(name, geometry.bits_per_value(pairs, k_vectors), geometry.bytes(pairs, k_vectors), quality)

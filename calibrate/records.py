@@ -38,7 +38,8 @@ def save_json(path: Path, record: str, data: dict[str, Any]) -> None:
 
 
 def load_json(path: Path, record: str, make: Callable[[dict[str, Any]], Any]) -> Any:
-    """The record in a file, made from its data. Raises CalibrationError if that is not what it holds, or not as it was written."""
+    """The record in a file, made from its data. Raises CalibrationError if that is not what it holds, or not as it was
+    written."""
     data = _read(path, record)
     try:
         body = json.loads(data)
@@ -96,7 +97,8 @@ def _make_place(path: Path) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The values of `append_line`, in order; lines that are not as they were written are left out. [] if there is no file."""
+    """The values of `append_line`, in order; lines that are not as they were written are left out. [] if there is no
+    file."""
     lines = (read_bytes(path) or b"").split(b"\n")
     return [value for line in lines if (value := _value_of(line)) is not None]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ class LayerSample:
     rot_k rot_v    size of the Hadamard blocks by which the run time rotates this K, V if quantized; 0 = none
     n_rot          first channels of a head that RoPE turns in pairs; 0 = none
     far_pairs      a pair is (i, i + n_rot/2), else (2i, 2i + 1)
-    turns          (n_place, n_rot/2, 2) cos and sin by which RoPE would turn each pair of K and Q further, were the same text
-                   at other places of the context; None = looked at where it stands only
+    turns          (n_place, n_rot/2, 2) cos and sin by which RoPE would turn each pair of K and Q further, were the
+                   same text at other places of the context; None = looked at where it stands only
     output         (n_head, n_q, head_dim_v) as the run time computed it, for a control, or None
     Raises CalibrationError if the shapes do not fit together.
     """
@@ -141,7 +142,10 @@ class Capture:
         if not self.share:
             object.__setattr__(self, "share", (1.0,) * len(self.il))
         if len(self.share) != len(self.il) or not all(math.isfinite(s) and s >= 0 for s in self.share):
-            raise CalibrationError(f"capture {self.path}: shares {self.share}, need one >= 0 for each of {len(self.il)} layers. Capture again.")
+            raise CalibrationError(
+                f"capture {self.path}: shares {self.share}, need one >= 0 for each of {len(self.il)} layers. "
+                "Capture again."
+            )
 
     def sample(self, il: int, i: int) -> LayerSample:
         """Sample i of layer il, read from disk. Raises CalibrationError if it is not there."""
@@ -279,7 +283,9 @@ class Conditions:
 
     def save(self, path: Path) -> None:
         vectors = [{"mean": v.mean, "scale": v.scale} for v in self.k_vectors]
-        save_json(path, "Conditions", {"k_vectors": vectors, "errors": {str(il): dict(e) for il, e in self.errors.items()}})
+        save_json(
+            path, "Conditions", {"k_vectors": vectors, "errors": {str(il): dict(e) for il, e in self.errors.items()}}
+        )
 
     @classmethod
     def load(cls, path: Path) -> Conditions:
@@ -414,6 +420,7 @@ class Trials:
     @classmethod
     def load(cls, path: Path) -> Trials:
         """Raises CalibrationError if the file holds something else."""
+
         def trial(fields: dict[str, Any]) -> Trial:
             return Trial(**{**fields, "pairs": _pairs_in(fields["pairs"])})
 
@@ -433,7 +440,7 @@ def non_dominated(cost: Sequence[float], error: Sequence[float]) -> list[int]:
 
 
 def _check_il(where: str, il: tuple[int, ...]) -> None:
-    if not il or il[0] < 0 or any(a >= b for a, b in zip(il, il[1:])):
+    if not il or il[0] < 0 or any(a >= b for a, b in pairwise(il)):
         raise CalibrationError(f"{where}: layers {il}, need at least one, ascending from 0 up. Capture again.")
 
 

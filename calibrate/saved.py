@@ -1,4 +1,5 @@
-"""What a calibration leaves on disk, so that an interrupted one goes on where it was: its folder, and the runs it measured."""
+"""What a calibration leaves on disk, so that an interrupted one goes on where it was: its folder, and the runs it
+measured."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ RECORDS = 3  # counted up when runs of the same options come to mean something e
 
 
 def work_dir(options: Options, *sizes: int) -> Path:
-    """Where the stages' records of this calibration are: the same text and model, runs of the same sizes by the same program, the same folder."""
+    """Where the stages' records of this calibration are: the same text and model, runs of the same sizes by the same
+    program, the same folder."""
     runs = [__version__, native.build_id(), os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""), options.n_gpu_layers]
     parts = [RECORDS, *runs, weights_sample(options.model), options.n_chunk, options.seed, *sizes]
     if options.text:
@@ -39,7 +41,9 @@ def claimed(work: Path) -> Iterator[None]:
     work.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with lock(work.with_name(f"{work.name}.lock")) as ours:
         if ours is False:
-            raise CalibrationError(f"'{work}' is in use: this model is being calibrated already. Wait until that ends, or end it.")
+            raise CalibrationError(
+                f"'{work}' is in use: this model is being calibrated already. Wait until that ends, or end it."
+            )
         yield
 
 
@@ -62,7 +66,11 @@ class EvaluationCache:
 
     def of(self, what: str) -> list[tuple[tuple[Pair, ...], Quality]]:
         """All that was measured so, in order."""
-        return [(tuple(_pair(p) for p in pairs.split(" ")), quality) for (w, pairs), quality in self.known.items() if w == what]
+        return [
+            (tuple(_pair(p) for p in pairs.split(" ")), quality)
+            for (w, pairs), quality in self.known.items()
+            if w == what
+        ]
 
 
 def _pair(text: str) -> Pair:

@@ -1,4 +1,5 @@
-"""Prices -> plans: the best one under a byte budget, exactly, and the searches that put the model to the test where it will be used."""
+"""Prices -> plans: the best one under a byte budget, exactly, and the searches that put the model to the test where it
+will be used."""
 
 from __future__ import annotations
 
@@ -15,9 +16,14 @@ from .results import Trial, Trials
 
 Evaluate = Callable[[tuple[Pair, ...]], float]
 
-REACH = 2.75  # bits per value around the goal, within which uniform pairs are worth a run: far off, KLDs no longer add up
+REACH = (
+    2.75  # bits per value around the goal, within which uniform pairs are worth a run: far off, KLDs no longer add up
+)
 TIME_LIMIT = 10.0  # of one integer program, seconds
-STEP, N_STEPS = 0.97, 20  # how far, and how often, a KLD that is aimed at is lowered where the plan for it was run before
+STEP, N_STEPS = (
+    0.97,
+    20,
+)  # how far, and how often, a KLD that is aimed at is lowered where the plan for it was run before
 SPREAD = 0.3  # of the prices of a first refinement, as logarithms: one standard deviation
 
 
@@ -34,21 +40,28 @@ def solve(model: Additive, prices: np.ndarray, max_bytes: int) -> tuple[Pair, ..
     """
     if cheapest(model) > max_bytes:
         raise CalibrationError(
-            f"budget of {max_bytes} bytes: the cheapest plan of these types needs {cheapest(model)}. Allow more bits, or cheaper types."
+            f"budget of {max_bytes} bytes: the cheapest plan of these types needs {cheapest(model)}. Allow more "
+            "bits, or cheaper types."
         )
     plan = _program(model, prices, prices, model.n_bytes, max_bytes)
     if plan is None:
-        raise CalibrationError(f"budget of {max_bytes} bytes: the solver found no plan in {TIME_LIMIT:g} s. Allow more bits.")
+        raise CalibrationError(
+            f"budget of {max_bytes} bytes: the solver found no plan in {TIME_LIMIT:g} s. Allow more bits."
+        )
     return plan
 
 
 def fewest_bytes(model: Additive, prices: np.ndarray, max_price: float) -> tuple[Pair, ...] | None:
-    """The plan of the fewest bytes whose summed price is within max_price, likewise; None if there is none. Shapes as in solve."""
+    """The plan of the fewest bytes whose summed price is within max_price, likewise; None if there is none. Shapes as
+    in solve."""
     return _program(model, prices, model.n_bytes, prices, max_price) if max_price > 0 else None
 
 
-def _program(model: Additive, prices: np.ndarray, cost: np.ndarray, size: np.ndarray, limit: float) -> tuple[Pair, ...] | None:
-    """One pair for each layer, of the lowest summed cost whose summed size is within the limit. cost, size (n_il, n_pair)"""
+def _program(
+    model: Additive, prices: np.ndarray, cost: np.ndarray, size: np.ndarray, limit: float
+) -> tuple[Pair, ...] | None:
+    """One pair for each layer, of the lowest summed cost whose summed size is within the limit. cost, size (n_il,
+    n_pair)"""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
@@ -58,7 +71,10 @@ def _program(model: Additive, prices: np.ndarray, cost: np.ndarray, size: np.nda
     unit = limit / 1e3  # HiGHS' tolerances are absolute
     result = milp(
         of_each / max(float(of_each.max()), 1e-30),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint((size_of_each / unit)[None, :], -np.inf, limit / unit)],
+        constraints=[
+            LinearConstraint(one_each, 1, 1),
+            LinearConstraint((size_of_each / unit)[None, :], -np.inf, limit / unit),
+        ],
         integrality=np.ones(len(rows)),
         bounds=Bounds(0, 1),
         options={"mip_rel_gap": 1e-4, "time_limit": TIME_LIMIT},
@@ -85,15 +101,20 @@ def _undominated(prices: np.ndarray, n_bytes: np.ndarray) -> np.ndarray:
 def near(pairs: Sequence[Pair], bits: float) -> list[Pair]:
     """The pairs of types within REACH of so many bits per value; all if none is, but f16 only where it must be."""
     quantized = [p for p in pairs if "f16" not in vars(p).values()] or list(pairs)
-    return [p for p in quantized if all(abs(codec(t).bits_per_value - bits) < REACH for t in vars(p).values())] or quantized
+    return [
+        p for p in quantized if all(abs(codec(t).bits_per_value - bits) < REACH for t in vars(p).values())
+    ] or quantized
 
 
 def uniform_pairs(model: Additive, geometry: Geometry, max_bytes: int | None) -> list[tuple[Pair, ...]]:
-    """Uniform plans to compare with and to fit the model to: the likeliest within the budget; cheapest and best at the ends.
+    """Uniform plans to compare with and to fit the model to: the likeliest within the budget; cheapest and best at the
+    ends.
 
     max_bytes  None: no budget, and the plan of the most bytes is the last
     """
-    everywhere = [p for i, p in enumerate(model.pairs) if not np.isnan(model.sq_k[:, i]).any() and p.type_k != "f16" != p.type_v]
+    everywhere = [
+        p for i, p in enumerate(model.pairs) if not np.isnan(model.sq_k[:, i]).any() and p.type_k != "f16" != p.type_v
+    ]
     plans = {p: tuple(p if il in model.il else Pair("", "") for il in range(model.n_layer)) for p in everywhere}
     sizes = {p: geometry.bytes(plans[p]) for p in everywhere}
     sums = {p: model.features(plans[p]).reshape(2, -1).sum(axis=1) for p in everywhere}
@@ -126,8 +147,8 @@ def refine(
 
     known     what was run before: uniform pairs, prices
     evaluate  one pair per layer -> KLD, nats. Never called twice with the same pairs.
-    n_trials  runs to make: the fitted model's own solutions, with noise on its prices that shrinks to none, since the KLDs of
-              low types do not quite add up, and least where they were not measured together
+    n_trials  runs to make: the fitted model's own solutions, with noise on its prices that shrinks to none, since the
+              KLDs of low types do not quite add up, and least where they were not measured together
     """
     rng = np.random.default_rng(seed)
     tried = {t.pairs: t for t in known}
@@ -161,7 +182,8 @@ def kld_search(
     n_trials: int,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Trials:
-    """Trials towards the fewest bytes whose KLD is within max_kld: what the fitted model, corrected by each run, says they are.
+    """Trials towards the fewest bytes whose KLD is within max_kld: what the fitted model, corrected by each run, says
+    they are.
 
     known     what was run before: uniform pairs, prices
     evaluate  one pair per layer -> KLD, nats
@@ -189,7 +211,8 @@ def finest(model: Additive) -> tuple[Pair, ...]:
 
 
 def front(model: Additive, x: np.ndarray, floor: float, n_points: int = 20) -> list[tuple[tuple[Pair, ...], float]]:
-    """(plan, predicted KLD) of budgets from the cheapest plan to the best of quantized pairs; distinct, by ascending bytes."""
+    """(plan, predicted KLD) of budgets from the cheapest plan to the best of quantized pairs; distinct, by ascending
+    bytes."""
     dearest = finest(model)
     most = sum(model.n_bytes[row, model.column[dearest[il]]] for row, il in enumerate(model.il))
     prices = model.prices(x)

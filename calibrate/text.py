@@ -1,4 +1,5 @@
-"""Where the text comes from: a file of the user's, or the model itself. -> streams of tokens, cut in two that never meet."""
+"""Where the text comes from: a file of the user's, or the model itself. -> streams of tokens, cut in two that never
+meet."""
 
 from __future__ import annotations
 
@@ -93,20 +94,25 @@ def read_text(
         head, rest = _tokens(session, corpus, n_calibration, front=True)
         tail, _ = _tokens(session, corpus, n_heldout, front=False)
         if corpus.n_skipped:
-            say(f"text '{path.name}': {corpus.n_skipped} of the {corpus.n_lines} lines read have a null or empty text and are left out.")
+            say(
+                f"text '{path.name}': {corpus.n_skipped} of the {corpus.n_lines} lines read have a null or empty "
+                "text and are left out."
+            )
     if len(tail) < n_heldout:  # the two ends have met
         tail = np.concatenate([rest, tail])
     need = n_calibration + n_heldout
     if len(head) + len(tail) < need:
         raise CalibrationError(
-            f"text '{path}' has {len(head) + len(tail)} tokens, need {need}: {n_calibration} to calibrate and {n_heldout} to prove. "
+            f"text '{path}' has {len(head) + len(tail)} tokens, need {need}: {n_calibration} to calibrate and "
+            f"{n_heldout} to prove. "
             "Give a longer text, or fewer --chunks."
         )
     return Text(printable(path.name), file_sha256(path), head, tail[len(tail) - n_heldout :])
 
 
 def _tokens(session: Session, corpus: Corpus, n: int, *, front: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The next n tokens of the corpus, or the last n, in the order of the text, and what was read beyond them; fewer if it ends."""
+    """The next n tokens of the corpus, or the last n, in the order of the text, and what was read beyond them; fewer if
+    it ends."""
     pieces, have = [], 0
     for piece in (corpus.front() if front else corpus.back()) if n else ():
         pieces.append(np.array(_tokenized(session, piece, corpus), np.int32))
@@ -118,7 +124,8 @@ def _tokens(session: Session, corpus: Corpus, n: int, *, front: bool) -> tuple[n
 
 
 def _tokenized(session: Session, piece: Piece, corpus: Corpus) -> list[int]:
-    """Plain documents as one text with an empty line between two, conversations as the model's chat template has them."""
+    """Plain documents as one text with an empty line between two, conversations as the model's chat template has
+    them."""
     tokens: list[int] = []
     for is_chat, group in groupby(piece.documents, key=lambda d: bool(d.messages)):
         if is_chat:
@@ -133,7 +140,7 @@ def _tokenized(session: Session, piece: Piece, corpus: Corpus) -> list[int]:
 def _chat_text(session: Session, document: Document, corpus: Corpus) -> str:
     try:
         if session.chat_template is None:
-            raise CalibrationError("it holds \"messages\", and the model has no chat template. Give rows with a \"text\".")
+            raise CalibrationError('it holds "messages", and the model has no chat template. Give rows with a "text".')
         return session.chat_template.text(document.messages)
     except KvtunerError as error:
         raise CalibrationError(f"text '{corpus.path}': {error}") from None

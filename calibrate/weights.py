@@ -1,8 +1,8 @@
-"""The model to search on: itself, or a copy of it whose weights the processor multiplies faster. The proof never runs on a copy."""
+"""The model to search on: itself, or a copy of it whose weights the processor multiplies faster. The proof never runs
+on a copy."""
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -24,13 +24,20 @@ CHOICE, COPY = "weights.txt", "weights.gguf"
 
 @contextmanager
 def search_session(
-    model: Path, folder: Path, *, n_threads: int | None, n_gpu_layers: int, may_copy: bool = True, say: Callable[[str], None], scratch: Path | None = None
+    model: Path,
+    folder: Path,
+    *,
+    n_threads: int | None,
+    n_gpu_layers: int,
+    may_copy: bool = True,
+    say: Callable[[str], None],
+    scratch: Path | None = None,
 ) -> Iterator[Session]:
     """A session of the model, or of a copy in 16-bit floats where prompts run GAIN times as fast on it.
 
-    llama.cpp multiplies many quantized types (q4_1, q5_K, iq3_s) slower than bf16 or f16 on a processor. Cached K and V are the
-    same but for rounding, and what is measured on a copy is measured against that copy's own f16 cache. The noise floor is lower
-    there, as activations are not rounded to 8 bits.
+    llama.cpp multiplies many quantized types (q4_1, q5_K, iq3_s) slower than bf16 or f16 on a processor. Cached K and V
+    are the same but for rounding, and what is measured on a copy is measured against that copy's own f16 cache. The
+    noise floor is lower there, as activations are not rounded to 8 bits.
     folder   keeps the choice, so that a search that goes on does so with the same weights
     scratch  keeps the copy, while the session lives; folder by default
     """
@@ -43,7 +50,10 @@ def search_session(
             if may_copy and _chosen(choice) is None:
                 kind, gain = _faster(own, copy, sizes)
                 if kind != OWN:
-                    say(f"search on a copy of the model in {kind}, which reads a prompt {gain:.1f} times as fast; proof on the model itself")
+                    say(
+                        f"search on a copy of the model in {kind}, which reads a prompt {gain:.1f} times as fast; "
+                        "proof on the model itself"
+                    )
                 write_record(choice, kind.encode())
             kind = _chosen(choice) if may_copy else OWN
             if kind == OWN:
@@ -62,7 +72,11 @@ def _faster(own: Session, copy: Path, sizes: dict) -> tuple[str, float]:
     """The type of a copy that is worth making, and what it gains; OWN if none is. Leaves the copy on disk."""
     matrices = {t.type_name for t in read_header(own.path).tensors if len(t.shape) > 1}
     n_bytes = 2 * own.n_params
-    if matrices <= {"f32", "f16", "bf16"} or n_bytes > SHARE * total_memory() or 2 * n_bytes > shutil.disk_usage(copy.parent).free:
+    if (
+        matrices <= {"f32", "f16", "bf16"}
+        or n_bytes > SHARE * total_memory()
+        or 2 * n_bytes > shutil.disk_usage(copy.parent).free
+    ):
         return OWN, 1.0
     kind = KINDS["BF16 = 1" not in own.system_info()]
     try:

@@ -46,19 +46,76 @@ def shared(*names: str) -> Callable:
     """The options of these names, in this order."""
     options = {
         "m": click.option("-m", "--model", required=True, type=MODEL, help="GGUF model."),
-        "c": click.option("-c", "--ctx-size", "n_ctx", default=8192, show_default=True, type=click.IntRange(64), help="Context at which bytes are counted, in tokens."),
-        "f": click.option("-f", "--file", "text", type=FILE, help="Text to measure on, .txt or .jsonl. Default: the model writes its own."),
-        "t": click.option("-t", "--threads", type=click.IntRange(1), help="Threads. Default: all processors this process may use."),
-        "ngl": click.option("-ngl", "--n-gpu-layers", default=0, show_default=True, type=click.IntRange(0), help="Layers to keep on the GPU."),
-        "chunks": click.option("--chunks", "n_chunk", default=4, show_default=True, type=click.IntRange(2, 1000), help="Pieces of text: more take longer and tell more."),
-        "seed": click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the text and the search."),
-        "bits": click.option("--bits", type=float, help="Goal: real bits per cached value, scales included. [default: 6]"),
+        "c": click.option(
+            "-c",
+            "--ctx-size",
+            "n_ctx",
+            default=8192,
+            show_default=True,
+            type=click.IntRange(64),
+            help="Context at which bytes are counted, in tokens.",
+        ),
+        "f": click.option(
+            "-f",
+            "--file",
+            "text",
+            type=FILE,
+            help="Text to measure on, .txt or .jsonl. Default: the model writes its own.",
+        ),
+        "t": click.option(
+            "-t", "--threads", type=click.IntRange(1), help="Threads. Default: all processors this process may use."
+        ),
+        "ngl": click.option(
+            "-ngl",
+            "--n-gpu-layers",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0),
+            help="Layers to keep on the GPU.",
+        ),
+        "chunks": click.option(
+            "--chunks",
+            "n_chunk",
+            default=4,
+            show_default=True,
+            type=click.IntRange(2, 1000),
+            help="Pieces of text: more take longer and tell more.",
+        ),
+        "seed": click.option(
+            "--seed",
+            default=0,
+            show_default=True,
+            type=click.IntRange(0, 2**31 - 1),
+            help="Seed of the text and the search.",
+        ),
+        "bits": click.option(
+            "--bits", type=float, help="Goal: real bits per cached value, scales included. [default: 6]"
+        ),
         "memory": click.option("--memory", type=Memory(), help="Goal: bytes of the cache at -c, for example 96M."),
-        "kld": click.option("--max-kld", type=float, help="Goal: the least memory whose mean KLD stays within this, in nats."),
-        "types": click.option("--types", help="Cache types to choose from, comma-separated. [default: all but f32 and bf16, and blocks of 32 only where 64 does not fit; paper: q8_0,q4_0,q2_64]"),
-        "mean": click.option("--k-mean/--no-k-mean", default=None, help="Whether K may be cached without its mean, where that helps. [default: yes; paper: no]"),
-        "scale": click.option("--k-scale/--no-k-scale", default=None, help="Whether K may be scaled per channel, where that helps. [default: yes; paper: no]"),
-        "force": click.option("--force", is_flag=True, help="Replace the file of -o, whatever it holds. Without it only a sidecar by a sidecar, and the same model."),
+        "kld": click.option(
+            "--max-kld", type=float, help="Goal: the least memory whose mean KLD stays within this, in nats."
+        ),
+        "types": click.option(
+            "--types",
+            help="Cache types to choose from, comma-separated. [default: all but f32 and bf16, and blocks of 32 "
+            "only where 64 does not fit; paper: q8_0,q4_0,q2_64]",
+        ),
+        "mean": click.option(
+            "--k-mean/--no-k-mean",
+            default=None,
+            help="Whether K may be cached without its mean, where that helps. [default: yes; paper: no]",
+        ),
+        "scale": click.option(
+            "--k-scale/--no-k-scale",
+            default=None,
+            help="Whether K may be scaled per channel, where that helps. [default: yes; paper: no]",
+        ),
+        "force": click.option(
+            "--force",
+            is_flag=True,
+            help="Replace the file of -o, whatever it holds. Without it only a sidecar by a sidecar, and the same "
+            "model.",
+        ),
         "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     }
 

@@ -27,9 +27,11 @@ _XATTRS = re.compile(r"user\..*|system\.posix_acl_access|security\.selinux")  # 
 def atomic_file(target: Path, like: os.stat_result | None = None, *, private: bool = False) -> Iterator[BinaryIO]:
     """A file to write that becomes target when the block ends, and leaves no trace if it does not end well.
 
-    Where the system can, it has no name until it is whole, so that even a killed process leaves nothing. Else it lies beside
-    the target, and what a killed process left goes with the next write there. It is synced, named, and its folder synced.
-    like     of a new file: whose mode and owner it takes; one that replaces another keeps that one's, its xattrs and its ACL
+    Where the system can, it has no name until it is whole, so that even a killed process leaves nothing. Else it lies
+    beside the target, and what a killed process left goes with the next write there. It is synced, named, and its
+    folder synced.
+    like     of a new file: whose mode and owner it takes; one that replaces another keeps that one's, its xattrs and
+             its ACL
     private  a new file is its owner's alone
     Raises OSError; what stood at target is then unchanged. A target that is a link, a folder or a device is refused.
     """
@@ -60,7 +62,8 @@ def atomic_file(target: Path, like: os.stat_result | None = None, *, private: bo
 
 
 def remove_stale(folder: Path) -> None:
-    """Removes what writers that were killed left in a folder: ours by name and owner, and locked by no living process."""
+    """Removes what writers that were killed left in a folder: ours by name and owner, and locked by no living
+    process."""
     with suppress(OSError), os.scandir(folder) as entries:
         for name in [entry.path for entry in entries if _TEMP.fullmatch(entry.name)]:
             with suppress(OSError):  # locked, gone by now, or not ours to remove
@@ -82,7 +85,8 @@ def _remove_unlocked(name: str) -> None:
 
 
 def _regular(target: Path) -> os.stat_result | None:
-    """What stands at target; None if nothing does. Raises OSError if it is anything but a file: a rename would put one in its place."""
+    """What stands at target; None if nothing does. Raises OSError if it is anything but a file: a rename would put one
+    in its place."""
     try:
         info = os.lstat(target)
     except FileNotFoundError:
@@ -158,7 +162,10 @@ def _signals_wait() -> Iterator[None]:
 def _take_over(fd: int, temp: Path, like: os.stat_result, old: Path | None) -> None:
     """Group, owner and mode of another file, and what else `old` carries; as far as this process may set them."""
     if hasattr(os, "fchown"):
-        for uid, gid in ((-1, like.st_gid), (like.st_uid, -1)):  # a member may keep the group where only root may keep the owner
+        for uid, gid in (
+            (-1, like.st_gid),
+            (like.st_uid, -1),
+        ):  # a member may keep the group where only root may keep the owner
             with suppress(OSError):
                 os.fchown(fd, uid, gid)
     if old is not None and hasattr(os, "listxattr"):

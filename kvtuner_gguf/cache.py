@@ -34,11 +34,14 @@ def cache_dir() -> Path:
     try:
         return _base()[0] / "kvtuner-gguf"
     except RuntimeError:
-        raise KvtunerError("cache folder: this user has no home folder. Set XDG_CACHE_HOME to a folder that can be written.") from None
+        raise KvtunerError(
+            "cache folder: this user has no home folder. Set XDG_CACHE_HOME to a folder that can be written."
+        ) from None
 
 
 def open_cache() -> Path:
-    """Our folder, made if need be, closed to others, and tried. Raises KvtunerError, which names it and the variable that moves it."""
+    """Our folder, made if need be, closed to others, and tried. Raises KvtunerError, which names it and the variable
+    that moves it."""
     path = cache_dir()
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -48,13 +51,16 @@ def open_cache() -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise KvtunerError(f"cache folder {path}: cannot be written ({error.strerror}). Set {_base()[1]} to a folder that can.") from None
+        raise KvtunerError(
+            f"cache folder {path}: cannot be written ({error.strerror}). Set {_base()[1]} to a folder that can."
+        ) from None
     return path
 
 
 @contextmanager
 def lock(path: Path) -> Iterator[bool | None]:
-    """Whether a file is this process's alone as long as this is open; None where nothing can be locked. It goes with the process."""
+    """Whether a file is this process's alone as long as this is open; None where nothing can be locked. It goes with
+    the process."""
     path.touch(mode=0o600)
     fd = os.open(path, os.O_RDONLY)
     try:

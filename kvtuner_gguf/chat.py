@@ -13,19 +13,26 @@ from .errors import KvtunerError
 from .template import TEMPLATE_ERRORS, Messages, folded, template_error
 
 
-class TooLong(KvtunerError):
+class TooLongError(KvtunerError):
     """The messages do not fit into the context."""
 
 
 def answer(
-    llm: Any, messages: Messages, *, max_tokens: int | None, temperature: float, say: Callable[[str], None] = lambda text: None
+    llm: Any,
+    messages: Messages,
+    *,
+    max_tokens: int | None,
+    temperature: float,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[str]:
     """The pieces of the model's answer to the messages, as they come. say gets what the user should know.
 
-    Raises TooLong before the first piece, KvtunerError for a template that fails, or a run that does.
+    Raises TooLongError before the first piece, KvtunerError for a template that fails, or a run that does.
     """
     create = partial(llm.create_chat_completion, stream=True, max_tokens=max_tokens, temperature=temperature)
-    stream = _formatted(create, messages, f"model '{llm.model_path}'", say)  # nothing is run before the first piece is asked for
+    stream = _formatted(
+        create, messages, f"model '{llm.model_path}'", say
+    )  # nothing is run before the first piece is asked for
     try:
         for chunk in stream:
             piece = chunk["choices"][0]["delta"].get("content")
@@ -34,7 +41,9 @@ def answer(
     except ValueError as error:
         if "exceed context window" not in str(error):
             raise KvtunerError(f"the answer ended early: {error}.") from None
-        raise TooLong(f"message: longer than the context of {llm.n_ctx()} tokens. Shorten it, or use a larger -c.") from None
+        raise TooLongError(
+            f"message: longer than the context of {llm.n_ctx()} tokens. Shorten it, or use a larger -c."
+        ) from None
     except RuntimeError as error:
         raise KvtunerError(f"the answer ended early: {error}.") from None
 
@@ -66,7 +75,8 @@ def chat_loop(
     max_tokens: int | None = None,
     temperature: float = 0.7,
 ) -> None:
-    """Read, answer, repeat, until /exit, Ctrl-C at the prompt, or the end of the input. /reset forgets the conversation.
+    """Read, answer, repeat, until /exit, Ctrl-C at the prompt, or the end of the input. /reset forgets the
+    conversation.
 
     read   the user's next line, None at the end of the input
     write  prints a piece of text as it is
@@ -117,7 +127,7 @@ class _Chat:
             try:
                 self._speak(question, pieces, interruption)
                 end = "(stopped)\n" if interruption.asked else ""
-            except TooLong as error:
+            except TooLongError as error:
                 end = f"({error})\n"
             except KvtunerError as error:
                 end = f"({error})\n"
@@ -145,13 +155,16 @@ class _Chat:
             stream = answer(self.llm, [*self.start, *earlier, question], say=self.say, **self.sampling)
             try:
                 first = next(stream, None)
-            except TooLong:
+            except TooLongError:
                 if n_dropped < len(self.turns):
                     continue
                 raise
             if n_dropped:
                 self.turns = self.turns[n_dropped:]
-                self.write(f"(the context is full: the oldest {'turn is' if n_dropped == 1 else f'{n_dropped} turns are'} dropped)\n")
+                self.write(
+                    f"(the context is full: the oldest {'turn is' if n_dropped == 1 else f'{n_dropped} turns are'} "
+                    "dropped)\n"
+                )
             if first is not None:
                 yield first
             yield from stream
@@ -159,7 +172,8 @@ class _Chat:
 
 
 class _Interruption:
-    """Ctrl-C within the block. While it is held it is only noted, so that an answer ends between two tokens; twice is not held."""
+    """Ctrl-C within the block. While it is held it is only noted, so that an answer ends between two tokens; twice is
+    not held."""
 
     def __init__(self) -> None:
         self.asked = self.is_held = False

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 
 class Commands(click.Group):
-    """Turns a KvtunerError into `Error: ...` and exit 1, in this one place. No text of others goes out unprintable, no signal ends a write midway."""
+    """Turns a KvtunerError into `Error: ...` and exit 1, in this one place. No text of others goes out unprintable, no
+    signal ends a write midway."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         with orderly():
@@ -48,7 +49,9 @@ class Commands(click.Group):
         except OSError as error:  # every write says more than this; a disk can fill up at any other place, too
             if error.errno not in NO_ROOM:
                 raise
-            raise click.ClickException(printable(f"{error.filename or 'a file'}: {error.strerror}. Make room, and run the command again.")) from None
+            raise click.ClickException(
+                printable(f"{error.filename or 'a file'}: {error.strerror}. Make room, and run the command again.")
+            ) from None
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -59,12 +62,29 @@ def main() -> None:
 
 @main.command()
 @click.argument("model", type=MODEL)
-@click.option("-o", "--output", type=FILE, help="Write a new GGUF, or with .json a sidecar. Default: into MODEL itself.")
+@click.option(
+    "-o", "--output", type=FILE, help="Write a new GGUF, or with .json a sidecar. Default: into MODEL itself."
+)
 @shared("bits", "memory", "kld")
-@click.option("--method", type=click.Choice(["fitted", "paper"]), default="fitted", show_default=True, help="How to search: 'fitted' is ours, 'paper' is KVTuner's.")
-@click.option("--trials", "n_trials", type=click.IntRange(8, 10000), help="Real runs of the search. [default: two per layer and about 24 more; paper 100]")
+@click.option(
+    "--method",
+    type=click.Choice(["fitted", "paper"]),
+    default="fitted",
+    show_default=True,
+    help="How to search: 'fitted' is ours, 'paper' is KVTuner's.",
+)
+@click.option(
+    "--trials",
+    "n_trials",
+    type=click.IntRange(8, 10000),
+    help="Real runs of the search. [default: two per layer and about 24 more; paper 100]",
+)
 @shared("types", "mean", "scale")
-@click.option("--resume", is_flag=True, help="Go on where an interrupted calibration of this model stopped, or reuse what it measured.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where an interrupted calibration of this model stopped, or reuse what it measured.",
+)
 @shared("c", "f", "chunks", "seed", "t", "ngl", "force", "json")
 @click.pass_context
 def calibrate(ctx: click.Context, model: Path, output: Path | None, force: bool, as_json: bool, **given: Any) -> None:
@@ -87,13 +107,15 @@ def calibrate(ctx: click.Context, model: Path, output: Path | None, force: bool,
 
 @main.command()
 @click.argument("model", type=MODEL)
-@click.option("-o", "--output", type=FILE, help="Write the plan: a new GGUF, or with .json a sidecar. Default: show it only.")
+@click.option(
+    "-o", "--output", type=FILE, help="Write the plan: a new GGUF, or with .json a sidecar. Default: show it only."
+)
 @shared("bits", "memory", "kld", "types", "mean", "scale", "c", "f", "chunks", "seed", "ngl", "force", "json")
 def solve(model: Path, output: Path | None, force: bool, as_json: bool, **given: Any) -> None:
     """Find another plan by what `calibrate` measured of MODEL, in seconds and without a run.
 
-    The goal is as in `calibrate`; the other options must be as they were there. The KLDs are predicted, on the text of the
-    search: `kvtuner-gguf evaluate` measures them.
+    The goal is as in `calibrate`; the other options must be as they were there. The KLDs are predicted, on the text of
+    the search: `kvtuner-gguf evaluate` measures them.
     """
     from .output import output as place
 
@@ -102,21 +124,34 @@ def solve(model: Path, output: Path | None, force: bool, as_json: bool, **given:
     solved = _pipeline().solve_saved(options, Terminal())
     written = to and _written(to, solved.plan)
     if as_json:
-        print_json({"written": written and str(written), "plan": json.loads(solved.plan.to_json()), "kld": solved.kld, "front": [vars(p) for p in solved.front]})
+        print_json(
+            {
+                "written": written and str(written),
+                "plan": json.loads(solved.plan.to_json()),
+                "kld": solved.kld,
+                "front": [vars(p) for p in solved.front],
+            }
+        )
     else:
         from .report import front_text, layers_text, memory_text
 
-        show(f"{layers_text(solved.plan.pairs)}\n\n{memory_text(solved.plan.pairs, solved.geometry, solved.plan.vector_bytes)}")
-        show(f"\n{front_text([(p.bits_per_value, p.n_bytes, p.kld) for p in solved.front], n_ctx)}\n\npredicted mean KLD of the plan: {solved.kld:.5f}; not proved")
+        plan = solved.plan
+        show(f"{layers_text(plan.pairs)}\n\n{memory_text(plan.pairs, solved.geometry, plan.vector_bytes)}")
+        show(f"\n{front_text([(p.bits_per_value, p.n_bytes, p.kld) for p in solved.front], n_ctx)}")
+        show(f"\npredicted mean KLD of the plan: {solved.kld:.5f}; not proved")
         if written:
             show(f"Written to {written}")
 
 
 def _pipeline() -> Any:
     """The calibration, which needs more packages than running a plan does."""
-    missing = [name for name in ("gguf", "optuna", "scipy", "sklearn") if find_spec(name) is None]  # stages import them when they need them
+    missing = [
+        name for name in ("gguf", "optuna", "scipy", "sklearn") if find_spec(name) is None
+    ]  # stages import them when they need them
     if missing:
-        raise CalibrationError(f"calibration needs the package {missing[0]}. Install with: pip install 'kvtuner-gguf[calibrate]'")
+        raise CalibrationError(
+            f"calibration needs the package {missing[0]}. Install with: pip install 'kvtuner-gguf[calibrate]'"
+        )
     from .calibrate import pipeline
 
     return pipeline
@@ -170,7 +205,8 @@ def _outcome_text(outcome: Any, written: Path) -> str:
         else f"The plan lost to the best uniform pair on held-out text: {outcome.plan.rival} was written instead."
     )
     parts = (
-        layers_text(outcome.plan.pairs) + _conditions_line([(il, bool(v.mean), bool(v.scale)) for il, v in enumerate(outcome.plan.k_vectors)]),
+        layers_text(outcome.plan.pairs)
+        + _conditions_line([(il, bool(v.mean), bool(v.scale)) for il, v in enumerate(outcome.plan.k_vectors)]),
         memory_text(outcome.plan.pairs, outcome.geometry, outcome.plan.vector_bytes),
         comparison_text(outcome.comparison),
         f"{verdict}\nWritten to {written}",
@@ -198,7 +234,9 @@ def _outcome_json(outcome: Any, written: Path) -> dict[str, Any]:
 
 @main.command("show")
 @click.argument("model", type=MODEL)
-@click.option("--plan", "plan_file", type=MODEL, help="A sidecar to show on this model, instead of the plan in the file.")
+@click.option(
+    "--plan", "plan_file", type=MODEL, help="A sidecar to show on this model, instead of the plan in the file."
+)
 @shared("c", "ngl", "json")
 def show_plan(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int, as_json: bool) -> None:
     """Show the plan of MODEL as the run time resolves it, and its memory at a context."""
@@ -221,17 +259,31 @@ def show_plan(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int
     conditioned = {layer.il: {"k_mean": layer.k_mean, "k_scale": layer.k_scale} for layer in allocated}
     vectors = sum(4 * n * (layer.k_mean + layer.k_scale) for layer in allocated for n in [_k_values(layer)])
     if as_json:
-        memory = [{"name": n, "bytes": b, "bits_per_value": bits, "of_f16": share} for n, b, bits, share in memory_rows(pairs, geometry, vectors)]
-        layers = [{"il": il, "type_k": p.type_k, "type_v": p.type_v, **conditioned.get(il, {})} for il, p in enumerate(pairs)]
-        print_json({"source": source, "layers": layers, "n_ctx": n_ctx, "memory": memory, "notes": notes, "plan": plan and json.loads(plan.to_json())})
+        memory = [
+            {"name": n, "bytes": b, "bits_per_value": bits, "of_f16": share}
+            for n, b, bits, share in memory_rows(pairs, geometry, vectors)
+        ]
+        layers = [
+            {"il": il, "type_k": p.type_k, "type_v": p.type_v, **conditioned.get(il, {})} for il, p in enumerate(pairs)
+        ]
+        print_json(
+            {
+                "source": source,
+                "layers": layers,
+                "n_ctx": n_ctx,
+                "memory": memory,
+                "notes": notes,
+                "plan": plan and json.loads(plan.to_json()),
+            }
+        )
         return
     line = _conditions_line([(layer.il, layer.k_mean, layer.k_scale) for layer in allocated])
     show(f"plan from: {source}\n\n{layers_text(pairs)}{line}\n\n{memory_text(pairs, geometry, vectors)}")
     if plan and plan.quality:
         rival = f"; best uniform pair {plan.rival}: {plan.rival_quality.kld_mean:.5f}" if plan.rival_quality else ""
         show(f"\nmean KLD when calibrated: {plan.quality.kld_mean:.5f}{rival}")
-    for note in notes:
-        show(f"note: {note}")
+    for text in notes:
+        show(f"note: {text}")
 
 
 def _k_values(layer: Any) -> int:
@@ -333,7 +385,8 @@ def export(model: Path, output: Path | None, force: bool) -> None:
 
 @main.command("lib-dir")
 def show_lib_dir() -> None:
-    """Print the folder of the patched libraries: LLAMA_CPP_LIB_PATH for a program on llama-cpp-python that does not import us."""
+    """Print the folder of the patched libraries: LLAMA_CPP_LIB_PATH for a program on llama-cpp-python that does not
+    import us."""
     from . import native
 
     show_path(native.lib_dir())
@@ -346,8 +399,17 @@ def show_lib_dir() -> None:
 @click.option("--no-plan", is_flag=True, help="Run without a plan, on an f16 cache.")
 @click.option("-ctk", "--cache-type-k", "type_k", help="One K type for all layers, whatever the plan says.")
 @click.option("-ctv", "--cache-type-v", "type_v", help="One V type for all layers, whatever the plan says.")
-@click.option("-n", "--predict", "max_tokens", type=click.IntRange(1), help="Most tokens of an answer. Default: what fits.")
-@click.option("--temp", "temperature", default=0.7, show_default=True, type=FiniteFloat(0), help="Temperature; 0 takes the likeliest token.")
+@click.option(
+    "-n", "--predict", "max_tokens", type=click.IntRange(1), help="Most tokens of an answer. Default: what fits."
+)
+@click.option(
+    "--temp",
+    "temperature",
+    default=0.7,
+    show_default=True,
+    type=FiniteFloat(0),
+    help="Temperature; 0 takes the likeliest token.",
+)
 @shared("m", "c", "t", "ngl")
 def chat(prompt: str | None, system: str | None, max_tokens: int | None, temperature: float, **given: Any) -> None:
     """Chat with a model under its plan. /reset forgets the conversation, /exit ends it."""
@@ -362,7 +424,13 @@ def chat(prompt: str | None, system: str | None, max_tokens: int | None, tempera
 
     if prompt is not None:
         messages = [{"role": "system", "content": system}] if system else []
-        for piece in answer(llm, [*messages, {"role": "user", "content": utf8(prompt)}], max_tokens=max_tokens, temperature=temperature, say=note):
+        for piece in answer(
+            llm,
+            [*messages, {"role": "user", "content": utf8(prompt)}],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            say=note,
+        ):
             write(piece)
         show("")
     else:
@@ -372,12 +440,21 @@ def chat(prompt: str | None, system: str | None, max_tokens: int | None, tempera
     llm.close()
 
 
-def _open_llama(model: Path, plan_file: Path | None = None, no_plan: bool = False, n_ctx: int = 8192, threads: int | None = None, n_gpu_layers: int = 0, type_k: str | None = None, type_v: str | None = None) -> Any:
+def _open_llama(
+    model: Path,
+    plan_file: Path | None = None,
+    no_plan: bool = False,
+    n_ctx: int = 8192,
+    threads: int | None = None,
+    n_gpu_layers: int = 0,
+    type_k: str | None = None,
+    type_v: str | None = None,
+) -> Any:
     from .in_force import asked_plan
     from .llama import Llama
     from .runtime import Session, check_memory
-    from .threads import default_threads
     from .template import TemplateError, template_error
+    from .threads import default_threads
 
     plan = asked_plan(False if no_plan else plan_file)
     if n_gpu_layers == 0:
@@ -387,8 +464,14 @@ def _open_llama(model: Path, plan_file: Path | None = None, no_plan: bool = Fals
                 check_memory(sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers()), n_ctx)
     try:
         return Llama(
-            model, plan=plan, n_ctx=n_ctx, n_threads=threads or default_threads(), n_gpu_layers=n_gpu_layers,
-            type_k=type_k, type_v=type_v, verbose=False,
+            model,
+            plan=plan,
+            n_ctx=n_ctx,
+            n_threads=threads or default_threads(),
+            n_gpu_layers=n_gpu_layers,
+            type_k=type_k,
+            type_v=type_v,
+            verbose=False,
         )
     except TemplateError as error:
         raise template_error(error, f"model '{model}'") from None
@@ -401,7 +484,10 @@ def _memory_line(llm: Any) -> str:
 
     pairs = sorted({str(p) for p in llm.plan.pairs if p.type_k})
     notes = "".join(f"\nnote: {n}" for n in llm.plan_notes)
-    return f"K/V cache: {llm.kv_bytes / MIB:.1f} MiB at {llm.n_ctx()} tokens, {len(pairs)} pairs: {', '.join(pairs)}{notes}"
+    return (
+        f"K/V cache: {llm.kv_bytes / MIB:.1f} MiB at {llm.n_ctx()} tokens, {len(pairs)} pairs: "
+        f"{', '.join(pairs)}{notes}"
+    )
 
 
 def _read_line() -> str | None:
@@ -412,8 +498,12 @@ def _read_line() -> str | None:
 
 
 @main.command()
-@click.option("--trials", "n_trials", default=None, type=click.IntRange(8, 10000), help="Real runs of the search. [default: 32]")
-@click.option("-o", "--output", type=FILE, default="SmolLM2-135M-Instruct.kvtuner.gguf", show_default=True, help="GGUF to write.")
+@click.option(
+    "--trials", "n_trials", default=None, type=click.IntRange(8, 10000), help="Real runs of the search. [default: 32]"
+)
+@click.option(
+    "-o", "--output", type=FILE, default="SmolLM2-135M-Instruct.kvtuner.gguf", show_default=True, help="GGUF to write."
+)
 @shared("seed", "t", "force")
 def demo(n_trials: int | None, output: Path, seed: int, threads: int | None, force: bool) -> None:
     """Do it all on the default small model: fetch, calibrate, write, and chat under the plan."""

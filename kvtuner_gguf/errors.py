@@ -8,7 +8,8 @@ MOST_CHARACTERS = 4000  # of a message: paths, and what a tool or a library said
 
 
 class KvtunerError(Exception):
-    """Base of all errors whose message is written for the user: one line, with names and texts of others made printable."""
+    """Base of all errors whose message is written for the user: one line, with names and texts of others made
+    printable."""
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(message, MOST_CHARACTERS))
@@ -31,6 +32,7 @@ class NativeError(KvtunerError):
 
 
 class StateError(NativeError, KeyError):
-    """A saved state is of another plan or model, or damaged. A KeyError as well: a cache of prompts takes it as a miss."""
+    """A saved state is of another plan or model, or damaged. A KeyError as well: a cache of prompts takes it as a
+    miss."""
 
     __str__ = Exception.__str__  # a KeyError's quotes its text

@@ -37,7 +37,8 @@ class Geometry:
         return 8 * n_bytes / self.n_values if self.n_values else 0.0
 
     def bytes(self, pairs: tuple[Pair, ...], k_vectors: Iterable[KVectors] = ()) -> int:
-        """Bytes of the cache with these pairs, and of the vectors. Raises PlanError if there is not one pair per layer."""
+        """Bytes of the cache with these pairs, and of the vectors. Raises PlanError if there is not one pair per
+        layer."""
         if len(pairs) != self.n_layer:
             raise PlanError(f"plan has {len(pairs)} layers, the model has {self.n_layer}. Calibrate this model again.")
         total = vector_bytes(k_vectors)

@@ -58,13 +58,17 @@ def write_plan(src: StrPath, plan: Plan | None, dst: StrPath | None = None, *, o
             if plan is not None:
                 _check_layers(plan, header)
         parts = _spliced(header, plan)
-        with write_errors(target, _n_bytes(parts), "What was there is unchanged. Make room, or write elsewhere with -o."):
+        with write_errors(
+            target, _n_bytes(parts), "What was there is unchanged. Make room, or write elsewhere with -o."
+        ):
             in_place = target.name == src.name and os.path.samefile(target.parent, src.parent)
             check_target(target, in_place, header, overwrite)
             if not in_place or plan is not None or any(_is_ours(key) for key, _, _ in header.keys):
                 need(target.parent, _n_bytes(parts))
                 with atomic_file(target, like=os.fstat(file.fileno())) as out:
-                    _copy(file, parts, out.raw)  # what is written by hand and by the kernel must not overtake each other
+                    _copy(
+                        file, parts, out.raw
+                    )  # what is written by hand and by the kernel must not overtake each other
                     _check_copy(out.raw, header, plan)
                     file.close()  # Windows cannot rename over an open file
     return target
@@ -85,7 +89,7 @@ def weights_hash(path: StrPath) -> str:
     for tensor in sorted(tensors, key=lambda t: t.name.encode()):
         if not tensor.type_name:
             raise PlanError(f"{path}: {tensor.name!r:.80} has a type that is not known here. Update kvtuner-gguf.")
-        shape = ",".join(str(n) for n in (tensor.shape + (1, 1, 1, 1))[:4])
+        shape = ",".join(str(n) for n in (*tensor.shape, 1, 1, 1, 1)[:4])
         for byte in f"{tensor.name}\0{tensor.type_name}\0{shape}\n".encode():
             digest = (digest ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
     return f"{digest:016x}"
@@ -106,7 +110,8 @@ def _check_layers(plan: Plan, header: Header) -> None:
 
 
 def shard_paths(path: StrPath, header: Header) -> list[Path]:
-    """The files of a model by the name of one, NAME-00001-of-00003.gguf and so on; itself if it is not split. Raises PlanError."""
+    """The files of a model by the name of one, NAME-00001-of-00003.gguf and so on; itself if it is not split. Raises
+    PlanError."""
     if header.split_count <= 1:
         return [Path(path)]
     match, n = _SHARD.fullmatch(Path(path).name), header.split_count
@@ -120,12 +125,15 @@ def _all_shards(path: StrPath, header: Header) -> list[Path]:
     shards = shard_paths(path, header)
     for shard in shards:
         if not shard.exists():
-            raise PlanError(f"{path}: {shard.name} is missing, need all {header.split_count}. Put it beside the others.")
+            raise PlanError(
+                f"{path}: {shard.name} is missing, need all {header.split_count}. Put it beside the others."
+            )
     return shards
 
 
 def first_shard(path: StrPath) -> Header:
-    """The header of a model that can hold a plan. Raises PlanError for a shard that is not the first, and as read_header."""
+    """The header of a model that can hold a plan. Raises PlanError for a shard that is not the first, and as
+    read_header."""
     header = read_header(path)
     with blamed_on(path):
         _check_first_shard(path, header)

@@ -1,7 +1,7 @@
 """The header of a GGUF file, read with bounds.
 
-Not with the gguf package: that one needs seconds and hundreds of MB for a large vocabulary, follows any count that a broken
-file claims, and does not know the newest tensor types. Layout: ggml/docs/gguf.md.
+Not with the gguf package: that one needs seconds and hundreds of MB for a large vocabulary, follows any count that a
+broken file claims, and does not know the newest tensor types. Layout: ggml/docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -193,7 +193,9 @@ class Parser:
         return list(entries.values())
 
     def _tensor(self, data_offset: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
-        type_name, block_size, type_size = TENSOR_TYPES.get(kind, ("", 1, 0))  # a type newer than we are: size not known
+        type_name, block_size, type_size = TENSOR_TYPES.get(
+            kind, ("", 1, 0)
+        )  # a type newer than we are: size not known
         tensor = Tensor(name, type_name, shape, data_offset + offset, math.prod(shape) // block_size * type_size)
         end = tensor.offset + tensor.n_bytes
         if end > self.size:

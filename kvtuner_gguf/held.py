@@ -1,8 +1,9 @@
 """llama_cpp's Llama, which builds on what its cache holds and on nothing else.
 
-llama_cpp keeps the prefix that two prompts share wherever a removal from the cache is granted. A sliding window's cache grants
-it though the window before that position is overwritten, and a recurrent state cannot go back at all. So before a token is read
-the run time is asked for all that it builds on, and the tokens so far are read again where that is not there.
+llama_cpp keeps the prefix that two prompts share wherever a removal from the cache is granted. A sliding window's cache
+grants it though the window before that position is overwritten, and a recurrent state cannot go back at all. So before
+a token is read the run time is asked for all that it builds on, and the tokens so far are read again where that is not
+there.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class HeldLlama(llama_cpp.Llama):
         self._n_read = 0
 
     def eval(self, tokens: Sequence[int]) -> None:
-        """Read tokens at n_tokens and on. Raises NativeError where the tokens before them are neither held nor known."""
+        """Read tokens at n_tokens and on. Raises NativeError where the tokens before them are neither held nor
+        known."""
         if len(tokens) and not native.ctx_holds(self._ctx.ctx, 0, self.n_tokens):
             before = self._forget_all()
             if self.draft_model is None:
@@ -84,7 +86,8 @@ class HeldLlama(llama_cpp.Llama):
         self._ctx.kv_cache_clear()
         if n_tokens > n_read:
             raise NativeError(
-                f"position {n_tokens}: the cache does not hold what a token there builds on, and {n_tokens - n_read} tokens before it "
+                f"position {n_tokens}: the cache does not hold what a token there builds on, and "
+                f"{n_tokens - n_read} tokens before it "
                 "were not read by eval. All is forgotten now: give the whole prompt again."
             )
         return self.input_ids[:n_tokens].tolist()
@@ -92,9 +95,15 @@ class HeldLlama(llama_cpp.Llama):
     @cached_property
     def _identity(self) -> str:
         params, lora = self.context_params, (self.lora_path, self.lora_scale)
-        names = ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast",
+        names = ("rope_scaling_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor",
+                 "yarn_beta_fast",
                  "yarn_beta_slow", "yarn_orig_ctx", "attention_type")  # fmt: skip
-        parts = (native.fingerprint(self._model.model), lora, self.kv_overrides, [getattr(params, name) for name in names])
+        parts = (
+            native.fingerprint(self._model.model),
+            lora,
+            self.kv_overrides,
+            [getattr(params, name) for name in names],
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def save_state(self) -> LlamaState:
@@ -111,20 +120,28 @@ class HeldLlama(llama_cpp.Llama):
             self._ctx.kv_cache_clear()
             if isinstance(error, KvtunerError):
                 raise
-            raise StateError(f"state: refused ({error}): it is damaged, or was saved under another plan. Give the prompt again.") from error
+            raise StateError(
+                f"state: refused ({error}): it is damaged, or was saved under another plan. Give the prompt again."
+            ) from error
 
     def _take(self, state: LlamaState) -> None:
         n_tokens, n_ctx = state.n_tokens, len(self.input_ids)
         if getattr(state, "identity", None) != self._identity:
-            raise StateError("state: was saved with other weights or settings, or not by kvtuner_gguf.Llama. Give the prompt again.")
+            raise StateError(
+                "state: was saved with other weights or settings, or not by kvtuner_gguf.Llama. Give the prompt again."
+            )
         if not 0 <= n_tokens <= n_ctx:
-            raise StateError(f"state: has {n_tokens} tokens, this context {n_ctx}. Give the prompt again, or use a larger n_ctx.")
+            raise StateError(
+                f"state: has {n_tokens} tokens, this context {n_ctx}. Give the prompt again, or use a larger n_ctx."
+            )
         input_ids, scores = np.zeros(n_ctx, np.intc), np.zeros((len(self.scores[:n_tokens]), self._n_vocab), np.single)
         input_ids[:n_tokens] = state.input_ids[:n_tokens]
         kept = state.scores[: len(scores)]  # fewer where it was saved without the logits of all tokens
         scores[: len(kept)] = kept
         self._ctx.kv_cache_clear()  # a state that holds less than it says must not go on with what was there
-        super().load_state(LlamaState(input_ids, scores, n_tokens, state.llama_state, state.llama_state_size, state.seed))
+        super().load_state(
+            LlamaState(input_ids, scores, n_tokens, state.llama_state, state.llama_state_size, state.seed)
+        )
         self._n_read = min(state.n_read, n_tokens)
 
     def close(self) -> None:

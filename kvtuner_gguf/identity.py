@@ -28,7 +28,8 @@ def weights_sample(path: Path) -> str:
 
 
 def same_model(path: Path, header: Header, model: Path) -> bool:
-    """Whether a file is this model, whose header is given, with a plan, another plan, or none; tensors are compared at their ends."""
+    """Whether a file is this model, whose header is given, with a plan, another plan, or none; tensors are compared at
+    their ends."""
     try:
         other = read_header(path)
     except PlanError:

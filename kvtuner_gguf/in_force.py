@@ -15,7 +15,8 @@ Asked = Plan | str | os.PathLike[str] | bool | None
 
 
 def asked_plan(plan: Asked, kv_overrides: Mapping[str, object] | None = None) -> Plan | bool | None:
-    """What a `plan` argument asks for: a Plan, that of a sidecar's path, False = none, None = what the file and the overrides say.
+    """What a `plan` argument asks for: a Plan, that of a sidecar's path, False = none, None = what the file and the
+    overrides say.
 
     Raises PlanError for a sidecar that is faulty, for True, and for overrides of a plan beside one that is given.
     """
@@ -31,8 +32,8 @@ def put_in_force(model: int, plan: Plan | bool | None) -> None:
     """The plan of contexts that are made of the model from now on, in place of any other; None leaves what is in force.
 
     A plan that was calibrated on other weights is used, with a note (native.plan_notes).
-    Raises PlanError if it has not the model's number of layers, NativeError or CodecError if the run time refuses it: its types, and
-    what was in force stays; its vectors, and no plan is in force.
+    Raises PlanError if it has not the model's number of layers, NativeError or CodecError if the run time refuses it:
+    its types, and what was in force stays; its vectors, and no plan is in force.
     """
     if plan is None:
         return

@@ -25,8 +25,8 @@ def called_from_c(function: Function) -> Function:
 def orderly() -> Iterator[None]:
     """Inside the block SIGTERM and SIGHUP raise SystemExit, SIGINT KeyboardInterrupt, so that every `finally` runs.
 
-    For programs, not for the library: handlers are the process's. A signal that is ignored, as under nohup, stays so. Elsewhere
-    than in the main thread nothing changes.
+    For programs, not for the library: handlers are the process's. A signal that is ignored, as under nohup, stays so.
+    Elsewhere than in the main thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -12,18 +12,20 @@ from .errors import PlanError
 from .pair import Pair
 from .values import blamed_on, checked
 
-# what is beyond is no calibration's: K is measured in f16, and condition.py clips scales. The run time has the same bounds, and one
-# more, of a scale within a head
+# what is beyond is no calibration's: K is measured in f16, and condition.py clips scales. The run time has the same
+# bounds, and one more, of a scale within a head
 K_MEAN_MAX = 65504.0
 K_SCALE_RANGE = (1e-4, 1e4)
 
 
 @dataclass(frozen=True)
 class KVectors:
-    """How one layer's K is conditioned: cached as (K - mean) / scale, after RoPE, and Q multiplied by scale. See native/kvt-cond.h.
+    """How one layer's K is conditioned: cached as (K - mean) / scale, after RoPE, and Q multiplied by scale. See
+    native/kvt-cond.h.
 
     mean scale  n_head_kv * head_dim values each, head after head, kept as f32; () = none
-    Raises PlanError for lengths that differ, a value that is no finite number, a mean beyond K_MEAN_MAX, a scale out of K_SCALE_RANGE.
+    Raises PlanError for lengths that differ, a value that is no finite number, a mean beyond K_MEAN_MAX, a scale out of
+    K_SCALE_RANGE.
     """
 
     mean: tuple[float, ...] = ()
@@ -33,31 +35,46 @@ class KVectors:
         for key in ("mean", "scale"):
             object.__setattr__(self, key, tuple(checked(f"k_{key}", "arr_f32", list(getattr(self, key)))))
         if self.mean and self.scale and len(self.mean) != len(self.scale):
-            raise PlanError(f"k_mean: got {len(self.mean)} values, k_scale has {len(self.scale)}, need the same. Calibrate again.")
+            raise PlanError(
+                f"k_mean: got {len(self.mean)} values, k_scale has {len(self.scale)}, need the same. Calibrate again."
+            )
         if self.mean and max(map(abs, self.mean)) > K_MEAN_MAX:
-            raise PlanError(f"k_mean: got {max(self.mean, key=abs):g}, need {-K_MEAN_MAX:g} to {K_MEAN_MAX:g}. Calibrate again.")
+            raise PlanError(
+                f"k_mean: got {max(self.mean, key=abs):g}, need {-K_MEAN_MAX:g} to {K_MEAN_MAX:g}. Calibrate again."
+            )
         low, high = K_SCALE_RANGE
         if self.scale and not (min(self.scale) >= low and max(self.scale) <= high):
-            raise PlanError(f"k_scale: got {min(self.scale):g} to {max(self.scale):g}, need {low:g} to {high:g}. Calibrate again.")
+            raise PlanError(
+                f"k_scale: got {min(self.scale):g} to {max(self.scale):g}, need {low:g} to {high:g}. Calibrate again."
+            )
 
     def __bool__(self) -> bool:
         return bool(self.mean or self.scale)
 
 
+AS_IT_IS = KVectors()
+
+
 def k_vectors_of(found: Mapping[str, Any]) -> tuple[KVectors, ...]:
-    """The vectors of each layer from a plan's checked values: k_mean, k_mean_n_values, and so on. () if it has none. Raises PlanError."""
+    """The vectors of each layer from a plan's checked values: k_mean, k_mean_n_values, and so on. () if it has none.
+    Raises PlanError."""
     sides: list[list[list[float]]] = []
     for key in ("k_mean", "k_scale"):
         values, n_values = found.get(key), found.get(f"{key}_n_values")
         if (values is None) != (n_values is None):
             raise PlanError(f"{key}: got it without its n_values or the other way round, need both. Calibrate again.")
         if values is not None and sum(n_values) != len(values):
-            raise PlanError(f"{key}: got {len(values)} values, {key}.n_values adds up to {sum(n_values)}. Calibrate again.")
+            raise PlanError(
+                f"{key}: got {len(values)} values, {key}.n_values adds up to {sum(n_values)}. Calibrate again."
+            )
         ends = list(accumulate(n_values or ()))
         sides.append([values[end - n : end] for n, end in zip(n_values or (), ends)])
     mean, scale = sides
     if mean and scale and len(mean) != len(scale):
-        raise PlanError(f"k_scale.n_values: got {len(scale)} layers, k_mean.n_values has {len(mean)}, need the same. Calibrate again.")
+        raise PlanError(
+            f"k_scale.n_values: got {len(scale)} layers, k_mean.n_values has {len(mean)}, need the same. Calibrate "
+            "again."
+        )
     vectors = []
     for il, (m, s) in enumerate(zip_longest(mean, scale, fillvalue=())):
         with blamed_on(f"layer {il}"):

@@ -24,16 +24,17 @@ N_CTX = 512  # llama_cpp.Llama's default
 class Llama(HeldLlama):
     """llama_cpp.Llama with K/V types per layer.
 
-    plan  None obeys the plan in the file; a Plan, or the path of its sidecar, is used instead of it, wholly; False = no plan
+    plan  None obeys the plan in the file; a Plan, or the path of its sidecar, is used instead of it, wholly; False = no
+          plan
     All other arguments are llama_cpp.Llama's. Two defaults differ: flash_attn is True, which a quantized V cache needs,
-    and swa_full is False, which keeps sliding-window layers at their window: a prompt that goes back before it is read again.
-    type_k and type_v also take names ("q8_0"); one that is not f16 makes its side uniform, whatever the plan says.
-    kv_overrides may change the file's plan ("kvtuner.type_k.3": "q8_0"), not one that is given.
+    and swa_full is False, which keeps sliding-window layers at their window: a prompt that goes back before it is read
+    again. type_k and type_v also take names ("q8_0"); one that is not f16 makes its side uniform, whatever the plan
+    says. kv_overrides may change the file's plan ("kvtuner.type_k.3": "q8_0"), not one that is given.
     A copy (copy, pickle) runs what the original runs, and has read nothing.
 
-    Raises PlanError if the plan does not fit the model, CodecError for a type that is no cache type, NativeError for threads out
-    of range, a model that does not write text (embedding=True takes one), a context beyond the positions that it has learned, or if
-    llama_cpp was loaded with another library.
+    Raises PlanError if the plan does not fit the model, CodecError for a type that is no cache type, NativeError for
+    threads out of range, a model that does not write text (embedding=True takes one), a context beyond the positions
+    that it has learned, or if llama_cpp was loaded with another library.
     """
 
     def __init__(
@@ -71,7 +72,8 @@ class Llama(HeldLlama):
 
     @property
     def _model(self) -> Any:
-        """llama_cpp's model. It is set between loading it and making a context: there that is looked at, and its plan put in force."""
+        """llama_cpp's model. It is set between loading it and making a context: there that is looked at, and its plan
+        put in force."""
         return self.__dict__["_model"]
 
     @_model.setter
@@ -107,7 +109,8 @@ class Llama(HeldLlama):
 
     @property
     def plan_notes(self) -> list[str]:
-        """What was wrong with the plan, and every layer where the run time had to leave it; empty if all is as planned."""
+        """What was wrong with the plan, and every layer where the run time had to leave it; empty if all is as
+        planned."""
         return native.plan_notes(self._model.model) + native.ctx_notes(self._ctx.ctx)
 
     @property

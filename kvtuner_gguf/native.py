@@ -62,7 +62,8 @@ def use_our_library() -> None:
 
 
 class FileName(str):
-    """A path that llama_cpp, which encodes it as UTF-8, hands on as the file system has it: a name may hold bytes that are no UTF-8."""
+    """A path that llama_cpp, which encodes it as UTF-8, hands on as the file system has it: a name may hold bytes that
+    are no UTF-8."""
 
     def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
         return os.fsencode(str(self))
@@ -139,11 +140,16 @@ def library() -> ctypes.CDLL:
 
     lib = llama_cpp._lib
     if not hasattr(lib, "kvt_build_id"):
-        raise NativeError(f"{lib._name}: this libllama is not the patched one. Unset LLAMA_CPP_LIB_PATH, or point it at ours.")
+        raise NativeError(
+            f"{lib._name}: this libllama is not the patched one. Unset LLAMA_CPP_LIB_PATH, or point it at ours."
+        )
     for name, (restype, argtypes) in _SIGNATURES.items():
         function = getattr(lib, name, None)
         if function is None:
-            raise NativeError(f"{lib._name}: has no {name}, so it is of another version than this package. Install kvtuner-gguf again.")
+            raise NativeError(
+                f"{lib._name}: has no {name}, so it is of another version than this package. Install kvtuner-gguf "
+                "again."
+            )
         function.restype, function.argtypes = restype, argtypes
     _check_build_id(Path(lib._name).parent, lib.kvt_build_id().decode())
     if hasattr(os, "register_at_fork") and hasattr(lib, "omp_pause_resource_all"):
@@ -155,7 +161,9 @@ def _check_build_id(folder: Path, have: str) -> None:
     stamp = folder / "build_id.txt"
     want = stamp.read_text().strip() if stamp.exists() else have
     if have != want:
-        raise NativeError(f"{folder}: the library is of build {have}, the package of {want}. Install kvtuner-gguf again.")
+        raise NativeError(
+            f"{folder}: the library is of build {have}, the package of {want}. Install kvtuner-gguf again."
+        )
 
 
 def build_id() -> str:
@@ -218,7 +226,9 @@ def decode(type_name: str, data: np.ndarray, n_per_row: int) -> np.ndarray:
     """(n_rows, row_bytes) uint8 -> (n_rows, n_per_row) float32. Raises CodecError."""
     lib, data = library(), np.ascontiguousarray(data, dtype=np.uint8)
     if data.shape[1] != _row_bytes(type_name, n_per_row):
-        raise CodecError(f"{type_name}: {data.shape[1]} bytes per row, {n_per_row} values need {_row_bytes(type_name, n_per_row)}.")
+        raise CodecError(
+            f"{type_name}: {data.shape[1]} bytes per row, {n_per_row} values need {_row_bytes(type_name, n_per_row)}."
+        )
     out = np.empty((len(data), n_per_row), dtype=np.float32)
     check(lib.kvt_decode(type_name.encode(), data.ctypes.data, len(data), n_per_row, out.ctypes.data))
     return out
@@ -291,7 +301,8 @@ def set_k_vectors(model: int, il: int, mean: Sequence[float], scale: Sequence[fl
 
 
 def set_plan_weights(model: int, weights: str) -> None:
-    """The weights that the plan, which is set already, was calibrated on; others than the model's make a note. Raises NativeError."""
+    """The weights that the plan, which is set already, was calibrated on; others than the model's make a note. Raises
+    NativeError."""
     check(library().kvt_model_set_plan_weights(model, weights.encode()))
 
 
@@ -346,7 +357,9 @@ def ctx_layers(model: int, ctx: int) -> list[LayerCache]:
         check(code)
         cond = check(library().kvt_ctx_k_cond(ctx, il))
         numbers = (x.value for x in (bytes_k, bytes_v, n_cells, rot_k, rot_v))
-        layers.append(LayerCache(il, k.value.decode(), v.value.decode(), *numbers, bool(cond & _K_MEAN), bool(cond & _K_SCALE)))
+        layers.append(
+            LayerCache(il, k.value.decode(), v.value.decode(), *numbers, bool(cond & _K_MEAN), bool(cond & _K_SCALE))
+        )
     return layers
 
 

@@ -1,7 +1,7 @@
 """Where a command writes its plan: one rule for all of them, looked at before any work is spent.
 
-Never a file that the command reads. A file that exists is replaced only if nothing is lost: an empty one, a sidecar by a sidecar,
-the same model by the same model; any other with `force`.
+Never a file that the command reads. A file that exists is replaced only if nothing is lost: an empty one, a sidecar by
+a sidecar, the same model by the same model; any other with `force`.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def sidecar(path: Path, *, reads: Iterable[Path] = (), force: bool = False) -> O
         if _is_there(path):
             check_writable(path)
             if is_gguf(path):  # even by force: who types the wrong name loses a model
-                raise PlanError(f"{path}: is a GGUF model, which a sidecar must not replace. Choose another name with -o.")
+                raise PlanError(
+                    f"{path}: is a GGUF model, which a sidecar must not replace. Choose another name with -o."
+                )
             if not force and not _is_sidecar(path):
                 raise PlanError(f"{path}: exists, and is no plan's sidecar. {_NO_FORCE}")
         check_folder(path, _SPARE_BYTES)
@@ -111,7 +113,9 @@ def _check_new(path: Path, reads: Iterable[Path]) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISREG(info.st_mode):
-        raise PlanError(f"{path}: exists already, and is a folder or a device, need a file. Choose another name with -o.")
+        raise PlanError(
+            f"{path}: exists already, and is a folder or a device, need a file. Choose another name with -o."
+        )
     for read in reads:
         if read.exists() and os.path.samefile(path, read):
             raise PlanError(f"{path}: is a file that is read here ({read}). Choose another name with -o.")
@@ -131,12 +135,15 @@ def _is_sidecar(path: Path) -> bool:
 
 
 def _check_shards(model: Path, path: Path, header: Header) -> None:
-    """Raises PlanError if the other shards of the model do not lie beside path, where they are looked for when it is loaded."""
+    """Raises PlanError if the other shards of the model do not lie beside path, where they are looked for when it is
+    loaded."""
     if header.split_count <= 1:
         return
     for old, new in list(zip(shard_paths(model, header), shard_paths(path, header)))[1:]:
         if not (new.exists() and read_header(new).tensors == read_header(old).tensors):
             raise PlanError(
-                f"{path}: a first shard, which is loaded with the other {header.split_count - 1} of the same name, and {new.name} is missing there "
-                f"or another's. Link or copy the shards to that name first, write a sidecar with -o plan.json, or leave -o out to change {model} itself."
+                f"{path}: a first shard, which is loaded with the other {header.split_count - 1} of the same name, "
+                f"and {new.name} is missing there "
+                f"or another's. Link or copy the shards to that name first, write a sidecar with -o plan.json, or "
+                f"leave -o out to change {model} itself."
             )

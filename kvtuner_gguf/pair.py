@@ -37,6 +37,7 @@ class Pair:
 
 
 def allocated_pairs(layers: Iterable[Any], n_layer: int) -> tuple[Pair, ...]:
-    """One pair per layer from what a context has allocated (native.LayerCache); none for a layer without KV of its own."""
+    """One pair per layer from what a context has allocated (native.LayerCache); none for a layer without KV of its
+    own."""
     found = {layer.il: Pair(layer.type_k, layer.type_v or layer.type_k) for layer in layers}
     return tuple(found.get(il, Pair("", "")) for il in range(n_layer))

@@ -45,7 +45,9 @@ _FIELDS = (
 _CALIBRATION = "calibration."
 _CALIBRATION_KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 _LAYERS = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?:(\w+)", re.ASCII)
-_MAX_JSON_BYTES = 64 << 20  # types of a thousand layers are 30 KB; vectors of 80 layers of 64 heads, 128 channels each, 16 MB
+_MAX_JSON_BYTES = (
+    64 << 20
+)  # types of a thousand layers are 30 KB; vectors of 80 layers of 64 heads, 128 channels each, 16 MB
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ class Plan:
             if bool(pair.type_k) != bool(pair.type_v):
                 raise PlanError(f"layer {il}: got '{pair}', need a type on both sides or on none. Add the other type.")
         if self.k_vectors and len(self.k_vectors) != self.n_layer:
-            raise PlanError(f"k_vectors: got {len(self.k_vectors)} layers, the plan has {self.n_layer}. Calibrate again.")
+            raise PlanError(
+                f"k_vectors: got {len(self.k_vectors)} layers, the plan has {self.n_layer}. Calibrate again."
+            )
         if self.rival is None and (self.rival_quality is not None or self.rival_bits is not None):
             raise PlanError("rival: got its figures without its pair, need both. Name the pair, or drop the figures.")
         if self.rival is not None and not (self.rival.type_k and self.rival.type_v):
@@ -159,7 +163,8 @@ class Plan:
 
     @property
     def checksum(self) -> str:
-        """8 hex digits of CRC-32 over what the run time obeys: the types and the vectors, as native/kvt-plan.cpp reads them."""
+        """8 hex digits of CRC-32 over what the run time obeys: the types and the vectors, as native/kvt-plan.cpp reads
+        them."""
         names = "".join(f"{name}\0" for name in (*self.type_k, *self.type_v)).encode()
         sides = ((self.k_mean, self.k_mean_n_values), (self.k_scale, self.k_scale_n_values))
         numbers = (struct.pack(f"<{len(x)}f{len(n)}I", *x, *n) for x, n in sides if x)
@@ -215,7 +220,9 @@ class Plan:
             for name in where.split("."):
                 value = getattr(value, name, None)
             if value is not None:
-                rows.append((key, kind, str(value) if kind == "str" else list(value) if kind.startswith("arr_") else value))
+                rows.append(
+                    (key, kind, str(value) if kind == "str" else list(value) if kind.startswith("arr_") else value)
+                )
         rows += ((_CALIBRATION + key, _calibration_kind(value), value) for key, value in self.calibration.items())
         return [(PREFIX + key, kind, value) for key, kind, value in rows]
 
@@ -253,14 +260,18 @@ class Plan:
         )
         if "checksum" in found and found["checksum"] != (have := plan.checksum):
             raise PlanError(
-                f"checksum: is {brief(found['checksum'])}, the types and vectors have {have}: they are not as they were written. "
+                f"checksum: is {brief(found['checksum'])}, the types and vectors have {have}: they are not as they "
+                "were written. "
                 "Calibrate again, or take the checksum out if you changed them yourself."
             )
         return plan
 
     def to_json(self) -> str:
         """The sidecar's text: the keys of to_metadata without their prefix, one to a line, however long its array."""
-        rows = ((json.dumps(text, ensure_ascii=False) for text in (key[len(PREFIX) :], value)) for key, _, value in self.to_metadata())
+        rows = (
+            (json.dumps(text, ensure_ascii=False) for text in (key[len(PREFIX) :], value))
+            for key, _, value in self.to_metadata()
+        )
         return "{\n" + ",\n".join("  " + ": ".join(row) for row in rows) + "\n}\n"
 
     @classmethod
@@ -275,7 +286,8 @@ class Plan:
         return cls._from_values(values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the sidecar in one step: the file is the old one or the new one, and never one that was a model. Raises PlanError."""
+        """Write the sidecar in one step: the file is the old one or the new one, and never one that was a model. Raises
+        PlanError."""
         data = self.to_json().encode()
         try:
             target = Path(path).resolve()

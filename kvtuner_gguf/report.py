@@ -44,7 +44,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns: the first to the left, the others to the right."""
     cells = [[printable(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip() for row in cells]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in cells
+    ]
     return "\n".join([lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]])
 
 
@@ -62,7 +65,10 @@ def comparison_text(c: Comparison) -> str:
         for r in c.rows
     ]
     head = ("cache", "bits", f"MiB at {c.n_ctx}", "mean KLD", "99.9 % KLD", "same top token")
-    note = f"KLD against an f16 cache, in nats; text {printable(c.text)}, {c.n_positions} scored positions in chunks of {c.chunk_ctx} tokens."
+    note = (
+        f"KLD against an f16 cache, in nats; text {printable(c.text)}, {c.n_positions} scored positions in "
+        f"chunks of {c.chunk_ctx} tokens."
+    )
     return "\n".join((table(head, rows), note, *(f"note: {printable(n)}" for n in c.notes)))
 
 
@@ -74,7 +80,14 @@ def front_text(points: Sequence[tuple[float, int, float]], n_ctx: int) -> str:
 
 def comparison_json(c: Comparison) -> dict[str, Any]:
     rows = [{"name": r.name, "bits_per_value": r.bits_per_value, "bytes": r.n_bytes, **vars(r.quality)} for r in c.rows]
-    return {"text": c.text, "n_positions": c.n_positions, "chunk_ctx": c.chunk_ctx, "n_ctx": c.n_ctx, "rows": rows, "notes": list(c.notes)}
+    return {
+        "text": c.text,
+        "n_positions": c.n_positions,
+        "chunk_ctx": c.chunk_ctx,
+        "n_ctx": c.n_ctx,
+        "rows": rows,
+        "notes": list(c.notes),
+    }
 
 
 def layers_text(pairs: Sequence[Pair]) -> str:
@@ -99,7 +112,9 @@ def _ranges(il: Sequence[int]) -> str:
     return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends))
 
 
-def memory_rows(pairs: Sequence[Pair], geometry: Geometry, vector_bytes: int = 0) -> list[tuple[str, int, float, float]]:
+def memory_rows(
+    pairs: Sequence[Pair], geometry: Geometry, vector_bytes: int = 0
+) -> list[tuple[str, int, float, float]]:
     """(name, bytes, real bits per value, share of f16) of the plan with its vectors, of f16 and of q8_0."""
     rows = []
     f16 = geometry.bytes((Pair("f16", "f16"),) * geometry.n_layer)
@@ -112,5 +127,8 @@ def memory_rows(pairs: Sequence[Pair], geometry: Geometry, vector_bytes: int = 0
 
 def memory_text(pairs: Sequence[Pair], geometry: Geometry, vector_bytes: int = 0) -> str:
     """MiB of the cache at the geometry's context, beside f16 and q8_0."""
-    rows = [(name, f"{bits:.2f}", f"{n / MIB:.1f}", f"{100 * share:.0f} %") for name, n, bits, share in memory_rows(pairs, geometry, vector_bytes)]
+    rows = [
+        (name, f"{bits:.2f}", f"{n / MIB:.1f}", f"{100 * share:.0f} %")
+        for name, n, bits, share in memory_rows(pairs, geometry, vector_bytes)
+    ]
     return table(("cache", "bits", f"MiB at {geometry.n_ctx}", "of f16"), rows)

@@ -40,11 +40,15 @@ def reserve(file: BinaryIO, folder: Path, n_bytes: int) -> None:
 
 @contextmanager
 def write_errors(target: Path, n_bytes: int, cure: str, kind: type[KvtunerError] = PlanError) -> Iterator[None]:
-    """Turns an OSError of the block, which writes n_bytes to target, into an error of this kind: why, what it needs, the cure."""
+    """Turns an OSError of the block, which writes n_bytes to target, into an error of this kind: why, what it needs,
+    the cure."""
     try:
         yield
     except OSError as error:
-        raise kind(f"{target}: not written ({why(error, Path(target).parent)}), need {mib(n_bytes)} in {Path(target).parent} and the right to write. {cure}") from error
+        raise kind(
+            f"{target}: not written ({why(error, Path(target).parent)}), need {mib(n_bytes)} in "
+            f"{Path(target).parent} and the right to write. {cure}"
+        ) from error
 
 
 def why(error: OSError, folder: Path) -> str:

@@ -33,17 +33,20 @@ def total_memory() -> float:
 
 
 def check_memory(n_bytes: int, n_ctx: int) -> None:
-    """Raises NativeError if a cache of n_bytes does not fit into the machine's memory, instead of being killed for it."""
+    """Raises NativeError if a cache of n_bytes does not fit into the machine's memory, instead of being killed for
+    it."""
     total = total_memory()
     if n_bytes > total:
         raise NativeError(
-            f"context of {n_ctx} tokens: its K/V cache needs {n_bytes / 2**30:.1f} GiB, the machine has {total / 2**30:.1f} GiB. "
+            f"context of {n_ctx} tokens: its K/V cache needs {n_bytes / 2**30:.1f} GiB, the machine has "
+            f"{total / 2**30:.1f} GiB. "
             "Use a smaller -c, or a plan of fewer bits."
         )
 
 
 class _Log:
-    """Takes llama.cpp's log, for the whole process. Keeps the last warnings and errors, so that a failure can be explained."""
+    """Takes llama.cpp's log, for the whole process. Keeps the last warnings and errors, so that a failure can be
+    explained."""
 
     def __init__(self) -> None:
         from llama_cpp import llama_cpp
@@ -145,7 +148,9 @@ class Session:
         for part in cut_long_words(text):
             data = part.encode()
             buf = (ctypes.c_int32 * (len(data) + 16))()
-            n = self._llama.llama_tokenize(self.vocab, data, len(data), buf, len(buf), add_special and not tokens, parse_special)
+            n = self._llama.llama_tokenize(
+                self.vocab, data, len(data), buf, len(buf), add_special and not tokens, parse_special
+            )
             if n < 0:
                 raise NativeError(f"a text of {len(data)} bytes could not be tokenized: {self._log.reason()}")
             tokens += buf[:n]
@@ -169,12 +174,16 @@ class Session:
         if not source:
             return None
         lc = self._llama
-        bos, eos = (self._token_text(token) for token in (lc.llama_vocab_bos(self.vocab), lc.llama_vocab_eos(self.vocab)))
+        bos, eos = (
+            self._token_text(token) for token in (lc.llama_vocab_bos(self.vocab), lc.llama_vocab_eos(self.vocab))
+        )
         return ChatTemplate(source.decode(errors="replace"), bos, eos)
 
     def _token_text(self, token: int) -> str:
         """How a token is written; "" for one that the vocabulary does not have."""
-        return (self._llama.llama_vocab_get_text(self.vocab, token) or b"").decode(errors="replace") if token >= 0 else ""
+        return (
+            (self._llama.llama_vocab_get_text(self.vocab, token) or b"").decode(errors="replace") if token >= 0 else ""
+        )
 
     def chat_prompt(self, prompt: str) -> str | None:
         """A user's message in the model's own chat template, up to where the answer starts; None if it has none."""
@@ -360,7 +369,7 @@ class Tap:
             if self._error is None:
                 try:
                     on_node(node.contents)
-                except BaseException as e:  # noqa: BLE001 - raised again in enabled(): nothing may pass through C
+                except BaseException as e:
                     self._error = e
 
         from llama_cpp import llama_cpp
@@ -388,7 +397,8 @@ class Tap:
             raise NativeError(f"capture: {text}")
 
     def share(self, il: int) -> float | None:
-        """|attention's branch|^2 / |residual stream after it|^2 of a layer, over the last batch; None if it was not seen."""
+        """|attention's branch|^2 / |residual stream after it|^2 of a layer, over the last batch; None if it was not
+        seen."""
         value = ctypes.c_float()
         return value.value if native.library().kvt_tap_share(self.handle, il, ctypes.byref(value)) == 0 else None
 

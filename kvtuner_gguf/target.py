@@ -22,10 +22,15 @@ def check_place(target: Path) -> None:
     if target.is_symlink():  # a rename would put a file where the link is, and leave what it points to as it was
         real = Path(os.path.realpath(target))
         if _is_blob(real):
-            raise PlanError(f"{target}: is a symbolic link to {real}, in a store whose files are named by their content. Write a new file with -o.")
+            raise PlanError(
+                f"{target}: is a symbolic link to {real}, in a store whose files are named by their content. Write "
+                "a new file with -o."
+            )
         raise PlanError(f"{target}: is a symbolic link to {real}. Give that path, or write a new file with -o.")
     if _is_blob(target):
-        raise PlanError(f"{target}: is in a store whose files are named by their content. Write a new file elsewhere with -o.")
+        raise PlanError(
+            f"{target}: is in a store whose files are named by their content. Write a new file elsewhere with -o."
+        )
 
 
 def _is_blob(path: Path) -> bool:
@@ -39,7 +44,9 @@ def check_writable(target: Path) -> None:
         raise PlanError(f"{target}: is read-only. Allow writing to it, or write a new file with -o.")
     folder = os.stat(target.parent)
     if hasattr(os, "geteuid") and folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, folder.st_uid, info.st_uid):
-        raise PlanError(f"{target}: belongs to another user, in a folder where only they may replace it. Write a new file with -o.")
+        raise PlanError(
+            f"{target}: belongs to another user, in a folder where only they may replace it. Write a new file with -o."
+        )
 
 
 def check_folder(target: Path, n_bytes: int) -> None:
@@ -48,7 +55,9 @@ def check_folder(target: Path, n_bytes: int) -> None:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     with tempfile.TemporaryFile(dir=target.parent) as file:
         if n_bytes >= _FAT_LIMIT:
-            file.truncate(n_bytes)  # refused at once by a file system that holds no such file; others need no zeros for it
+            file.truncate(
+                n_bytes
+            )  # refused at once by a file system that holds no such file; others need no zeros for it
     need(target.parent, n_bytes)
 
 

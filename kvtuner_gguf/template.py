@@ -16,7 +16,8 @@ TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, 
 
 
 def folded(messages: Messages) -> list[dict[str, Any]] | None:
-    """The messages with the system's in front of the user's first, for a template that takes no system message; None if there is none."""
+    """The messages with the system's in front of the user's first, for a template that takes no system message; None if
+    there is none."""
     if len(messages) < 2 or messages[0]["role"] != "system" or messages[1]["role"] != "user":
         return None
     system, first, *rest = messages
@@ -43,7 +44,8 @@ class ChatTemplate:
             raise template_error(error, "the model") from None
 
     def text(self, messages: Messages) -> str:
-        """A conversation as the model reads it, special tokens written out. Raises KvtunerError if the template cannot take it."""
+        """A conversation as the model reads it, special tokens written out. Raises KvtunerError if the template cannot
+        take it."""
         try:
             return self._formatter(messages=list(messages)).prompt
         except TEMPLATE_ERRORS as error:

@@ -51,7 +51,9 @@ def _write(text: str | bytes, nl: bool) -> None:
             raise
         with suppress(OSError, ValueError):  # what could not be written is tried again at the end otherwise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise KvtunerError(f"standard output: cannot be written ({error.strerror}). Make room, or send it elsewhere.") from None
+        raise KvtunerError(
+            f"standard output: cannot be written ({error.strerror}). Make room, or send it elsewhere."
+        ) from None
 
 
 class Terminal:

@@ -1,4 +1,5 @@
-"""What a loaded model can be used for: whoever runs one asks here first, because llama.cpp aborts the process where it cannot."""
+"""What a loaded model can be used for: whoever runs one asks here first, because llama.cpp aborts the process where it
+cannot."""
 
 from __future__ import annotations
 
@@ -6,7 +7,6 @@ from typing import Any
 
 from . import native
 from .errors import NativeError
-
 
 MOST_CONTEXT = 16  # times the trained context; beyond it even the cells' bookkeeping fills the memory
 
@@ -40,7 +40,8 @@ def _what_it_is(model: Any, ctx: Any) -> str:
 
 
 def check_context(model: Any, n_ctx: int, n_seq_max: int = 1) -> None:
-    """Raises NativeError for a context of a size that the model, or llama.cpp, cannot have. n_ctx: tokens of all sequences together."""
+    """Raises NativeError for a context of a size that the model, or llama.cpp, cannot have. n_ctx: tokens of all
+    sequences together."""
     from llama_cpp import llama_cpp as lc
 
     if n_ctx < 1:
@@ -49,7 +50,8 @@ def check_context(model: Any, n_ctx: int, n_seq_max: int = 1) -> None:
     n_ctx_train = lc.llama_model_n_ctx_train(model)
     if n_ctx > MOST_CONTEXT * max(n_ctx_train, 8192) * n_seq_max:
         raise NativeError(
-            f"context of {n_ctx} tokens: more than {MOST_CONTEXT} times the {n_ctx_train} that the model was trained for. Use a smaller -c."
+            f"context of {n_ctx} tokens: more than {MOST_CONTEXT} times the {n_ctx_train} that the model was "
+            "trained for. Use a smaller -c."
         )
 
 
@@ -57,4 +59,7 @@ def check_positions(model: Any, n_ctx: int) -> None:
     """Raises NativeError for so many tokens of one sequence if the model would run out of positions."""
     n_pos = native.n_positions(model)
     if n_pos is not None and n_ctx > n_pos:
-        raise NativeError(f"context of {n_ctx} tokens: the model has learned {n_pos} positions and no more. Use -c {n_pos} (n_ctx={n_pos}) or less.")
+        raise NativeError(
+            f"context of {n_ctx} tokens: the model has learned {n_pos} positions and no more. Use -c {n_pos} "
+            f"(n_ctx={n_pos}) or less."
+        )

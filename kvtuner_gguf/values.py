@@ -39,7 +39,13 @@ def checked(key: str, kind: str, value: object) -> object:
         with suppress(OverflowError):
             if math.isfinite(value):
                 return _shortest_f32(float(value))
-    need = {"arr_str": "an array of strings", "arr_f32": "an array of floats", "arr_u32": "an array of whole numbers", "str": "one line of text", "f32": "a finite 32-bit float"}
+    need = {
+        "arr_str": "an array of strings",
+        "arr_f32": "an array of floats",
+        "arr_u32": "an array of whole numbers",
+        "str": "one line of text",
+        "f32": "a finite 32-bit float",
+    }
     raise PlanError(f"{key}: got {brief(value)}, need {need.get(kind, 'a whole number below 2^32')}. Calibrate again.")
 
 

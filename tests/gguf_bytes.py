@@ -45,9 +45,15 @@ def tensor(name: str = "a", shape: Sequence[int] = (32,), kind: int = 0, offset:
 
 
 def gguf(
-    *kv: bytes, tensors: Sequence[bytes] = (), n_kv: int | None = None, n_tensors: int | None = None, version: int = 3, data: bytes = b""
+    *kv: bytes,
+    tensors: Sequence[bytes] = (),
+    n_kv: int | None = None,
+    n_tensors: int | None = None,
+    version: int = 3,
+    data: bytes = b"",
 ) -> bytes:
-    """A whole file of these entries and tensors; n_kv and n_tensors are what its head claims, if that is not how many there are."""
+    """A whole file of these entries and tensors; n_kv and n_tensors are what its head claims, if that is not how many
+    there are."""
     n_kv, n_tensors = len(kv) if n_kv is None else n_kv, len(tensors) if n_tensors is None else n_tensors
     head = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_kv) + b"".join((*kv, *tensors))
     return head + bytes(-len(head) % 32) + data

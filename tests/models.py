@@ -1,7 +1,7 @@
 """Tiny GGUF models with random weights, written when a test needs one: one function per cache shape.
 
-Each file is under 3 MB (tiny_llama up to 4 layers) and depends only on its arguments: same arguments, same bytes. Matrices are
-float16, norms are 1.
+Each file is under 3 MB (tiny_llama up to 4 layers) and depends only on its arguments: same arguments, same bytes.
+Matrices are float16, norms are 1.
 The text a model makes means nothing; what matters is the shape of its cache, and that its logits depend on that cache.
 Tensor names and required keys: llama.cpp src/llama-arch.cpp and src/models/<arch>.cpp.
 
@@ -74,13 +74,16 @@ class _Writer:
         self.tensor(f"{name}.weight", np.ones(n, dtype=np.float32))
 
     def ends(self, n_embd: int, *, embd_std: float = 1.0, norm: str = "output_norm", tied: bool = False) -> None:
-        """Token embedding, last norm and output matrix, which is the embedding again if tied. Logits have a std near 2: neither flat nor one-hot."""
+        """Token embedding, last norm and output matrix, which is the embedding again if tied. Logits have a std near 2:
+        neither flat nor one-hot."""
         self.tensor("token_embd.weight", self.normal(len(TOKENS), n_embd, std=embd_std).astype(np.float16))
         self.norm(norm, n_embd)
         if not tied:
             self.matrix("output", len(TOKENS), n_embd, gain=2.0)
 
-    def attention(self, at: str, n_embd: int, n_q: int, n_kv: int, *, qk_gain: float = 1.5, out: str = "attn_output") -> None:
+    def attention(
+        self, at: str, n_embd: int, n_q: int, n_kv: int, *, qk_gain: float = 1.5, out: str = "attn_output"
+    ) -> None:
         """Norm, Q, K, V and output matrix under the prefix `at`; n_q, n_kv: values of one token over all heads."""
         self.norm(f"{at}attn_norm", n_embd)
         self.matrix(f"{at}attn_q", n_q, n_embd, gain=qk_gain)
@@ -131,8 +134,8 @@ def tiny_llama(
 ) -> Path:
     """Plain llama: every layer has full attention and its own K and V of n_head_kv * head_dim values.
 
-    rope_dim  rotates only the first rope_dim values of a head. llama.cpp refuses that for arch llama, so the arch is then
-              nanbeige: the same keys, tensors, graph and (adjacent pairs) rotation without that check.
+    rope_dim  rotates only the first rope_dim values of a head. llama.cpp refuses that for arch llama, so the arch is
+              then nanbeige: the same keys, tensors, graph and (adjacent pairs) rotation without that check.
     """
     n_embd, n_ff, rope_dim = 128, 192, rope_dim or head_dim
     keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx) | {
@@ -152,8 +155,8 @@ def tiny_llama(
 def tiny_gemma3(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extra = ()) -> Path:
     """gemma3: sliding window of n_swa tokens in layers 0 1 3 4, full attention in layers 2 5; Q and K norms.
 
-    Per layer K and V of 2 heads * 64. The runtime keeps two caches, one per kind of layer. The window's holds n_ctx cells too
-    unless swa_full is false, then n_swa + n_ubatch rounded up to a multiple of 256.
+    Per layer K and V of 2 heads * 64. The runtime keeps two caches, one per kind of layer. The window's holds n_ctx
+    cells too unless swa_full is false, then n_swa + n_ubatch rounded up to a multiple of 256.
     """
     n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim = 6, 128, 128, 4, 2, 64
     keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head) | {
@@ -176,7 +179,8 @@ def tiny_gemma3(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extr
 
 
 def tiny_gemma2(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extra = ()) -> Path:
-    """gemma2: the scores of attention go through a soft cap of 2, near enough to bend them; else as tiny_gemma3 without norms.
+    """gemma2: the scores of attention go through a soft cap of 2, near enough to bend them; else as tiny_gemma3 without
+    norms.
 
     Sliding window of n_swa tokens in layers 0 2, full attention in layers 1 3. Per layer K and V of 2 heads * 64.
     """
@@ -254,8 +258,10 @@ def tiny_qwen2(
 ) -> Path:
     """qwen2: 4 layers, biases on Q, K and V; per layer K and V of 2 heads * 64.
 
-    images          qwen2vl: RoPE of 4 positions, so that an image's tokens stand at one position and cover a square from there
-    k_outlier       added to the K bias in OUTLIER_CHANNELS of both heads, sign alternating; other K values have a std near 1.5
+    images          qwen2vl: RoPE of 4 positions, so that an image's tokens stand at one position and cover a square
+                    from there
+    k_outlier       added to the K bias in OUTLIER_CHANNELS of both heads, sign alternating; other K values have a std
+                    near 1.5
     outlier_layers  layers that get it
     """
     n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim = 4, 256, 128, 4, 2, 64
@@ -279,8 +285,8 @@ def tiny_qwen2(
 def tiny_mla(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
     """deepseek2 with split attn_k_b and attn_v_b, so multi-head latent attention: 3 layers, no experts.
 
-    The cache holds K only, one row of 128 latent + 64 rotated = 192 values per token and layer. Each of the 4 heads decompresses
-    to K of 64 + 64 and V of 64 values.
+    The cache holds K only, one row of 128 latent + 64 rotated = 192 values per token and layer. Each of the 4 heads
+    decompresses to K of 64 + 64 and V of 64 values.
     """
     n_layer, n_embd, n_ff, n_head, n_rot, n_nope, n_v, n_lora = 3, 128, 256, 4, 64, 64, 64, 128
     keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head) | {
@@ -340,7 +346,8 @@ def tiny_hybrid(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
 
 
 def tiny_mamba(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
-    """mamba: 2 layers, each a recurrent state of 256 * 16 values and the last 3 inputs of its convolution; no K, no V."""
+    """mamba: 2 layers, each a recurrent state of 256 * 16 values and the last 3 inputs of its convolution; no K, no
+    V."""
     n_layer, n_embd, d_conv, d_state, dt_rank = 2, 128, 4, 16, 8
     d_inner = 2 * n_embd
     keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=0, n_head=0) | {
@@ -359,7 +366,9 @@ def tiny_mamba(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
         w.tensor(f"{at}ssm_conv1d.bias", w.normal(d_inner, std=0.1))
         w.matrix(f"{at}ssm_x", dt_rank + 2 * d_state, d_inner)
         w.tensor(f"{at}ssm_dt.weight", w.normal(d_inner, dt_rank, std=dt_rank**-0.5))
-        w.tensor(f"{at}ssm_dt.bias", np.full(d_inner, -3.0, np.float32))  # a step of 1/20: the state remembers some tokens
+        w.tensor(
+            f"{at}ssm_dt.bias", np.full(d_inner, -3.0, np.float32)
+        )  # a step of 1/20: the state remembers some tokens
         w.tensor(f"{at}ssm_a", np.tile(-np.arange(1, d_state + 1, dtype=np.float32), (d_inner, 1)))
         w.tensor(f"{at}ssm_d", np.ones(d_inner, np.float32))
         w.matrix(f"{at}ssm_out", n_embd, d_inner)
@@ -369,8 +378,9 @@ def tiny_mamba(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
 def tiny_t5(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
     """t5: 2 encoder layers without a cache, 2 decoder layers with K and V of 2 heads * 64 for self-attention.
 
-    Cross-attention is computed anew from the encoder's output and is in no cache, so llama_encode comes before llama_decode.
-    The position bias keeps llama.cpp off its flash attention kernel even with flash attention on; a quantized V then gives NaN.
+    Cross-attention is computed anew from the encoder's output and is in no cache, so llama_encode comes before
+    llama_decode. The position bias keeps llama.cpp off its flash attention kernel even with flash attention on; a
+    quantized V then gives NaN.
     """
     n_layer, n_embd, n_ff, n_head, head_dim, n_bucket = 2, 128, 256, 2, 64, 32
     keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head) | {
@@ -395,14 +405,21 @@ def tiny_t5(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
 def tiny_gpt2(path: Path | str, *, n_ctx: int = 128, seed: int = 0, extra: Extra = ()) -> Path:
     """gpt2: no RoPE but a table of n_ctx learned positions, which ends; 2 layers, K and V of 2 heads * 64."""
     n_layer, n_embd, n_ff, n_head = 2, 128, 256, 2
-    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx) | {"attention.layer_norm_epsilon": 1e-5}
+    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx) | {
+        "attention.layer_norm_epsilon": 1e-5
+    }
     w = _Writer(path, "gpt2", seed, keys)
     w.ends(n_embd)
     w.tensor("output_norm.bias", w.normal(n_embd, std=0.1))
     w.tensor("position_embd.weight", w.normal(n_ctx, n_embd, std=0.5))
     for il in range(n_layer):
         at = f"blk.{il}."
-        for name, n_out, n_in in (("attn_qkv", 3 * n_embd, n_embd), ("attn_output", n_embd, n_embd), ("ffn_up", n_ff, n_embd), ("ffn_down", n_embd, n_ff)):
+        for name, n_out, n_in in (
+            ("attn_qkv", 3 * n_embd, n_embd),
+            ("attn_output", n_embd, n_embd),
+            ("ffn_up", n_ff, n_embd),
+            ("ffn_down", n_embd, n_ff),
+        ):
             w.matrix(at + name, n_out, n_in)
             w.tensor(f"{at}{name}.bias", w.normal(n_out, std=0.1))
         for name in ("attn_norm", "ffn_norm"):
@@ -414,11 +431,16 @@ def tiny_gpt2(path: Path | str, *, n_ctx: int = 128, seed: int = 0, extra: Extra
 def tiny_bert(path: Path | str, *, n_ctx: int = 128, seed: int = 0, extra: Extra = ()) -> Path:
     """bert: an encoder, which makes embeddings and has no cache; 2 layers, a table of n_ctx learned positions."""
     n_layer, n_embd, n_ff, n_head = 2, 128, 256, 2
-    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx) | {"attention.layer_norm_epsilon": 1e-5}
+    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx) | {
+        "attention.layer_norm_epsilon": 1e-5
+    }
     w = _Writer(path, "bert", seed, keys)
     w.tensor("token_embd.weight", w.normal(len(TOKENS), n_embd).astype(np.float16))
     w.tensor("position_embd.weight", w.normal(n_ctx, n_embd, std=0.5))
-    norms = ["token_embd_norm", *(f"blk.{il}.{name}" for il in range(n_layer) for name in ("attn_output_norm", "layer_output_norm"))]
+    norms = [
+        "token_embd_norm",
+        *(f"blk.{il}.{name}" for il in range(n_layer) for name in ("attn_output_norm", "layer_output_norm")),
+    ]
     for name in norms:
         w.norm(name, n_embd)
         w.tensor(f"{name}.bias", w.normal(n_embd, std=0.1))
@@ -426,7 +448,15 @@ def tiny_bert(path: Path | str, *, n_ctx: int = 128, seed: int = 0, extra: Extra
         at = f"blk.{il}."
         for name, n_out, n_in in (("attn_q", n_embd, n_embd), ("attn_k", n_embd, n_embd), ("attn_v", n_embd, n_embd)):
             w.matrix(at + name, n_out, n_in)
-        for name, n_out, n_in in (("attn_output", n_embd, n_embd), ("ffn_up", n_ff, n_embd), ("ffn_down", n_embd, n_ff)):
+        for name, n_out, n_in in (
+            ("attn_output", n_embd, n_embd),
+            ("ffn_up", n_ff, n_embd),
+            ("ffn_down", n_embd, n_ff),
+        ):
             w.matrix(at + name, n_out, n_in)
-    extra = [("tokenizer.ggml.token_type_count", GGUFValueType.UINT32, 2), ("bert.attention.causal", GGUFValueType.BOOL, False), *extra]
+    extra = [
+        ("tokenizer.ggml.token_type_count", GGUFValueType.UINT32, 2),
+        ("bert.attention.causal", GGUFValueType.BOOL, False),
+        *extra,
+    ]
     return w.save(extra)

@@ -1,7 +1,7 @@
 """The attacks, with figures: python tests/attack [KIND...] [--long | --count N] [--seed N] [--markdown | --json].
 
-Plain pytest runs the short form of each. A fault names the seed and the attempt, which --first N --count 1 makes again, and
-the folder where its input was kept.
+Plain pytest runs the short form of each. A fault names the seed and the attempt, which --first N --count 1 makes again,
+and the folder where its input was kept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def main() -> None:
     args = _arguments()
     tallies = []
     if args.markdown:
-        print(f"{_where()}\n\n| kind | what is counted | tried | faults | seed | time |\n|---|---|---|---|---|---|", flush=True)
+        print(
+            f"{_where()}\n\n| kind | what is counted | tried | faults | seed | time |\n|---|---|---|---|---|---|",
+            flush=True,
+        )
     for name in args.kinds or KINDS:
         kind = KINDS[name]
         count = args.count or (kind.long if args.long else kind.short)
@@ -40,8 +43,12 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python tests/attack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", choices=[[], *KINDS], help=f"default: all of {', '.join(KINDS)}")
+    parser = argparse.ArgumentParser(
+        prog="python tests/attack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "kinds", nargs="*", metavar="KIND", choices=[[], *KINDS], help=f"default: all of {', '.join(KINDS)}"
+    )
     parser.add_argument("--long", action="store_true", help="as many as docs/reliability.md tells")
     parser.add_argument("--count", type=int, help="how many of what the kind counts")
     parser.add_argument("--seed", type=int, default=0)
@@ -53,10 +60,21 @@ def _arguments() -> argparse.Namespace:
 
 def _where() -> str:
     """The command, the commit, the machine and the day."""
-    commit = subprocess.run(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
     info = Path("/proc/cpuinfo")
-    cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), "") if info.exists() else platform.processor()
-    return f"`python tests/attack {' '.join(sys.argv[1:])}`, commit {commit}, {cpu}, {os.cpu_count()} processors, {time.strftime('%Y-%m-%d')}"
+    cpu = (
+        next(
+            (line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), ""
+        )
+        if info.exists()
+        else platform.processor()
+    )
+    return (
+        f"`python tests/attack {' '.join(sys.argv[1:])}`, commit {commit}, {cpu}, {os.cpu_count()} processors, "
+        f"{time.strftime('%Y-%m-%d')}"
+    )
 
 
 def _line(tally: Tally) -> str:
@@ -67,7 +85,10 @@ def _line(tally: Tally) -> str:
 def _row(tally: Tally) -> str:
     upstream = tally.words[UPSTREAM]
     note = f" (and {upstream} of which upstream dies, too)" if upstream else ""
-    return f"| {tally.kind} | {KINDS[tally.kind].what} | {tally.tried:,} | {len(tally.faults)}{note} | {tally.seed} | {tally.seconds:.0f} s |"
+    return (
+        f"| {tally.kind} | {KINDS[tally.kind].what} | {tally.tried:,} | {len(tally.faults)}{note} | {tally.seed} "
+        f"| {tally.seconds:.0f} s |"
+    )
 
 
 if __name__ == "__main__":

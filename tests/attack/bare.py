@@ -1,6 +1,8 @@
-"""What gguf_loader does with a file, by llama_cpp alone and with the plan switched off: python tests/attack/bare.py MODEL.
+"""What gguf_loader does with a file, by llama_cpp alone and with the plan switched off: python tests/attack/bare.py
+MODEL.
 
-A file that it dies of is one that upstream's own code dies of. LLAMA_CPP_LIB_PATH names the build; a stock one tells for sure.
+A file that it dies of is one that upstream's own code dies of. LLAMA_CPP_LIB_PATH names the build; a stock one tells
+for sure.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ from llama_cpp import llama_cpp
 
 def main(path: bytes) -> None:
     overrides = (llama_cpp.llama_model_kv_override * 2)()
-    overrides[0].key, overrides[0].tag, overrides[0].value.val_bool = b"kvtuner.enabled", llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL, False
+    overrides[0].key, overrides[0].tag, overrides[0].value.val_bool = (
+        b"kvtuner.enabled",
+        llama_cpp.LLAMA_KV_OVERRIDE_TYPE_BOOL,
+        False,
+    )
     for how in ("vocab_only", "no_alloc", "whole"):
         params = llama_cpp.llama_model_default_params()
         params.kv_overrides, params.vocab_only, params.no_alloc = overrides, how == "vocab_only", how == "no_alloc"
@@ -37,7 +43,13 @@ def _use(model: int, *, decode: bool) -> None:
         batch = llama_cpp.llama_batch_init(8, 0, 1)
         batch.n_tokens = 8
         for i in range(8):
-            batch.token[i], batch.pos[i], batch.logits[i], batch.n_seq_id[i], batch.seq_id[i][0] = i % max(1, n_vocab), i, True, 1, 0
+            batch.token[i], batch.pos[i], batch.logits[i], batch.n_seq_id[i], batch.seq_id[i][0] = (
+                i % max(1, n_vocab),
+                i,
+                True,
+                1,
+                0,
+            )
         llama_cpp.llama_decode(ctx, batch)
         llama_cpp.llama_batch_free(batch)
     if ctx:

@@ -14,7 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
-def main(kind: str, module: str, folder: str, seed: str, first: str, end: str, memory: str, sabotage: str, keep: str) -> None:
+def main(
+    kind: str, module: str, folder: str, seed: str, first: str, end: str, memory: str, sabotage: str, keep: str
+) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not stand between our lines
     sys.path += [str(HERE.parent), str(HERE.parent / "native"), str(HERE.parent / "unit")]

@@ -1,4 +1,5 @@
-"""Our commands in processes that are forked, so that they start in no time; ended by a signal at a chosen moment, or not.
+"""Our commands in processes that are forked, so that they start in no time; ended by a signal at a chosen moment, or
+not.
 
 The process that forks must run no model itself: OpenMP's threads do not survive a fork.
 """
@@ -21,12 +22,14 @@ from types import FrameType
 from typing import NamedTuple
 
 import numpy as np
-import scipy.optimize  # noqa: F401  (what the stages import when they need it)
+import scipy.optimize
 import scipy.sparse  # noqa: F401
 from fault import Fault, need
-
-from kvtuner_gguf import native, output, report  # noqa: F401
 from kvtuner_gguf.calibrate import pipeline
+
+import kvtuner_gguf.output
+import kvtuner_gguf.report  # noqa: F401
+from kvtuner_gguf import native
 from kvtuner_gguf.cli import main
 
 native.library()
@@ -51,7 +54,9 @@ class Moment(NamedTuple):
     files: tuple[str, ...] = ()
 
 
-def command(folder: Path, *args: object, moment: Moment | None = None, prepare: Callable[[], None] | None = None) -> Ended:
+def command(
+    folder: Path, *args: object, moment: Moment | None = None, prepare: Callable[[], None] | None = None
+) -> Ended:
     """Run it, and wait for its end. prepare: called in its process first."""
     return finish(start(folder, *args, moment=moment, prepare=prepare), moment)
 
@@ -62,15 +67,17 @@ class Running(NamedTuple):
     start: float
 
 
-def start(folder: Path, *args: object, moment: Moment | None = None, prepare: Callable[[], None] | None = None) -> Running:
-    output = folder / f"output-{time.monotonic_ns()}"
+def start(
+    folder: Path, *args: object, moment: Moment | None = None, prepare: Callable[[], None] | None = None
+) -> Running:
+    out = folder / f"output-{time.monotonic_ns()}"
     ready, told = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 70
         try:
             os.close(ready)
-            _become(output)
+            _become(out)
             if prepare:
                 prepare()
             if moment and moment.seconds is None:
@@ -82,7 +89,7 @@ def start(folder: Path, *args: object, moment: Moment | None = None, prepare: Ca
     os.close(told)
     os.read(ready, 1)
     os.close(ready)
-    return Running(pid, output, time.monotonic())
+    return Running(pid, out, time.monotonic())
 
 
 def finish(running: Running, moment: Moment | None = None) -> Ended:
@@ -171,13 +178,19 @@ def limit_files(n_bytes: int) -> None:
 
 def held(ended: Ended, what: str, *, codes: tuple[int, ...] = (0, 1)) -> None:
     """Raises Fault for a traceback, or an end that is none of a program that knows what it does."""
-    if "Traceback" in ended.text or ended.code not in codes or (ended.code == 1 and "Error: " not in ended.text and 1 in codes and "Aborted" not in ended.text):
+    if (
+        "Traceback" in ended.text
+        or ended.code not in codes
+        or (ended.code == 1 and "Error: " not in ended.text and 1 in codes and "Aborted" not in ended.text)
+    ):
         raise Fault(f"{what}: ends with {ended.code}, {ended.text[-1500:]!r}")
 
 
 def small_text(path: Path) -> Path:
     """Text of 5000 tokens for the tiny models."""
-    words = np.random.default_rng(0).choice(["river", "stone", "cloud", "seven", "light", "house", "green", "walks"], 900)
+    words = np.random.default_rng(0).choice(
+        ["river", "stone", "cloud", "seven", "light", "house", "green", "walks"], 900
+    )
     path.write_text(" ".join(words))
     return path
 

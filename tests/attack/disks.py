@@ -1,4 +1,5 @@
-"""Disks that fill up at any stage: one error that says so, the model as it was, nothing left; with room again all goes on."""
+"""Disks that fill up at any stage: one error that says so, the model as it was, nothing left; with room again all goes
+on."""
 
 from __future__ import annotations
 
@@ -38,7 +39,18 @@ class Attack:
             "apply": (("apply", self.model, self.sidecar), size),
             "apply -o": (("apply", self.model, self.sidecar, "-o", new), size),
             "export": (("export", self.model, "-o", self.disk / "out.json"), 4096),
-            "solve -o": (("solve", self.model, *commands.same_as_calibrated(self.text), "--bits", 5.5, "-o", self.disk / "out.json"), 8192),
+            "solve -o": (
+                (
+                    "solve",
+                    self.model,
+                    *commands.same_as_calibrated(self.text),
+                    "--bits",
+                    5.5,
+                    "-o",
+                    self.disk / "out.json",
+                ),
+                8192,
+            ),
             "calibrate": (calibrate, 16 << 20),
             "calibrate -o": ((*calibrate, "-o", new), 16 << 20),
             "calibrate --resume": ((*calibrate, "--resume"), 4 << 20),
@@ -69,12 +81,20 @@ class Attack:
         if ended.code:
             need(self.model.read_bytes() == old, f"{what}: the model changed")
             need(not {name for name in left if not name.startswith("cache")}, f"{what}: left {left}")
-            need(not {name for name in left if name.endswith((".gguf", "tmp", ".part", ".part.npz"))}, f"{what}: left {left}")
-        again = commands.command(self.folder, *args, *(("--resume",) if stage in ("calibrate", "calibrate -o") else ()) * bool(ended.code))
+            need(
+                not {name for name in left if name.endswith((".gguf", "tmp", ".part", ".part.npz"))},
+                f"{what}: left {left}",
+            )
+        again = commands.command(
+            self.folder, *args, *(("--resume",) if stage in ("calibrate", "calibrate -o") else ()) * bool(ended.code)
+        )
         if ended.code:
             need(again.code == 0, f"{what}: with room again it ends with {again.code}: {again.text[-1500:]}")
             if stage in ("calibrate", "calibrate --resume"):
-                need(self.model.read_bytes() == self.planned.read_bytes(), f"{what}: with room again it comes to another plan")
+                need(
+                    self.model.read_bytes() == self.planned.read_bytes(),
+                    f"{what}: with room again it comes to another plan",
+                )
         return f"{stage} {'refused' if ended.code else 'done'}"
 
     def _with_room(self, room: int, *args: object) -> commands.Ended:
@@ -92,7 +112,8 @@ class Attack:
 
 
 def _mount(folder: Path) -> bool:
-    """A small disk of its own, seen by this process and its children alone; False where that takes rights that we lack."""
+    """A small disk of its own, seen by this process and its children alone; False where that takes rights that we
+    lack."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS) or libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None):
         return False

@@ -1,4 +1,5 @@
-"""Damaged GGUFs in llama.cpp: each is refused, or loads, makes a context and decodes, with the plan that Python reads in it."""
+"""Damaged GGUFs in llama.cpp: each is refused, or loads, makes a context and decodes, with the plan that Python reads
+in it."""
 
 from __future__ import annotations
 
@@ -23,7 +24,10 @@ from kvtuner_gguf.runtime import Context, Session
 class Attack:
     def __init__(self, folder: Path) -> None:
         self.path = folder / "input" / "model.gguf"
-        planned = write_plan(tiny_llama(folder / "a.gguf", n_layer=2), Plan((Pair("q8_0", "q4_0"), Pair("q3_64", "f16")), k_vectors=(vectors(0), vectors(1))))
+        planned = write_plan(
+            tiny_llama(folder / "a.gguf", n_layer=2),
+            Plan((Pair("q8_0", "q4_0"), Pair("q3_64", "f16")), k_vectors=(vectors(0), vectors(1))),
+        )
         models = ((tiny_gemma3, 128), (tiny_qwen2, 128), (tiny_mla, 192), (tiny_hybrid, 64))
         self.bases = [Base.of(planned), *(Base.of(make(folder / f"{make.__name__}.gguf"), n) for make, n in models)]
         with Session(planned, no_alloc=True):  # takes llama.cpp's log, which llama_cpp prints
@@ -52,16 +56,26 @@ class Attack:
             llama_cpp.llama_model_free(model)
 
     def _same_plan(self, session: Session) -> None:
-        """What is in force is what Python reads in the file; where one of them is stricter, the run time's notes tell."""
+        """What is in force is what Python reads in the file; where one of them is stricter, the run time's notes
+        tell."""
         layers, notes = native.plan_layers(session.model), native.plan_notes(session.model)
-        need(all(len(note) < 400 and note.isprintable() for note in notes), f"a note that garbles a terminal: {notes!r:.3000}")
+        need(
+            all(len(note) < 400 and note.isprintable() for note in notes),
+            f"a note that garbles a terminal: {notes!r:.3000}",
+        )
         try:
             plan = read_plan(self.path)
         except PlanError as e:
-            need(layers is None or bool(notes) or not _steers(e), f"Python refuses the plan ({e}), the run time has {layers} and no note")
+            need(
+                layers is None or bool(notes) or not _steers(e),
+                f"Python refuses the plan ({e}), the run time has {layers} and no note",
+            )
             return
         if plan is None or layers is None:
-            need(plan is None and layers is None or bool(notes) or "kvtuner.enabled" in read_metadata(self.path), f"Python reads {plan!s:.300}, the run time has {layers} and no note")
+            need(
+                (plan is None and layers is None) or bool(notes) or "kvtuner.enabled" in read_metadata(self.path),
+                f"Python reads {plan!s:.300}, the run time has {layers} and no note",
+            )
         else:
             asked = [(pair.type_k, pair.type_v) for pair in plan.pairs]
             need(asked == layers, f"Python reads {asked}, the run time has {layers}")
@@ -75,5 +89,9 @@ class Attack:
 
 
 def _steers(error: PlanError) -> bool:
-    """Whether the fault is in what the run time reads of a plan, and not in its figures, or in a file that Python does not take at all."""
-    return any(f"kvtuner.{key}" in str(error) or f": {key}" in str(error) for key in ("type_k", "type_v", "k_mean", "k_scale", "schema_version"))
+    """Whether the fault is in what the run time reads of a plan, and not in its figures, or in a file that Python does
+    not take at all."""
+    return any(
+        f"kvtuner.{key}" in str(error) or f": {key}" in str(error)
+        for key in ("type_k", "type_v", "k_mean", "k_scale", "schema_version")
+    )

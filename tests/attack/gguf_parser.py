@@ -1,4 +1,5 @@
-"""Damaged GGUFs in Python: each is refused with a PlanError and stays as it was, or takes a plan, and gives it up again, unharmed."""
+"""Damaged GGUFs in Python: each is refused with a PlanError and stays as it was, or takes a plan, and gives it up
+again, unharmed."""
 
 from __future__ import annotations
 
@@ -23,8 +24,16 @@ class Attack:
         self.path = folder / "input" / "model.gguf"
         self.copy, self.stripped, self.again = (folder / f"{name}.gguf" for name in ("copy", "stripped", "again"))
         plain = make_model(folder / "a.gguf")
-        files = [plain, write_plan(plain, PLAN, folder / "b.gguf"), make_model(folder / "c.gguf", alignment=64), make_model(folder / "d.gguf", n_tensors=0)]
-        self.bases = [Base.of(path) for path in (*files, make_model(folder / "e.gguf", split=(0, 2)), tiny_llama(folder / "f.gguf", n_layer=1))]
+        files = [
+            plain,
+            write_plan(plain, PLAN, folder / "b.gguf"),
+            make_model(folder / "c.gguf", alignment=64),
+            make_model(folder / "d.gguf", n_tensors=0),
+        ]
+        self.bases = [
+            Base.of(path)
+            for path in (*files, make_model(folder / "e.gguf", split=(0, 2)), tiny_llama(folder / "f.gguf", n_layer=1))
+        ]
         self.weights = [6, 6, 3, 1, 1, 1]
 
     def attempt(self, rng: random.Random) -> str:
@@ -33,7 +42,11 @@ class Attack:
         header = _or_refused(lambda: read_header(self.path))
         read = _or_refused(lambda: read_plan(self.path))
         digest = _or_refused(lambda: weights_hash(self.path))
-        plan = Plan.uniform(Pair("q8_0", "q4_0"), min(header.block_count or 1, 1000)) if isinstance(header, Header) else PLAN
+        plan = (
+            Plan.uniform(Pair("q8_0", "q4_0"), min(header.block_count or 1, 1000))
+            if isinstance(header, Header)
+            else PLAN
+        )
         for path in (self.copy, self.stripped, self.again):
             path.unlink(missing_ok=True)
         written = _or_refused(lambda: write_plan(self.path, plan, self.copy))
@@ -49,10 +62,14 @@ class Attack:
         return "took a plan"
 
     def _unharmed(self, plan: Plan, before: Header) -> None:
-        """The copy has the plan, all else of the file, and gives the same file when it is stripped as the original gives."""
+        """The copy has the plan, all else of the file, and gives the same file when it is stripped as the original
+        gives."""
         after = read_header(self.copy)
         need(read_plan(self.copy) == plan, "the plan does not read back as it was written")
-        tensors = [[(t.name, t.type_name, t.shape, t.n_bytes, t.offset - h.data_offset) for t in h.tensors] for h in (before, after)]
+        tensors = [
+            [(t.name, t.type_name, t.shape, t.n_bytes, t.offset - h.data_offset) for t in h.tensors]
+            for h in (before, after)
+        ]
         need(tensors[0] == tensors[1], "the tensor table changed")
         need(_data(self.path, before) == _data(self.copy, after), "the tensor data changed")
         write_plan(self.path, None, self.stripped)

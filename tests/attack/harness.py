@@ -1,4 +1,5 @@
-"""Runs attempts in a process of its own, so that a crash is a fault that is counted, and the attack goes on after it."""
+"""Runs attempts in a process of its own, so that a crash is a fault that is counted, and the attack goes on after
+it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,8 @@ UPSTREAM = "upstream dies of it, too"
 
 @dataclass
 class Tally:
-    """What an attack found. words: how often each end of an attempt that is right came out; faults: attempt -> what was wrong."""
+    """What an attack found. words: how often each end of an attempt that is right came out; faults: attempt -> what was
+    wrong."""
 
     kind: str
     seed: int
@@ -36,11 +38,20 @@ class Tally:
     faults: dict[int, str] = field(default_factory=dict)
 
 
-def attack(name: str, count: int, *, seed: int = 0, first: int = 0, keep: Path | None = None, sabotage: str = "", most_faults: int = MOST_FAULTS) -> Tally:
+def attack(
+    name: str,
+    count: int,
+    *,
+    seed: int = 0,
+    first: int = 0,
+    keep: Path | None = None,
+    sabotage: str = "",
+    most_faults: int = MOST_FAULTS,
+) -> Tally:
     """Try until `count` of what the kind counts are done, from attempt `first` on.
 
-    The same seed and attempt is the same input. keep: folder for the inputs of faults. sabotage: a function of sabotage.py,
-    which makes the product faulty first, to see that the attack finds it.
+    The same seed and attempt is the same input. keep: folder for the inputs of faults. sabotage: a function of
+    sabotage.py, which makes the product faulty first, to see that the attack finds it.
     """
     kind, tally = KINDS[name], Tally(name, seed)
     end, start = first + -(-count // kind.each), time.monotonic()
@@ -53,7 +64,8 @@ def attack(name: str, count: int, *, seed: int = 0, first: int = 0, keep: Path |
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for the attack's files, in memory where the system has room there: an attack writes each of its files through to the disk."""
+    """A folder for the attack's files, in memory where the system has room there: an attack writes each of its files
+    through to the disk."""
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 << 30
     folder = Path(tempfile.mkdtemp(prefix="kvtuner-attack-", dir=memory if roomy else None))
@@ -63,7 +75,9 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _until_death(kind: Kind, tally: Tally, folder: Path, span: tuple[int, int], sabotage: str, keep: Path | None, most_faults: int) -> int:
+def _until_death(
+    kind: Kind, tally: Tally, folder: Path, span: tuple[int, int], sabotage: str, keep: Path | None, most_faults: int
+) -> int:
     """Attempts of one process; the number of the attempt to go on with."""
     shutil.rmtree(folder)
     folder.mkdir()
@@ -103,13 +117,35 @@ def _until_death(kind: Kind, tally: Tally, folder: Path, span: tuple[int, int], 
     return number + 1
 
 
-def _start(kind: Kind, tally: Tally, folder: Path, span: tuple[int, int], sabotage: str, keep: Path | None, stderr: object) -> subprocess.Popen:
+def _start(
+    kind: Kind, tally: Tally, folder: Path, span: tuple[int, int], sabotage: str, keep: Path | None, stderr: object
+) -> subprocess.Popen:
     memory = 0 if "san.so" in os.environ.get("LD_PRELOAD", "") else kind.memory  # a sanitizer maps terabytes
-    arguments = [tally.kind, kind.module, str(folder), str(tally.seed), *map(str, span), str(memory), sabotage, str(keep or "")]
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-    environment = {**os.environ, **threads, "XDG_CACHE_HOME": str(folder / "cache"), "PYTHONFAULTHANDLER": "1", "GGML_NO_BACKTRACE": "1"}
+    arguments = [
+        tally.kind,
+        kind.module,
+        str(folder),
+        str(tally.seed),
+        *map(str, span),
+        str(memory),
+        sabotage,
+        str(keep or ""),
+    ]
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    environment = {
+        **os.environ,
+        **threads,
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "PYTHONFAULTHANDLER": "1",
+        "GGML_NO_BACKTRACE": "1",
+    }
     return subprocess.Popen(
-        [sys.executable, str(CHILD), *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, env=environment, start_new_session=True
+        [sys.executable, str(CHILD), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env=environment,
+        start_new_session=True,
     )
 
 
@@ -128,10 +164,8 @@ def _lines(child: subprocess.Popen, limit_s: float) -> Iterator[str]:
 
 def _kill(child: subprocess.Popen) -> None:
     """End the child and what it started; its process group is its own."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     child.wait()
     child.stdout.close()
 
@@ -141,7 +175,8 @@ def _death(code: int) -> str:
 
 
 def _bare_dies(kind: Kind, folder: Path) -> bool:
-    """Whether upstream's own code dies of the same input: of the stock build that KVTUNER_STOCK_LIB names, else of ours without a plan."""
+    """Whether upstream's own code dies of the same input: of the stock build that KVTUNER_STOCK_LIB names, else of ours
+    without a plan."""
     library = os.environ.get("KVTUNER_STOCK_LIB") or _our_library()
     command = [sys.executable, str(CHILD.with_name(kind.bare)), str(folder / "input" / kind.input)]
     environment = {**os.environ, "LLAMA_CPP_LIB_PATH": library, "OMP_NUM_THREADS": "1", "GGML_NO_BACKTRACE": "1"}

@@ -1,4 +1,5 @@
-"""Signals in a calibration: the model is the old or the new one, and --resume comes to the same plan and leaves what it always leaves."""
+"""Signals in a calibration: the model is the old or the new one, and --resume comes to the same plan and leaves what it
+always leaves."""
 
 from __future__ import annotations
 
@@ -11,7 +12,14 @@ import commands
 from fault import need
 from models import tiny_qwen2
 
-FILES = ("atomic.py", "calibrate/saved.py", "calibrate/results.py", "calibrate/pipeline.py", "calibrate/weights.py", "calibrate/text.py")
+FILES = (
+    "atomic.py",
+    "calibrate/saved.py",
+    "calibrate/results.py",
+    "calibrate/pipeline.py",
+    "calibrate/weights.py",
+    "calibrate/text.py",
+)
 
 
 class Attack:
@@ -41,7 +49,9 @@ class Attack:
         commands.held(ended, what, codes=(0, 1, 130, 143, 129, -moment.number))
         self._whole(what, caught=moment.number != signal.SIGKILL)
         if moment.number != signal.SIGKILL:
-            left = {name for name in commands.names(self.cache) if name.endswith((".gguf", "tmp", ".part", ".part.npz"))}
+            left = {
+                name for name in commands.names(self.cache) if name.endswith((".gguf", "tmp", ".part", ".part.npz"))
+            }
             need(not left, f"{what}: left {left} in the cache folder")
         ended = commands.command(self.folder, *self.args, "--resume")
         need(ended.code == 0, f"{what}: --resume ends with {ended.code}: {ended.text[-1500:]}")
@@ -52,6 +62,9 @@ class Attack:
         return moment.number.name
 
     def _whole(self, what: str, *, caught: bool) -> None:
-        need(self.model.read_bytes() in (self.plain.read_bytes(), self.planned), f"{what}: the model is neither the old nor the new one")
+        need(
+            self.model.read_bytes() in (self.plain.read_bytes(), self.planned),
+            f"{what}: the model is neither the old nor the new one",
+        )
         left = commands.names(self.home) - {"model.gguf"}
         need(not caught or not left, f"{what}: left {left} beside the model")

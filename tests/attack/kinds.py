@@ -14,7 +14,8 @@ class Kind(NamedTuple):
     limit_s  seconds after which an attempt counts as one that hangs: many times what it takes on a busy machine
     memory   bytes of address space that the process may take
     native   whether it needs the patched library
-    bare     the program here that does the same to `input` without our part in it; a death that it dies, too, is not ours
+    bare     the program here that does the same to `input` without our part in it; a death that it dies, too, is not
+             ours
     """
 
     module: str

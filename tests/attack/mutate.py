@@ -9,13 +9,70 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from gguf_bytes import ARRAY, BOOL, F32, I32, STRING, U8, U32, U64, array, entry, gguf, string, strings, tensor, text, u32
+from gguf_bytes import (
+    ARRAY,
+    BOOL,
+    F32,
+    I32,
+    STRING,
+    U8,
+    U32,
+    U64,
+    array,
+    entry,
+    gguf,
+    string,
+    strings,
+    tensor,
+    text,
+    u32,
+)
 
 from kvtuner_gguf.codecs import CODECS
 from kvtuner_gguf.gguf_header import SCALARS, Header, read_header
 
-EDGES = (0, 1, 2, 3, 4, 5, 8, 31, 32, 33, 64, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**48, 2**62, 2**63 - 1, 2**63, 2**64 - 32, 2**64 - 1)
-ARCHS = ("llama", "gemma3", "qwen2", "mamba", "bert", "t5", "deepseek2", "lfm2", "gpt2", "refact", "clip", "", "x" * 300)
+EDGES = (
+    0,
+    1,
+    2,
+    3,
+    4,
+    5,
+    8,
+    31,
+    32,
+    33,
+    64,
+    255,
+    256,
+    2**15,
+    2**16,
+    2**31 - 1,
+    2**31,
+    2**32 - 1,
+    2**32,
+    2**48,
+    2**62,
+    2**63 - 1,
+    2**63,
+    2**64 - 32,
+    2**64 - 1,
+)
+ARCHS = (
+    "llama",
+    "gemma3",
+    "qwen2",
+    "mamba",
+    "bert",
+    "t5",
+    "deepseek2",
+    "lfm2",
+    "gpt2",
+    "refact",
+    "clip",
+    "",
+    "x" * 300,
+)
 
 
 @dataclass(frozen=True)
@@ -66,7 +123,16 @@ def damaged(rng: random.Random, bases: Sequence[Base]) -> bytes:
     """One of the files, or a piece of two, damaged in one to three ways."""
     base = rng.choice(bases)
     data = bytearray(rng.choice((_entries, _plan, _whole, _whole))(rng, base))
-    changes: list[Callable[[random.Random, bytearray, Base], None]] = [_number, _number, _type, _flip, _flip, _fill, _insert, _cut]
+    changes: list[Callable[[random.Random, bytearray, Base], None]] = [
+        _number,
+        _number,
+        _type,
+        _flip,
+        _flip,
+        _fill,
+        _insert,
+        _cut,
+    ]
     for _ in range(rng.choice((0, 1, 1, 2, 3)) if bytes(data) != base.data else rng.choice((1, 1, 2, 3))):
         rng.choice(changes)(rng, data, base)
     return _spliced(rng, data, rng.choice(bases)) if rng.random() < 0.05 else bytes(data)
@@ -86,7 +152,9 @@ def _number(rng: random.Random, data: bytearray, base: Base) -> None:
         return
     size = 8 * struct.calcsize(code)
     old = int.from_bytes(data[at : at + size // 8], "little")
-    new = rng.choice((rng.choice(EDGES), old + rng.choice((-1, 1)), old ^ 1 << rng.randrange(size), rng.getrandbits(size)))
+    new = rng.choice(
+        (rng.choice(EDGES), old + rng.choice((-1, 1)), old ^ 1 << rng.randrange(size), rng.getrandbits(size))
+    )
     data[at : at + size // 8] = (new % (1 << size)).to_bytes(size // 8, "little")
 
 
@@ -140,10 +208,13 @@ def _entries(rng: random.Random, base: Base) -> bytes:
         rng.choice((
             lambda part=part, i=i: part.__delitem__(i) if len(part) > 1 else None,
             lambda part=part, i=i, j=j: part.insert(i, part[j]),
-            lambda part=part, i=i, j=j: part.__setitem__(slice(None), [part[j] if n == i else part[i] if n == j else x for n, x in enumerate(part)]),
+            lambda part=part, i=i, j=j: part.__setitem__(slice(None),
+            [part[j] if n == i else part[i] if n == j else x for n, x in enumerate(part)]),
             lambda i=i, j=j: kv.__setitem__(i % len(kv), _renamed(kv[i % len(kv)], kv[j % len(kv)])),
             lambda: kv.append(_odd_entry(rng)),
-            lambda: rows.append(tensor(rng.choice(("a", "token_embd.weight", "b" * 70)), [rng.choice(EDGES) for _ in range(rng.randrange(6))], rng.randrange(45), rng.choice(EDGES))),
+            lambda: rows.append(tensor(rng.choice(("a", "token_embd.weight", "b" * 70)),
+                                [rng.choice(EDGES) for _ in range(rng.randrange(6))], rng.randrange(45),
+                                rng.choice(EDGES))),
         ))()  # fmt: skip
     return _file(rng, base, kv, rows)
 
@@ -159,7 +230,11 @@ def _rows(base: Base) -> list[bytes]:
 
 def _file(rng: random.Random, base: Base, kv: Sequence[bytes], rows: Sequence[bytes]) -> bytes:
     """The file of these parts; its head now and then claims another number of them."""
-    claims = {name: len(parts) + rng.choice((-1, 1)) for name, parts in (("n_kv", kv), ("n_tensors", rows)) if parts and rng.random() < 0.05}
+    claims = {
+        name: len(parts) + rng.choice((-1, 1))
+        for name, parts in (("n_kv", kv), ("n_tensors", rows))
+        if parts and rng.random() < 0.05
+    }
     return gguf(*kv, tensors=rows, data=base.data[base.header.data_offset :], **claims)
 
 
@@ -176,7 +251,8 @@ def _odd_entry(rng: random.Random) -> bytes:
         lambda: string("general.architecture", rng.choice(ARCHS)),
         lambda: u32("split.count", rng.choice((0, 1, 2, 65535))),
         lambda: u32("split.no", rng.choice((0, 1, 2, 65535))),
-        lambda: u32(rng.choice(("llama.block_count", "gemma3.block_count", "x.block_count")), rng.choice(EDGES) % 2**32),
+        lambda: u32(rng.choice(("llama.block_count", "gemma3.block_count", "x.block_count")),
+                    rng.choice(EDGES) % 2**32),
         lambda: entry("a", BOOL, bytes([rng.randrange(256)])),
         lambda: array("a", rng.randrange(14), rng.choice(EDGES), rng.randbytes(16)),
         lambda: string(rng.choice(("a", "", "\x00", "kvtuner.", "\x1b[2J")), b"\xff\xfe"),
@@ -192,7 +268,11 @@ def _plan(rng: random.Random, base: Base) -> bytes:
 def odd_plan(rng: random.Random, n_layer: int, n_values: int) -> list[bytes]:
     """Entries of a plan for so many layers, K of each n_values wide; most of them right."""
     names = [*CODECS]
-    kv = {"schema_version": _u32(1), "type_k": _names(rng.choices(names, k=n_layer)), "type_v": _names(rng.choices(names, k=n_layer))}
+    kv = {
+        "schema_version": _u32(1),
+        "type_k": _names(rng.choices(names, k=n_layer)),
+        "type_v": _names(rng.choices(names, k=n_layer)),
+    }
     for key, low, high in (("k_mean", -3.0, 3.0), ("k_scale", 0.25, 4.0)):
         if rng.random() < 0.5:
             has = [rng.choice((0, n_values)) for _ in range(n_layer)]
@@ -201,7 +281,9 @@ def odd_plan(rng: random.Random, n_layer: int, n_values: int) -> list[bytes]:
     if rng.random() < 0.2:
         kv["calibration.weights"] = _text(rng.choice(("", "0123456789abcdef", "\x1b]0;x\x07", "w" * 5000)))
     for _ in range(rng.choice((0, 1, 1, 2))):
-        key = rng.choice((*kv, "enabled", "bits_per_value", "rival", "type_k.0", "calibration.seed", "k_mean", "k_scale.n_values"))
+        key = rng.choice(
+            (*kv, "enabled", "bits_per_value", "rival", "type_k.0", "calibration.seed", "k_mean", "k_scale.n_values")
+        )
         kv[key] = rng.choice(_ODD)(rng, n_layer, n_values)
     for key in rng.sample([*kv], k=rng.choice((0, 0, 0, 1, 2))):
         del kv[key]
@@ -228,7 +310,21 @@ def _u32s(values: Sequence[int]) -> bytes:
     return array("", U32, len(values), struct.pack(f"<{len(values)}I", *values))[8:]
 
 
-_ODD_NAMES = ("q8_0\0x", "q8_0\0", "Q8_0", "q9_0", "", "f16", "q8_0 ", "q4_K", "i32", "q8_1", "\x1b[2J", "q8_\udc80".encode(errors="surrogatepass"), "x" * 10_000)
+_ODD_NAMES = (
+    "q8_0\0x",
+    "q8_0\0",
+    "Q8_0",
+    "q9_0",
+    "",
+    "f16",
+    "q8_0 ",
+    "q4_K",
+    "i32",
+    "q8_1",
+    "\x1b[2J",
+    "q8_\udc80".encode(errors="surrogatepass"),
+    "x" * 10_000,
+)
 _ODD_FLOATS = (float("nan"), float("inf"), -float("inf"), 0.0, -1.0, 1e-40, 3.4e38, 2.8e38, 1e5, 1e-5, -0.0)
 _ODD: tuple[Callable[[random.Random, int, int], bytes], ...] = (
     lambda rng, n_layer, n: _u32(rng.choice(EDGES) % 2**32),
@@ -240,8 +336,12 @@ _ODD: tuple[Callable[[random.Random, int, int], bytes], ...] = (
     lambda rng, n_layer, n: _names(["q8_0"] * rng.choice((0, 1, n_layer - 1, n_layer + 1, 2000))),
     lambda rng, n_layer, n: _names(["q8_0"] * (n_layer - 1) + [rng.choice(_ODD_NAMES)]),
     lambda rng, n_layer, n: _floats([1.0] * rng.choice((0, 1, n, n * n_layer, n * n_layer + 1, 70_000))),
-    lambda rng, n_layer, n: _floats([rng.choice(_ODD_FLOATS) if rng.random() < 0.01 else 1.0 for _ in range(n * n_layer)]),
-    lambda rng, n_layer, n: _u32s([rng.choice((0, 1, n, n - 1, 2 * n, 2**32 - 1, 2**31)) for _ in range(rng.choice((0, n_layer, n_layer + 1)))]),
+    lambda rng, n_layer, n: _floats(
+        [rng.choice(_ODD_FLOATS) if rng.random() < 0.01 else 1.0 for _ in range(n * n_layer)]
+    ),
+    lambda rng, n_layer, n: _u32s(
+        [rng.choice((0, 1, n, n - 1, 2 * n, 2**32 - 1, 2**31)) for _ in range(rng.choice((0, n_layer, n_layer + 1)))]
+    ),
     lambda rng, n_layer, n: array("", rng.choice((U8, I32, BOOL, U64)), 8, rng.randbytes(64))[8:],
     lambda rng, n_layer, n: array("", STRING, rng.choice(EDGES), b"")[8:],
     lambda rng, n_layer, n: array("", ARRAY, 1, array("", U8, 1, b"x")[8:])[8:],

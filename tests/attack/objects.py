@@ -28,7 +28,11 @@ class Attack:
         plain = tiny_llama(folder / "a.gguf", n_layer=2)
         self.plan = Plan(tuple(mixture(2)), k_vectors=(vectors(0), vectors(1)))
         self.path = write_plan(plain, self.plan, folder / "b.gguf")
-        self.makers = {"Session": self._session, "kvtuner_gguf.Llama": lambda rng: self._llama(Llama), "llama_cpp.Llama": lambda rng: self._llama(llama_cpp.Llama)}
+        self.makers = {
+            "Session": self._session,
+            "kvtuner_gguf.Llama": lambda rng: self._llama(Llama),
+            "llama_cpp.Llama": lambda rng: self._llama(llama_cpp.Llama),
+        }
         self.made, self.base, self.texts = 0, 0, set()
 
     def attempt(self, rng: random.Random) -> str:
@@ -38,7 +42,9 @@ class Attack:
         size = _resident()
         if self.made <= WARM_UP:
             self.base = max(self.base, size)
-        need(size <= self.base + MOST_GROWTH, f"{self.made} objects: {size >> 20} MiB, {self.base >> 20} after {WARM_UP}")
+        need(
+            size <= self.base + MOST_GROWTH, f"{self.made} objects: {size >> 20} MiB, {self.base >> 20} after {WARM_UP}"
+        )
         return name
 
     def _session(self, rng: random.Random) -> None:

@@ -1,4 +1,5 @@
-"""Damaged records of a calibration: `calibrate --resume` and `solve` come to the same plan, or say what is wrong, never to another."""
+"""Damaged records of a calibration: `calibrate --resume` and `solve` come to the same plan, or say what is wrong, never
+to another."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ class Attack:
     def _snapshot(self, name: str) -> Path:
         """The cache folder as a calibration leaves it, or one that was stopped in its search."""
         shutil.rmtree(self.cache, ignore_errors=True)
-        ended = commands.command(self.folder, *self.calibrate, prepare=_stop_in_the_search if name == "interrupted" else None)
+        ended = commands.command(
+            self.folder, *self.calibrate, prepare=_stop_in_the_search if name == "interrupted" else None
+        )
         need((ended.code == 0) == (name == "done"), ended.text)
         return Path(shutil.copytree(self.cache, self.folder / name))
 
@@ -61,7 +64,7 @@ class Attack:
             ends.append(f"{name} {'right' if ended.code == 0 else 'refused'}")
         return ", ".join(sorted(ends))
 
-    def _damage(self, rng: random.Random) -> str:
+    def _damage(self, rng: random.Random) -> str:  # noqa: C901 - one branch for each kind of damage
         """Do something to one or two of the files; what was done."""
         files = sorted(path for path in self.cache.rglob("*") if path.is_file() and path.suffix != ".lock")
         done = []
@@ -70,7 +73,9 @@ class Attack:
             if not path.is_file():
                 continue
             data = bytearray(path.read_bytes())
-            action = rng.choice(("flip", "flip", "byte", "cut", "empty", "swap", "noise", "folder", "gone", "half", "line", "lines"))
+            action = rng.choice(
+                ("flip", "flip", "byte", "cut", "empty", "swap", "noise", "folder", "gone", "half", "line", "lines")
+            )
             if action == "flip" and data:
                 data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             elif action == "byte" and data:

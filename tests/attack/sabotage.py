@@ -100,7 +100,9 @@ def threads() -> None:
     import threads as attack
 
     real = attack.Attack._run
-    attack.Attack._run = lambda self, job: real(self, job) + np.float32(1e-4) * (threading.current_thread() is not threading.main_thread())
+    attack.Attack._run = lambda self, job: (
+        real(self, job) + np.float32(1e-4) * (threading.current_thread() is not threading.main_thread())
+    )
 
 
 def in_place() -> None:

@@ -1,4 +1,5 @@
-"""Contexts that run over, again and again: after each shift the next logits are those of a fresh context with the same tokens."""
+"""Contexts that run over, again and again: after each shift the next logits are those of a fresh context with the same
+tokens."""
 
 from __future__ import annotations
 
@@ -18,24 +19,49 @@ from kvtuner_gguf.runtime import Context, Session
 SHIFTED = 500  # tokens of an attempt that stand where others were shifted away
 N_CTX = 256
 MODELS = ({}, {"head_dim": 96}, {"head_dim": 128}, {"rope_dim": 32})
-# A shift rounds K once more, so what it does to the logits is of the size of what rounding did in the first place. Root mean squares:
+# A shift rounds K once more, so what it does to the logits is of the size of what rounding did in the first place. Root
+# mean squares:
 MOST_RATIO = 5  # of that, over all shifts of an attempt; measured at worst 2.6, in 360 attempts
-LEAST = 0.01  # f32 and f16 do not round; measured at worst 0.0014, of logits with a std near 2. A shift left out gives 1 and more
-NAMES = ("f16", "f32", "bf16", "q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q3_32", "q2_32", "q3_64", "q2_64")
+# f32 and f16 do not round; measured at worst 0.0014, of logits with a std near 2. A shift left out gives 1 and more
+LEAST = 0.01
+NAMES = (
+    "f16",
+    "f32",
+    "bf16",
+    "q8_0",
+    "q6_32",
+    "q5_1",
+    "q5_0",
+    "q4_1",
+    "q4_0",
+    "iq4_nl",
+    "q3_32",
+    "q2_32",
+    "q3_64",
+    "q2_64",
+)
 
 
 class Attack:
-    """One layer: what K and V of a token are then depends on the token and its place alone, so that a fresh context tells what is right."""
+    """One layer: what K and V of a token are then depends on the token and its place alone, so that a fresh context
+    tells what is right."""
 
     def __init__(self, folder: Path) -> None:
-        self.sessions = [Session(tiny_llama(folder / f"{i}.gguf", n_layer=1, **arguments), n_threads=1) for i, arguments in enumerate(MODELS)]
+        self.sessions = [
+            Session(tiny_llama(folder / f"{i}.gguf", n_layer=1, **arguments), n_threads=1)
+            for i, arguments in enumerate(MODELS)
+        ]
         self.widths = [2 * arguments.get("head_dim", 64) for arguments in MODELS]
 
     def attempt(self, rng: random.Random) -> str:
         model = rng.randrange(len(MODELS))
         wide = self.widths[model] % 128 == 0
         name_k, name_v = (rng.choice([n for n in NAMES if wide or "64" not in n]) for _ in "kv")
-        conditioned = [vectors(rng.randrange(100), head_dim=self.widths[model] // 2)] if rng.random() < 0.5 and "rope_dim" not in MODELS[model] else []
+        conditioned = (
+            [vectors(rng.randrange(100), head_dim=self.widths[model] // 2)]
+            if rng.random() < 0.5 and "rope_dim" not in MODELS[model]
+            else []
+        )
         n_keep, n_drop = rng.choice((0, 4, 32)), rng.choice((65, 100, 128, 200))
         held = prompt(N_CTX - 1, seed=rng.randrange(1000))
         what = f"{MODELS[model]}, {name_k}/{name_v}, conditioned {bool(conditioned)}, keep {n_keep}, drop {n_drop}"
@@ -44,7 +70,7 @@ class Attack:
             exact = self._context(stack, model, Pair("f32", name_v), [])
             offs, roundings = [], []
             feed(shifted, held)
-            for done in range(n_drop, SHIFTED + n_drop, n_drop):
+            for _ in range(0, SHIFTED, n_drop):
                 _shift(shifted, n_keep, n_drop)
                 held = held[:n_keep] + held[n_keep + n_drop :]
                 have = feed(shifted, [77], len(held))[0]
@@ -56,7 +82,10 @@ class Attack:
                 feed(shifted, more, len(held))
                 held += more
         off, rounding = _rms(np.array(offs)), _rms(np.array(roundings))
-        need(off < MOST_RATIO * rounding + LEAST, f"{what}: after {done} shifted tokens the logits are off by {off:.4f}, rounding K did {rounding:.4f}")
+        need(
+            off < MOST_RATIO * rounding + LEAST,
+            f"{what}: after {SHIFTED} shifted tokens the logits are off by {off:.4f}, rounding K did {rounding:.4f}",
+        )
         return name_k
 
     def _context(self, stack: ExitStack, model: int, pair: Pair, conditioned: list[KVectors]) -> Context:

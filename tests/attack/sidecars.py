@@ -1,4 +1,5 @@
-"""Damaged sidecars: each is refused with a KvtunerError, or is a plan that keeps its identity, and a context has what it says."""
+"""Damaged sidecars: each is refused with a KvtunerError, or is a plan that keeps its identity, and a context has what
+it says."""
 
 from __future__ import annotations
 
@@ -35,10 +36,30 @@ PLANS = (
     ),
 )
 VALUES = (
-    None, True, False, 0, 1, -1, 2**31, 2**32, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, 1e-320, 3.5e38, "", "q8_0", "Q8_0", "q9", "q8_0\0", "f16",
-    "\x1b[2J", "\u202e", "\ud800", "x" * 5000, [], {}, [[]], ["q8_0"], ["q8_0"] * 4, ["q8_0"] * 5, [1.0] * 512, [1e39], ["\ud800"] * 4, {"a": 1},
+    None, True, False, 0, 1, -1, 2**31, 2**32, 2**63, 2**64, 10**400, 0.5, -0.0, 1e308, 1e-320, 3.5e38, "", "q8_0",
+    "Q8_0", "q9", "q8_0\0", "f16",
+    "\x1b[2J", "\u202e", "\ud800", "x" * 5000, [], {}, [[]], ["q8_0"], ["q8_0"] * 4, ["q8_0"] * 5, [1.0] * 512,
+    [1e39], ["\ud800"] * 4, {"a": 1},
 )  # fmt: skip
-SNIPPETS = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 5000, "[" * 3000, '{"a":' * 3000, "null", "\\ud800", '"', ",", "}", "\ufeff", "\0", "//", "tru")
+SNIPPETS = (
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "-1e999",
+    "1" * 5000,
+    "[" * 3000,
+    '{"a":' * 3000,
+    "null",
+    "\\ud800",
+    '"',
+    ",",
+    "}",
+    "\ufeff",
+    "\0",
+    "//",
+    "tru",
+)
 
 
 class Attack:
@@ -56,7 +77,11 @@ class Attack:
         if not isinstance(plan, Plan):
             return "refused"
         need(loaded == plan, "load and from_json differ")
-        for name, same in (("JSON", Plan.from_json(plan.to_json())), ("pickle", pickle.loads(pickle.dumps(plan))), ("deepcopy", copy.deepcopy(plan))):
+        for name, same in (
+            ("JSON", Plan.from_json(plan.to_json())),
+            ("pickle", pickle.loads(pickle.dumps(plan))),
+            ("deepcopy", copy.deepcopy(plan)),
+        ):
             need(same == plan and same.k_vectors == plan.k_vectors, f"{name}: the plan that comes back is another")
         return self._on_a_model(plan)
 
@@ -73,7 +98,12 @@ class Attack:
         given = [(p.type_k, p.type_v) for p in allocated_pairs(layers, self.session.n_layer)]
         need(asked == given or bool(notes), f"asked {asked}, allocated {given}, no note")
         for il, (layer, v) in enumerate(zip(layers, plan.k_vectors)):
-            need((bool(v.mean), bool(v.scale)) == (layer.k_mean, layer.k_scale) or CODECS[layer.type_k].block_size == 1 or bool(notes), f"layer {il} is not conditioned as asked")
+            need(
+                (bool(v.mean), bool(v.scale)) == (layer.k_mean, layer.k_scale)
+                or CODECS[layer.type_k].block_size == 1
+                or bool(notes),
+                f"layer {il} is not conditioned as asked",
+            )
         return "allocated"
 
 
@@ -85,14 +115,28 @@ def _damaged(rng: random.Random, text: str) -> bytes:
         for _ in range(rng.choice((1, 1, 2, 4))):
             _BYTES[rng.randrange(len(_BYTES))](rng, data)
     if rng.random() < 0.03:
-        return data.decode(errors="replace").encode(rng.choice(("utf-16", "utf-32", "utf-8-sig", "latin-1")), errors="replace")
+        return data.decode(errors="replace").encode(
+            rng.choice(("utf-16", "utf-32", "utf-8-sig", "latin-1")), errors="replace"
+        )
     return bytes(data)
 
 
 def _odd_values(rng: random.Random, values: dict[str, object]) -> dict[str, object]:
     """Some of a sidecar's values replaced, or missing, or more of them."""
     for _ in range(rng.choice((1, 1, 2, 3))):
-        key = rng.choice([*values, "type_k", "calibration.x", "k_mean", "k_scale.n_values", "rival", "enabled", "", "calibration.\x00"])
+        key = rng.choice(
+            [
+                *values,
+                "type_k",
+                "calibration.x",
+                "k_mean",
+                "k_scale.n_values",
+                "rival",
+                "enabled",
+                "",
+                "calibration.\x00",
+            ]
+        )
         old, action = values.get(key), rng.randrange(4)
         if action == 0:
             values.pop(key, None)

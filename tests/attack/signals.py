@@ -1,4 +1,5 @@
-"""Signals while a model is written: it is the old one or the new one, whole, and no signal that can be caught leaves anything behind."""
+"""Signals while a model is written: it is the old one or the new one, whole, and no signal that can be caught leaves
+anything behind."""
 
 from __future__ import annotations
 
@@ -82,7 +83,10 @@ class Attack:
         self.new.unlink(missing_ok=True)
         ended = commands.command(self.folder, *args)
         need(ended.code == 0, f"{what}: the next write fails: {ended.text}")
-        need(commands.names(self.home) <= {"model.gguf", "new.gguf"}, f"{what}: left {commands.names(self.home)} after the next write, too")
+        need(
+            commands.names(self.home) <= {"model.gguf", "new.gguf"},
+            f"{what}: left {commands.names(self.home)} after the next write, too",
+        )
 
 
 def _no_unnamed_files() -> None:

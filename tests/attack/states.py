@@ -1,4 +1,5 @@
-"""Saved states: under another plan, conditioning or rotation refused; damaged, refused or taken for the numbers that they hold."""
+"""Saved states: under another plan, conditioning or rotation refused; damaged, refused or taken for the numbers that
+they hold."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Attack:
         return Put((rng.choice((*TYPES, "mixture")), vector, rng.random() < 0.85))
 
     def _context(self, model: int, put: Put) -> tuple[Session, Context, tuple]:
-        """A context under this plan, and what tells it from others: what is allocated, rotated, and by which vectors."""
+        """A context under this plan, and what tells it from others: what is allocated, rotated, and by which
+        vectors."""
         types, vector, rotated = put
         session = self.sessions[model]
         os.environ.pop("LLAMA_ATTN_ROT_DISABLE", None)
@@ -57,7 +59,10 @@ class Attack:
         pairs = mixture(session.n_layer) if types == "mixture" else uniform(types, session.n_layer)
         session.set_plan(pairs, _vectors(vector, pairs))
         ctx = Context(session, 256)
-        layers = [(layer.il, layer.type_k, layer.type_v, layer.rot_k, layer.rot_v, layer.k_mean, layer.k_scale) for layer in ctx.layers()]
+        layers = [
+            (layer.il, layer.type_k, layer.type_v, layer.rot_k, layer.rot_v, layer.k_mean, layer.k_scale)
+            for layer in ctx.layers()
+        ]
         return session, ctx, (layers, any(layer.k_mean or layer.k_scale for layer in ctx.layers()) and vector)
 
     def _saved(self, model: int, kind: str, put: Put) -> tuple[bytes, np.ndarray]:
@@ -79,11 +84,19 @@ class Attack:
             self.path.write_bytes(state)
             taken = restore(ctx, kind, state)
             need(taken in (0, len(state)), f"{taken} of {len(state)} bytes read")
-            if identity == other and (here[2] == there[2] or MODELS[model] is not tiny_mla):  # whose K is not rotated, and whose tag tells that it might be
+            if identity == other and (
+                here[2] == there[2] or MODELS[model] is not tiny_mla
+            ):  # whose K is not rotated, and whose tag tells that it might be
                 need(bool(taken), f"{MODELS[model].__name__}, {kind}: refused under the same plan, {here} and {there}")
-                need(np.array_equal(feed(ctx, NEXT, N_TOKENS), want), f"{MODELS[model].__name__}, {kind}, {here}: other logits after it came back")
+                need(
+                    np.array_equal(feed(ctx, NEXT, N_TOKENS), want),
+                    f"{MODELS[model].__name__}, {kind}, {here}: other logits after it came back",
+                )
                 return "the same plan: came back"
-            need(not taken or identity == other, f"{MODELS[model].__name__}, {kind}: saved under {here}, read under {there}")
+            need(
+                not taken or identity == other,
+                f"{MODELS[model].__name__}, {kind}: saved under {here}, read under {there}",
+            )
             self._works(ctx, model, there)
             return "another plan: refused"
         finally:
@@ -99,16 +112,26 @@ class Attack:
             if not taken:
                 self._works(ctx, model, here)
                 return "damaged: refused"
-            need(not cut, f"{MODELS[model].__name__}, {kind}, {here}: {len(data)} of {len(state)} bytes were taken for a state")
+            need(
+                not cut,
+                f"{MODELS[model].__name__}, {kind}, {here}: {len(data)} of {len(state)} bytes were taken for a state",
+            )
             held, have = save(ctx, kind), _next(ctx)
             if have is not None and np.array_equal(have, want):
                 return "damaged: right"
             self._works(ctx, model, here)
-            # What was taken is a state: saved again it is the same one. Its numbers are other numbers, which no reader can tell
+            # What was taken is a state: saved again it is the same one. Its numbers are other numbers, which no reader
+            # can tell
             ctx.clear()
-            need(restore(ctx, kind, held) == len(held) and save(ctx, kind) == held, f"{MODELS[model].__name__}, {kind}, {here}: what was taken does not come back")
+            need(
+                restore(ctx, kind, held) == len(held) and save(ctx, kind) == held,
+                f"{MODELS[model].__name__}, {kind}, {here}: what was taken does not come back",
+            )
             again = _next(ctx)
-            need((have is None) == (again is None) and (have is None or np.array_equal(have, again, equal_nan=True)), f"{MODELS[model].__name__}, {kind}, {here}: what was taken runs in two ways")
+            need(
+                (have is None) == (again is None) and (have is None or np.array_equal(have, again, equal_nan=True)),
+                f"{MODELS[model].__name__}, {kind}, {here}: what was taken runs in two ways",
+            )
             return "damaged: taken as it stands"
         finally:
             ctx.close()
@@ -117,7 +140,10 @@ class Attack:
         """After a refusal, and cleared as what is half read must be, the context works as a new one."""
         ctx.clear()
         feed(ctx, prompt(N_TOKENS))
-        need(np.array_equal(feed(ctx, NEXT, N_TOKENS), self.saved(model, "whole", put)[1]), f"{MODELS[model].__name__}, {put}: other logits after a refused state")
+        need(
+            np.array_equal(feed(ctx, NEXT, N_TOKENS), self.saved(model, "whole", put)[1]),
+            f"{MODELS[model].__name__}, {put}: other logits after a refused state",
+        )
 
 
 def _vectors(name: str, pairs: list[Pair]) -> tuple[KVectors, ...]:
@@ -154,4 +180,3 @@ def _damage(rng: random.Random, state: bytes, other: bytes) -> tuple[bytes, bool
         at = rng.randrange(min(len(data), len(other)))
         data[at:] = other[at:]
     return bytes(data), False
-

@@ -5,7 +5,9 @@ from harness import attack
 from kinds import KINDS
 
 native = [name for name, kind in KINDS.items() if kind.native]
-every_kind = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.native] * kind.native) for name, kind in KINDS.items()])
+every_kind = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.native] * kind.native) for name, kind in KINDS.items()]
+)
 FOUND = {  # sabotage -> (the kind that finds it, how many attempts it may take, what it says)
     "parser": ("parser", 60, "Error"),
     "parser_writes": ("parser", 60, "tensor"),
@@ -30,7 +32,10 @@ def test_the_product_holds(name, tmp_path):
     assert tally.tried >= KINDS[name].short
 
 
-@pytest.mark.parametrize("sabotage", [pytest.param(name, marks=[pytest.mark.native] * KINDS[kind].native) for name, (kind, *_) in FOUND.items()])
+@pytest.mark.parametrize(
+    "sabotage",
+    [pytest.param(name, marks=[pytest.mark.native] * KINDS[kind].native) for name, (kind, *_) in FOUND.items()],
+)
 def test_a_fault_is_found(sabotage):
     name, count, says = FOUND[sabotage]
     (fault,) = attack(name, count, sabotage=sabotage.strip(), most_faults=1).faults.values()

@@ -23,12 +23,18 @@ class Attack:
         self.alone: dict[tuple, np.ndarray] = {}
 
     def attempt(self, rng: random.Random) -> str:
-        jobs = [(rng.randrange(len(self.paths)), rng.choice(PLANS), rng.random() < 0.5, rng.randrange(3)) for _ in range(N_THREADS)]
+        jobs = [
+            (rng.randrange(len(self.paths)), rng.choice(PLANS), rng.random() < 0.5, rng.randrange(3))
+            for _ in range(N_THREADS)
+        ]
         want = [self._alone(job) for job in jobs]
         with ThreadPoolExecutor(N_THREADS) as pool:
             have = list(pool.map(self._run, jobs))
         for job, a, b in zip(jobs, want, have):
-            need(np.array_equal(a, b), f"{job} of {jobs}: other logits beside other threads, by up to {np.abs(a - b).max():g}")
+            need(
+                np.array_equal(a, b),
+                f"{job} of {jobs}: other logits beside other threads, by up to {np.abs(a - b).max():g}",
+            )
         return "as alone"
 
     def _alone(self, job: tuple) -> np.ndarray:
@@ -41,7 +47,9 @@ class Attack:
         model, name, conditioned, seed = job
         with Session(self.paths[model], n_threads=1) as session:
             pairs = mixture(session.n_layer) if name == "mixture" else uniform(name, session.n_layer)
-            session.set_plan(pairs, [vectors(il) for il in range(session.n_layer)] if conditioned and model == 2 else ())
+            session.set_plan(
+                pairs, [vectors(il) for il in range(session.n_layer)] if conditioned and model == 2 else ()
+            )
             with session.context(256) as ctx:
                 parts = [feed(ctx, prompt(48, seed))]
                 parts += [feed(ctx, [token], 48 + i) for i, token in enumerate(prompt(8, seed + 1))]

@@ -42,6 +42,9 @@ class Attack:
         ends = [commands.finish(running) for running in [commands.start(self.folder, *job) for job in jobs]]
         for job, ended in zip(jobs, ends):
             commands.held(ended, f"{job[0]} among {[job[0] for job in jobs]}")
-        need(self.model.read_bytes() in self.right, f"{[job[0] for job in jobs]}: the model is none that one of them made")
+        need(
+            self.model.read_bytes() in self.right,
+            f"{[job[0] for job in jobs]}: the model is none that one of them made",
+        )
         need(commands.names(self.home) == {"model.gguf"}, f"left {commands.names(self.home)}")
         return f"{sum(ended.code == 0 for ended in ends)} of {len(jobs)} wrote"

@@ -1,8 +1,9 @@
 """llama-bench of two or more builds in turns: tokens per second at each depth, medians, and ratios to the first build.
 
-python tests/bench/attention.py MODEL.gguf STOCK/bin OURS/bin [--pairs q8_0/q8_0,...] [--depths 0,4096,8000] [--threads 1,2] [--rounds 3]
-The last columns divide the last build's speed by the first one's: with the same types; with f16/f16, which is therefore always
-measured; and with q8_0/q8_0, if that is. --first-pairs leaves out what the first build is too slow for.
+python tests/bench/attention.py MODEL.gguf STOCK/bin OURS/bin [--pairs q8_0/q8_0,...] [--depths 0,4096,8000] [--threads
+1,2] [--rounds 3] The last columns divide the last build's speed by the first one's: with the same types; with f16/f16,
+which is therefore always measured; and with q8_0/q8_0, if that is. --first-pairs leaves out what the first build is too
+slow for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,26 @@ BASES = (BASE, "q8_0/q8_0")
 def bench(folder: Path, model: Path, pair: str, depth: int, threads: int, tests: list[str]) -> dict[str, float]:
     """Test -> tokens per second, of one run."""
     k, v = pair.split("/")
-    command = [str(folder / "llama-bench"), "-m", str(model), "-fa", "1", "-ctk", k, "-ctv", v, "-d", str(depth), "-t", str(threads), "-r", "1", "-o", "jsonl", *tests]
+    command = [
+        str(folder / "llama-bench"),
+        "-m",
+        str(model),
+        "-fa",
+        "1",
+        "-ctk",
+        k,
+        "-ctv",
+        v,
+        "-d",
+        str(depth),
+        "-t",
+        str(threads),
+        "-r",
+        "1",
+        "-o",
+        "jsonl",
+        *tests,
+    ]
     env = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
     lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
     runs = [json.loads(line) for line in lines]
@@ -46,20 +66,31 @@ def main() -> None:
     of_first = {BASE, *(options.first_pairs or options.pairs).split(",")}
     tests = [x for flag, n in (("-p", options.n_prompt), ("-n", options.n_gen)) for x in (flag, str(n))]
     n = len(options.folders)
-    print("threads  depth  test    pair          " + "".join(f"{f'build {i}':>10}" for i in range(n)) + "".join(f"{f'/ first {p}':>18}" for p in ("same", *BASES)))
+    print(
+        "threads  depth  test    pair          "
+        + "".join(f"{f'build {i}':>10}" for i in range(n))
+        + "".join(f"{f'/ first {p}':>18}" for p in ("same", *BASES))
+    )
     for threads in map(int, options.threads.split(",")):
         for depth in map(int, options.depths.split(",")):
             first: dict[tuple[str, str], float] = {}
             for pair in pairs:
                 folders = [f if i or pair in of_first else None for i, f in enumerate(options.folders)]
-                runs = [[bench(f, options.model, pair, depth, threads, tests) if f else {} for f in folders] for _ in range(options.rounds)]
+                runs = [
+                    [bench(f, options.model, pair, depth, threads, tests) if f else {} for f in folders]
+                    for _ in range(options.rounds)
+                ]
                 for test in runs[0][-1]:
                     ts = [median(r[i][test] for r in runs) if test in runs[0][i] else None for i in range(n)]
                     if ts[0]:
                         first[test, pair] = ts[0]
                     numbers = "".join(f"{t:10.1f}" if t else f"{'-':>10}" for t in ts)
                     ratios = [ts[-1] / first[test, p] if (test, p) in first else None for p in (pair, *BASES)]
-                    print(f"{threads:7}  {depth:5}  {test:6}  {pair:13}{numbers}" + "".join(f"{r:18.2f}" if r else f"{'-':>18}" for r in ratios), flush=True)
+                    print(
+                        f"{threads:7}  {depth:5}  {test:6}  {pair:13}{numbers}"
+                        + "".join(f"{r:18.2f}" if r else f"{'-':>18}" for r in ratios),
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

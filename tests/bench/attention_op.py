@@ -1,10 +1,11 @@
-"""Attention alone: milliseconds per call (the median), and GB/s of the cache that it reads, of the libraries in each folder given.
+"""Attention alone: milliseconds per call (the median), and GB/s of the cache that it reads, of the libraries in each
+folder given.
 
 python tests/bench/attention_op.py STOCK/bin OURS/bin [--threads 2] [--n-kv 8000] [--n-q 1] [--pairs all]
-A call is one layer's attention for n_q tokens of each sequence. Builds take turns, each in a process of its own. The caches of a
-case fill --mib together, so that they come from memory. "read" is the share of what as many threads read with a plain sum over
-an array. The last columns divide the first build's time by the last one's: with the same types, and with f16/f16. With --against-base
-the first build runs f16/f16 alone, in turns with every pair of the last one.
+A call is one layer's attention for n_q tokens of each sequence. Builds take turns, each in a process of its own. The
+caches of a case fill --mib together, so that they come from memory. "read" is the share of what as many threads read
+with a plain sum over an array. The last columns divide the first build's time by the last one's: with the same types,
+and with f16/f16. With --against-base the first build runs f16/f16 alone, in turns with every pair of the last one.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def one_case(text: str, folder: Path, mib: float, seconds: float) -> None:
     from attention import Ggml
 
     ggml, case = Ggml(folder), json.loads(text)
-    known = hasattr(ggml.cpu, "kvt_attn_ref") or case["k"] not in OUR_TYPES and case["v"] not in OUR_TYPES
+    known = hasattr(ggml.cpu, "kvt_attn_ref") or (case["k"] not in OUR_TYPES and case["v"] not in OUR_TYPES)
     print(json.dumps([measure(folder, case, mib, seconds) if known else None, cache_bytes(ggml, case) if known else 0]))
 
 
@@ -85,8 +86,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=0.5)
     parser.add_argument("--mib", type=float, default=64)
-    parser.add_argument("--pairs", default=",".join(PAIRS), help="'all': every pair of stock's types; 'ours': every pair with a type of ours")
-    parser.add_argument("--against-base", action="store_true", help=f"the first build runs {BASE} only, beside each pair")
+    parser.add_argument(
+        "--pairs",
+        default=",".join(PAIRS),
+        help="'all': every pair of stock's types; 'ours': every pair with a type of ours",
+    )
+    parser.add_argument(
+        "--against-base", action="store_true", help=f"the first build runs {BASE} only, beside each pair"
+    )
     parser.add_argument("--shapes", default=SHAPES, help="head size:query heads of a KV head:sequences, comma between")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -99,28 +106,47 @@ def main() -> None:
     }.get(options.pairs, options.pairs.split(","))
     speed = read_speed(options.threads)
     print(f"{options.threads} threads read {speed:.1f} GB/s; n_kv {options.n_kv}, n_q {options.n_q}")
-    print("head  gqa  seqs  pair            " + "".join(f"{'ms':>10}{'GB/s':>8}{'read':>7}" for _ in options.folders) + f"   first/last   first {BASE}/last")
+    print(
+        "head  gqa  seqs  pair            "
+        + "".join(f"{'ms':>10}{'GB/s':>8}{'read':>7}" for _ in options.folders)
+        + f"   first/last   first {BASE}/last"
+    )
     for d, n_gqa, n_stream in (map(int, s.split(":")) for s in options.shapes.split(",")):
         base = 0.0
         for pair in [BASE, *(p for p in names if p != BASE)]:
             k, v = pair.split("/")
             if any(d % (1 if t in ("f32", "f16", "bf16") else 64 if t.endswith("_64") else 32) for t in (k, v)):
                 continue
-            case = {"k": k, "v": v, "dk": d, "dv": d, "n_gqa": n_gqa, "n_head_kv": 3 if d == 64 else 2, "n_q": options.n_q,
-                    "n_kv": max(64, options.n_kv // n_stream), "n_stream": n_stream, "mask": "causal", "n_threads": options.threads}  # fmt: skip
+            case = {"k": k, "v": v, "dk": d, "dv": d, "n_gqa": n_gqa, "n_head_kv": 3 if d == 64 else 2,
+                    "n_q": options.n_q,
+                    "n_kv": max(64, options.n_kv // n_stream), "n_stream": n_stream, "mask": "causal",
+                    "n_threads": options.threads}  # fmt: skip
             base_case = {**case, **dict(zip("kv", BASE.split("/")))}
             times: list[list[float | None]] = [[] for _ in options.folders]
             sizes = [0] * len(options.folders)
             for _ in range(options.rounds):
                 for i, folder in enumerate(options.folders):
                     of_build = json.dumps(base_case if options.against_base and i == 0 else case)
-                    command = [sys.executable, __file__, str(folder), "--case", of_build, "--mib", str(options.mib), "--seconds", str(options.seconds)]
-                    ms, sizes[i] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+                    command = [
+                        sys.executable,
+                        __file__,
+                        str(folder),
+                        "--case",
+                        of_build,
+                        "--mib",
+                        str(options.mib),
+                        "--seconds",
+                        str(options.seconds),
+                    ]
+                    ms, sizes[i] = json.loads(
+                        subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                    )
                     times[i].append(ms)
             ms = [None if None in t else median(t) for t in times]
             base = ms[0] if options.against_base else base or ms[0]
             columns = "".join(
-                f"{t:10.3f}{size / t / 1e6:8.1f}{size / t / 1e6 / speed:7.0%}" if t else f"{'-':>10}{'-':>8}{'-':>7}" for t, size in zip(ms, sizes)
+                f"{t:10.3f}{size / t / 1e6:8.1f}{size / t / 1e6 / speed:7.0%}" if t else f"{'-':>10}{'-':>8}{'-':>7}"
+                for t, size in zip(ms, sizes)
             )
             same = f"{ms[0] / ms[-1]:13.2f}" if ms[0] and not options.against_base else f"{'-':>13}"
             print(f"{d:4}  {n_gqa:3}  {n_stream:4}  {pair:16}{columns}{same}{base / ms[-1]:20.2f}", flush=True)

@@ -1,12 +1,13 @@
-"""What each cache type costs, at real bits: error on normal values, of the attention output, and KLD; as a Markdown table.
+"""What each cache type costs, at real bits: error on normal values, of the attention output, and KLD; as a Markdown
+table.
 
 python tests/bench/cache_types.py MODEL.gguf [-f TEXT] [--tokens 1024] [--chunks 4] [--only q2_64,q3_64]
-Attention output: relative Frobenius error with K, or V, alone through the type, mean over layers; raw, and rotated as the run
-time would. "K bias" adds to K, before the type, a constant on two channels of each head, 30 times K's RMS, as the bias of K in
-Qwen2.5 does: it moves all scores of a query alike, so exact attention does not change. KLD: a real run with K and V of the
-type, from an f16 cache. Encode: nanoseconds per value of one thread. The rows in brackets are no types of ours or of llama.cpp: what
-else the bits could buy. The KLD of the paper's is of an f16 cache whose rows are put through it as soon as they are written, K and V
-as they are, since the paper rotates nothing.
+Attention output: relative Frobenius error with K, or V, alone through the type, mean over layers; raw, and rotated as
+the run time would. "K bias" adds to K, before the type, a constant on two channels of each head, 30 times K's RMS, as
+the bias of K in Qwen2.5 does: it moves all scores of a query alike, so exact attention does not change. KLD: a real run
+with K and V of the type, from an f16 cache. Encode: nanoseconds per value of one thread. The rows in brackets are no
+types of ours or of llama.cpp: what else the bits could buy. The KLD of the paper's is of an f16 cache whose rows are
+put through it as soon as they are written, K and V as they are, since the paper rotates nothing.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-
-from kvtuner_gguf import native
 from kvtuner_gguf.calibrate.capture import capture
 from kvtuner_gguf.calibrate.error import attention_output, attention_scores, output_nrmse, rotate
 from kvtuner_gguf.calibrate.evaluate import Reference, make_reference, measure
 from kvtuner_gguf.calibrate.results import Capture, LayerSample
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
+
+from kvtuner_gguf import native
 from kvtuner_gguf.codecs import CODECS
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
@@ -53,9 +54,11 @@ class Tensor(ctypes.Structure):
 
 
 Tensor._fields_ = [
-    ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4), ("op", ctypes.c_int),
+    ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
     ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32), ("src", ctypes.POINTER(Tensor) * 10),
-    ("view_src", ctypes.POINTER(Tensor)), ("view_offs", ctypes.c_size_t), ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64),
+    ("view_src", ctypes.POINTER(Tensor)), ("view_offs", ctypes.c_size_t), ("data", ctypes.c_void_p), ("name",
+    ctypes.c_char * 64),
 ]  # fmt: skip
 
 
@@ -75,7 +78,9 @@ class Written:
             return not ask  # no SET_ROWS into the cache
         if not ask:
             cells = np.ctypeslib.as_array((ctypes.c_int64 * index.contents.ne[0]).from_address(index.contents.data))
-            cache = np.ctypeslib.as_array((ctypes.c_uint16 * (node.ne[0] * node.ne[1])).from_address(node.data)).view(np.float16)
+            cache = np.ctypeslib.as_array((ctypes.c_uint16 * (node.ne[0] * node.ne[1])).from_address(node.data)).view(
+                np.float16
+            )
             cache = cache.reshape(node.ne[1], node.ne[0])
             cache[cells] = self.round_trip(cache[cells].astype(np.float32)).astype(np.float16)
             self.n_rows += len(cells)
@@ -135,16 +140,37 @@ def signed_max(x: np.ndarray, bits: int, block: int) -> np.ndarray:
 
 
 def rows(head_dim: int) -> list[Row]:
-    types = [Row(c.name, c.bits_per_value, c.block_size, partial(native.round_trip, c.name)) for c in CODECS.values() if c.block_size > 1]
+    types = [
+        Row(c.name, c.bits_per_value, c.block_size, partial(native.round_trip, c.name))
+        for c in CODECS.values()
+        if c.block_size > 1
+    ]
     paper = [
-        Row(f"(paper's per token, {b} bits)", b + 32 / head_dim, head_dim, partial(asymmetric, bits=b, block=head_dim), True) for b in (8, 4, 2)
+        Row(
+            f"(paper's per token, {b} bits)",
+            b + 32 / head_dim,
+            head_dim,
+            partial(asymmetric, bits=b, block=head_dim),
+            True,
+        )
+        for b in (8, 4, 2)
     ]
     others = [
         Row("(6 bits, block 32, signed maximum)", 6.5, 32, partial(signed_max, bits=6, block=32)),
         Row("(6 bits, block 64, fitted)", 6.25, 64, partial(fitted, levels=list(range(-32, 32)), block=64)),
         Row("(3 bits, block 32, signed maximum)", 3.5, 32, partial(signed_max, bits=3, block=32)),
-        Row("(3 bits, block 64, uniform, fitted)", 3.25, 64, partial(fitted, levels=[-7, -5, -3, -1, 1, 3, 5, 7], block=64)),
-        Row("(3 bits, block 64, best fit)", 3.25, 64, partial(fitted, levels=[-127, -79, -45, -14, 14, 45, 79, 127], block=64)),
+        Row(
+            "(3 bits, block 64, uniform, fitted)",
+            3.25,
+            64,
+            partial(fitted, levels=[-7, -5, -3, -1, 1, 3, 5, 7], block=64),
+        ),
+        Row(
+            "(3 bits, block 64, best fit)",
+            3.25,
+            64,
+            partial(fitted, levels=[-127, -79, -45, -14, 14, 45, 79, 127], block=64),
+        ),
         Row("(2 bits, block 64, uniform, fitted)", 2.25, 64, partial(fitted, levels=[-3, -1, 1, 3], block=64)),
         Row("(2 bits, block 64, best fit)", 2.25, 64, partial(fitted, levels=[-10, -3, 3, 10], block=64)),
     ]
@@ -217,11 +243,19 @@ def main() -> None:
         else:
             text = write_text(session, n_calibration, n_heldout, stream=options.tokens, seed=0)
         captured = capture(session, chunks_of(text.calibration, options.tokens, 1, "text"), Path(tmp) / "capture")
-        reference = make_reference(session, chunks_of(text.heldout, options.tokens, options.chunks, "text"), Path(tmp) / "f16")
+        reference = make_reference(
+            session, chunks_of(text.heldout, options.tokens, options.chunks, "text"), Path(tmp) / "f16"
+        )
         sample = captured.sample(captured.il[0], 0)
         floor = measure(session, None, reference, flash_attn=False)
-        print(f"{options.model.name}, {text.name}; KLD over {floor.n_positions} positions, noise floor {floor.kld_mean:.4f}\n")
-        print("| type | bits | N(0,1) | K raw | K | K bias | V raw | V | KLD | encode |\n|---|---|---|---|---|---|---|---|---|---|")
+        print(
+            f"{options.model.name}, {text.name}; KLD over {floor.n_positions} positions, noise floor "
+            f"{floor.kld_mean:.4f}\n"
+        )
+        print(
+            "| type | bits | N(0,1) | K raw | K | K bias | V raw | V | KLD | encode "
+            "|\n|---|---|---|---|---|---|---|---|---|---|"
+        )
         for row in rows(sample.k.shape[-1]):
             errors = layer_errors(captured, row) if not only or row.name in only else None
             if errors is None:

@@ -1,7 +1,8 @@
 """What conditioning K costs in decode: times of single tokens at the start of a context, with and without, in turns.
 
 python tests/bench/conditioning.py MODEL.gguf [--pair q4_0/q4_0] [--threads 2] [--rounds 20] [--cpu-time]
-Vectors of mean 0 and scale 1 cost what any cost. Per way: the fastest token and the median of each round's fastest. --cpu-time counts processor time, for a busy machine.
+Vectors of mean 0 and scale 1 cost what any cost. Per way: the fastest token and the median of each round's fastest.
+--cpu-time counts processor time, for a busy machine.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def main() -> None:
         ways = {"none": (False, False), "mean": (True, False), "scale": (False, True), "both": (True, True)}
         contexts = {}
         for name, way in ways.items():
-            session.set_plan([options.pair if n else Pair("", "") for n in values_k], [vectors(n // 256, *way) for n in values_k])
+            session.set_plan(
+                [options.pair if n else Pair("", "") for n in values_k], [vectors(n // 256, *way) for n in values_k]
+            )
             contexts[name] = Context(session, 256)
         times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(options.rounds):
@@ -56,7 +59,10 @@ def main() -> None:
                 times[name].append(fastest_ms(ctx, time.process_time if options.cpu_time else time.perf_counter))
         for name, ctx in contexts.items():
             ratio = min(times[name]) / min(times["none"]), median(times[name]) / median(times["none"])
-            print(f"{name:5}  best {min(times[name]):7.3f} ms  {ratio[0]:.3f}   median of rounds {median(times[name]):7.3f} ms  {ratio[1]:.3f}")
+            print(
+                f"{name:5}  best {min(times[name]):7.3f} ms  {ratio[0]:.3f}   median of rounds "
+                f"{median(times[name]):7.3f} ms  {ratio[1]:.3f}"
+            )
             ctx.close()
 
 

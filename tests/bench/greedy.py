@@ -1,8 +1,10 @@
-"""How many greedy tokens are the same with K conditioned and without, on an f16 cache; and by another attention kernel, without.
+"""How many greedy tokens are the same with K conditioned and without, on an f16 cache; and by another attention kernel,
+without.
 
 python tests/bench/greedy.py MODEL.gguf PLAN.json [--weights bf16] [--tokens 500]
 
-Conditioning changes outputs by rounding alone, and so does the other kernel: both differ where a rounding tips a near-tie.
+Conditioning changes outputs by rounding alone, and so does the other kernel: both differ where a rounding tips a
+near-tie.
 --weights: run a copy with such weights, as activations in 8 bits amplify any rounding.
 """
 
@@ -21,7 +23,9 @@ from kvtuner_gguf.runtime import Session
 PROMPTS = ("Tell me about the sea.", "Write a Python function that sorts a list.", "Explain photosynthesis.")
 
 
-def greedy(session: Session, k_vectors: Sequence[KVectors], prompt: str, n_tokens: int, flash_attn: bool = True) -> list[int]:
+def greedy(
+    session: Session, k_vectors: Sequence[KVectors], prompt: str, n_tokens: int, flash_attn: bool = True
+) -> list[int]:
     """The n_tokens likeliest tokens after the prompt, one by one."""
     tokens = session.tokenize(session.chat_prompt(prompt) or prompt, parse_special=True)
     session.set_plan([Pair("f16", "f16")] * session.n_layer, k_vectors)
@@ -51,9 +55,15 @@ def main() -> None:
                 session.save_as(model, options.weights)
         with Session(model) as session:
             for prompt in PROMPTS:
-                plain, *others = (greedy(session, v, prompt, options.tokens, flash) for v, flash in (((), True), (vectors, True), ((), False)))
+                plain, *others = (
+                    greedy(session, v, prompt, options.tokens, flash)
+                    for v, flash in (((), True), (vectors, True), ((), False))
+                )
                 same = [next((i for i, (a, b) in enumerate(zip(plain, o)) if a != b), options.tokens) for o in others]
-                print(f"of {options.tokens} tokens equal: conditioned {same[0]}, other kernel {same[1]}: {prompt}", flush=True)
+                print(
+                    f"of {options.tokens} tokens equal: conditioned {same[0]}, other kernel {same[1]}: {prompt}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""KLD of plans at several goals on text that no stage has seen, in short and long contexts: the default, what it is made of, and its rivals.
+"""KLD of plans at several goals on text that no stage has seen, in short and long contexts: the default, what it is
+made of, and its rivals.
 
-python tests/bench/plans.py MODEL.gguf [--bits 4.5,3.5,3.25,2.75] [--ways default,no-mean,no-scale,no-layers,error,paper] [-f TEXT]
+python tests/bench/plans.py MODEL.gguf [--bits 4.5,3.5,3.25,2.75] [--ways
+default,no-mean,no-scale,no-layers,error,paper] [-f TEXT]
     [--contexts 2048x8,8192x1] [--shared-bits 4.5,3.25] [--chunks 4] [--on-copy]
 
 default      what `kvtuner-gguf calibrate` searches, without its proof
@@ -8,10 +10,10 @@ no-mean      K keeps its mean     no-scale  K is not scaled
 no-layers    the best uniform pair of all types, with K conditioned
 error        the solver's plan by squared errors alone: no run has told what a layer matters
 paper        --method paper
-Rows below: the best uniform pair with K as stock caches it, of all types within the goal, and stock's own pairs. "predicted" is the
-KLD that the fitted prices foretell on the text of the search, "search" what a run measured there. Records stay in --work, so that
-a run that was stopped goes on. --shared-bits: goals of the ways other than default. --on-copy: the proof, too, runs on the copy that
-the search runs on, if there is one.
+Rows below: the best uniform pair with K as stock caches it, of all types within the goal, and stock's own pairs.
+"predicted" is the KLD that the fitted prices foretell on the text of the search, "search" what a run measured there.
+Records stay in --work, so that a run that was stopped goes on. --shared-bits: goals of the ways other than default.
+--on-copy: the proof, too, runs on the copy that the search runs on, if there is one.
 """
 
 from __future__ import annotations
@@ -23,7 +25,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-
 from kvtuner_gguf.calibrate.additive import Additive, fit
 from kvtuner_gguf.calibrate.evaluate import make_reference, measure
 from kvtuner_gguf.calibrate.options import Goal, Options
@@ -32,6 +33,7 @@ from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.calibrate.solve import solve
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
 from kvtuner_gguf.calibrate.weights import search_session
+
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.runtime import Session
@@ -67,7 +69,11 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
         if way == "error":
             pairs, said = solve(additive, additive.prices(np.ones(2 * len(additive.il))), run.budget), ""
         else:
-            uniform = [(k, p) for p, k in known if len({p[il] for il in additive.il}) == 1 and run.geometry.bytes(p) <= run.budget]
+            uniform = [
+                (k, p)
+                for p, k in known
+                if len({p[il] for il in additive.il}) == 1 and run.geometry.bytes(p) <= run.budget
+            ]
             kld, pairs = min(uniform)
             said = f"search {kld:.4f}"
         return [(name, pairs, run.vectors_of(pairs), said)]
@@ -75,7 +81,9 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
     said = f"search {found.kld:.4f}"
     if way != "paper":
         additive = Additive.of(run.errors(source), run.geometry)
-        trials = [Trial.of(p, q.kld_mean, run.geometry) for p, q in run.cache.of(run.search + run.tag) if p != found.pairs]
+        trials = [
+            Trial.of(p, q.kld_mean, run.geometry) for p, q in run.cache.of(run.search + run.tag) if p != found.pairs
+        ]
         x, floor = fit(additive, trials)
         said = f"predicted {floor + float(additive.features(found.pairs) @ x):.4f} {said}"
     plans = [(name, found.pairs, run.vectors_of(found.pairs), said)]
@@ -94,7 +102,12 @@ def main() -> None:
     parser.add_argument("--shared-bits", help="goals of the ways other than default; by default all")
     parser.add_argument("--contexts", default="2048x8,8192x1")
     parser.add_argument("--work", type=Path, help="folder of records; by default a temporary one")
-    parser.add_argument("-f", "--file", type=Path, help="text of the proof: another one than that of the calibration, which the model writes")
+    parser.add_argument(
+        "-f",
+        "--file",
+        type=Path,
+        help="text of the proof: another one than that of the calibration, which the model writes",
+    )
     parser.add_argument("--chunks", type=int, default=4, help="of the calibration")
     parser.add_argument("--on-copy", action="store_true")
     options = parser.parse_args()
@@ -104,9 +117,10 @@ def main() -> None:
         with search_session(options.model, work, n_threads=None, n_gpu_layers=0, say=print) as session:
             plans = searched(options, session, work)
             if options.on_copy:
-                return prove(options, session, work, plans)
-        with Session(options.model) as session:
-            prove(options, session, work, plans)
+                prove(options, session, work, plans)
+        if not options.on_copy:
+            with Session(options.model) as session:
+                prove(options, session, work, plans)
 
 
 def searched(options: argparse.Namespace, session: Session, work: Path) -> list[Plan]:
@@ -133,12 +147,18 @@ def prove(options: argparse.Namespace, session: Session, work: Path, plans: list
         chunks = chunks_of(tokens, n_ctx, n_chunk, "text")
         reference = make_reference(session, chunks, work / "proof.f16")
         floor = measure(session, None, reference, flash_attn=False)
-        print(f"\ncontexts of {n_ctx}: {chunks.n_positions} scored positions; f16 by the other kernel {floor.kld_mean:.5f}, same top {floor.same_top:.1%}")
+        print(
+            f"\ncontexts of {n_ctx}: {chunks.n_positions} scored positions; f16 by the other kernel "
+            f"{floor.kld_mean:.5f}, same top {floor.same_top:.1%}"
+        )
         print(f"{'plan':36}{'bits':>7}{'mean KLD':>11}{'99.9 %':>9}{'same top':>10}  on the text of the search")
         for name, pairs, vectors, said in plans:
             quality = measure(session, pairs, reference, k_vectors=vectors)
             bits = geometry.bits_per_value(pairs, vectors)
-            print(f"{name:36}{bits:7.2f}{quality.kld_mean:11.5f}{quality.kld_p999:9.3f}{quality.same_top:10.1%}  {said}", flush=True)
+            print(
+                f"{name:36}{bits:7.2f}{quality.kld_mean:11.5f}{quality.kld_p999:9.3f}{quality.same_top:10.1%}  {said}",
+                flush=True,
+            )
         (work / "proof.f16").unlink()
 
 

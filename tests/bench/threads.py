@@ -1,9 +1,9 @@
 """What waiting threads cost: tokens/s of prefill and decode, alone and with a second such program at the same time.
 
 python tests/bench/threads.py MODEL.gguf [--spins libgomp,ours,0,10000] [--threads 2] [--rounds 3]
-Threads of llama.cpp meet at a barrier after each operation; those that wait spin GOMP_SPINCOUNT times and then sleep. "libgomp" is
-libgomp's own count, "ours" what the package sets. Every setting in turns, each run in a process of its own; medians, and shares of
-the first setting.
+Threads of llama.cpp meet at a barrier after each operation; those that wait spin GOMP_SPINCOUNT times and then sleep.
+"libgomp" is libgomp's own count, "ours" what the package sets. Every setting in turns, each run in a process of its
+own; medians, and shares of the first setting.
 """
 
 from __future__ import annotations
@@ -46,8 +46,20 @@ def run(options: argparse.Namespace, spin: str, n_programs: int) -> list[float]:
     """Mean [prefill, decode] of n_programs at once, in tokens/s of each."""
     env = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     env |= {} if spin == "ours" else {"GOMP_SPINCOUNT": LIBGOMP if spin == "libgomp" else spin}
-    command = [sys.executable, __file__, str(options.model), "--threads", str(options.threads), "--seconds", str(options.seconds), "--child"]
-    programs = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(n_programs)]
+    command = [
+        sys.executable,
+        __file__,
+        str(options.model),
+        "--threads",
+        str(options.threads),
+        "--seconds",
+        str(options.seconds),
+        "--child",
+    ]
+    programs = [
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for _ in range(n_programs)
+    ]
     results = [json.loads(p.communicate()[0]) for p in programs]
     return [sum(r[i] for r in results) / n_programs for i in range(2)]
 
@@ -69,7 +81,10 @@ def main() -> None:
     for _ in range(options.rounds):
         for (spin, n), found in results.items():
             found.append(run(options, spin, n))
-    print(f"{'spins':>8}" + "".join(f"{name:>22}" for name in ("prefill alone", "decode alone", "prefill of two", "decode of two")))
+    print(
+        f"{'spins':>8}"
+        + "".join(f"{name:>22}" for name in ("prefill alone", "decode alone", "prefill of two", "decode of two"))
+    )
     first = [median(r[i] for r in results[spins[0], n]) for n in (1, 2) for i in range(2)]
     for spin in spins:
         now = [median(r[i] for r in results[spin, n]) for n in (1, 2) for i in range(2)]

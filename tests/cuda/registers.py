@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Registers, shared memory and spills of our CUDA kernels, by the compiler's own report. Fails if one spills. No GPU needed.
+"""Registers, shared memory and spills of our CUDA kernels, by the compiler's own report. Fails if one spills. No GPU
+needed.
 
 BUILD is a build folder configured with -DGGML_CUDA=ON: its compiler, its source tree, its pairs of types.
 """
@@ -50,11 +51,16 @@ def compile_report(nvcc: str, include: list[str], source: Path, arch: str, *flag
 
 
 def group_of(name: str, types: dict[int, str]) -> tuple[str, ...] | None:
-    """What a kernel is counted under; None if it is not ours, or the empty variant that upstream makes of soft-cap at 64."""
+    """What a kernel is counted under; None if it is not ours, or the empty variant that upstream makes of soft-cap at
+    64."""
     vec = VEC.search(name)
     if vec:
         head_dim, n_col, k, v, softcap = map(int, vec.groups())
-        return None if softcap and head_dim == 64 else ("attention", f"{types[k]}/{types[v]}", f"head size {head_dim}, {n_col} token" + "s" * (n_col > 1))
+        return (
+            None
+            if softcap and head_dim == 64
+            else ("attention", f"{types[k]}/{types[v]}", f"head size {head_dim}, {n_col} token" + "s" * (n_col > 1))
+        )
     kernel = re.search(r"k_kvt_\w+?(?=IL)|dequantize_block|k_get_rows", name)
     return (kernel[0], "all types", "") if kernel and "kvt" in name else None
 
@@ -81,7 +87,9 @@ def main() -> int:
             sources.append((Path(tmp) / f"{k}-{v}.cu", ()))
             cases = "".join(f"DECL_FATTN_VEC_CASE({d}, GGML_TYPE_{k}, GGML_TYPE_{v});\n" for d in (64, 128, 256))
             sources[-1][0].write_text(f'#include "fattn-vec.cuh"\n{cases}')
-        print("arch     kernel            types            variant                 registers   smem  spills", flush=True)
+        print(
+            "arch     kernel            types            variant                 registers   smem  spills", flush=True
+        )
         for arch in args.arch:
             for source, flags in sources:
                 groups = defaultdict(list)
@@ -94,7 +102,10 @@ def main() -> int:
                     smem = max(int((re.search(r"(\d+) bytes smem", f["rest"]) or [0, 0])[1]) for f in found)
                     registers = max(int(f["registers"]) for f in found)
                     n_spill += spills > 0
-                    print(f"sm_{arch:<5} {kernel:<17} {pair:<16} {variant:<25} {registers:>7} {smem:>6} {spills:>7}", flush=True)
+                    print(
+                        f"sm_{arch:<5} {kernel:<17} {pair:<16} {variant:<25} {registers:>7} {smem:>6} {spills:>7}",
+                        flush=True,
+                    )
     return n_spill > 0
 
 

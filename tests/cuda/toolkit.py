@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""tests/cuda/toolkit.py DIR - a CUDA toolkit in DIR, from PyPI by package name, to compile and link with where there is no GPU.
+"""tests/cuda/toolkit.py DIR - a CUDA toolkit in DIR, from PyPI by package name, to compile and link with where there is
+no GPU.
 
 The wheels lack what a toolkit for development has besides: the names without a version that a linker looks for, and a
 stub of the driver's libcuda.so, made here. Done before: nothing to do. Then
 
-    cmake -B BUILD -DGGML_CUDA=ON -DCUDAToolkit_ROOT=DIR -DCMAKE_CUDA_COMPILER=DIR/bin/nvcc -DCMAKE_CUDA_ARCHITECTURES=86
+    cmake -B BUILD -DGGML_CUDA=ON -DCUDAToolkit_ROOT=DIR -DCMAKE_CUDA_COMPILER=DIR/bin/nvcc
+    -DCMAKE_CUDA_ARCHITECTURES=86
 """
 
 from __future__ import annotations
@@ -37,7 +39,18 @@ def driver_stub(root: Path) -> None:
     header = (root / "include" / "cuda.h").read_text()
     names = sorted(set(re.findall(r"\bcu[A-Z]\w*(?=\()", header)) | set(re.findall(r"\bcu[A-Z]\w*_v\d+\b", header)))
     code = "".join(f"int {name}(void) {{ return 34; }}\n" for name in names)  # CUDA_ERROR_STUB_LIBRARY
-    command = ["cc", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", str(stubs / "libcuda.so")]
+    command = [
+        "cc",
+        "-w",
+        "-shared",
+        "-fPIC",
+        "-Wl,-soname,libcuda.so.1",
+        "-x",
+        "c",
+        "-",
+        "-o",
+        str(stubs / "libcuda.so"),
+    ]
     subprocess.run(command, input=code, text=True, check=True)
     (stubs / "libcuda.so.1").symlink_to("libcuda.so")  # programs that link with our library look for this name
 

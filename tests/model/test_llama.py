@@ -118,7 +118,9 @@ def first_pairs(imports: str, model: Path, **env: str) -> str:
 
 
 def test_chat_answers_one_prompt_and_names_its_memory(planned):
-    result = CliRunner().invoke(main, ["chat", "-m", str(planned), "-c", "512", "-p", "Say hello.", "-n", "8", "--temp", "0"])
+    result = CliRunner().invoke(
+        main, ["chat", "-m", str(planned), "-c", "512", "-p", "Say hello.", "-n", "8", "--temp", "0"]
+    )
     assert result.exit_code == 0, result.output
     assert "K/V cache:" in result.stderr and "2 pairs: q5_1/q8_0, q8_0/q4_0" in result.stderr
     assert result.stdout.strip()

@@ -1,4 +1,5 @@
-"""Answers of a real sliding-window model are those of a fresh object. Run by hand, with KVTUNER_GEMMA=FILE; skipped without.
+"""Answers of a real sliding-window model are those of a fresh object. Run by hand, with KVTUNER_GEMMA=FILE; skipped
+without.
 
 gemma-3-270m, Q4_K_M, a window of 512 tokens on 15 of 18 layers, out of four PyPI packages:
 
@@ -41,7 +42,9 @@ def gemma(request):
 
 
 def turn(llm, text):
-    return llm.tokenize(f"<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n".encode(), special=True, add_bos=False)
+    return llm.tokenize(
+        f"<start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n".encode(), special=True, add_bos=False
+    )
 
 
 def answer(llm, tokens, n=24):
@@ -68,7 +71,9 @@ def test_a_question_after_a_restored_session(gemma):
     assert answer(llm, question) == answer(gemma(), question)
 
 
-@pytest.mark.parametrize("gemma", ["f16"], indirect=True)  # what is read in other batches is rounded otherwise, and then cached as other codes
+@pytest.mark.parametrize(
+    "gemma", ["f16"], indirect=True
+)  # what is read in other batches is rounded otherwise, and then cached as other codes
 def test_a_restored_session_goes_on(gemma):
     llm, other = gemma(), gemma()
     long, question = turn(llm, README[:5000]), turn(llm, QUESTION)

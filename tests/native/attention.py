@@ -1,6 +1,8 @@
-"""ggml's attention operator through ctypes, in a process of its own so that any build's library can be loaded, and its float64 value.
+"""ggml's attention operator through ctypes, in a process of its own so that any build's library can be loaded, and its
+float64 value.
 
-As a program: python attention.py LIB_DIR < cases.json, prints one line of JSON per case: the error of the library's result.
+As a program: python attention.py LIB_DIR < cases.json, prints one line of JSON per case: the error of the library's
+result.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1"
          "q2_64": 200, "q2_32": 201, "q3_64": 202, "q3_32": 203, "q6_32": 204}  # fmt: skip
 
 DEFAULT = {
-    "k": "f16", "v": "f16", "dk": 64, "dv": 64, "n_head_kv": 2, "n_gqa": 3, "n_q": 1, "n_kv": 256, "n_stream": 1, "mask": "causal",
+    "k": "f16", "v": "f16", "dk": 64, "dv": 64, "n_head_kv": 2, "n_gqa": 3, "n_q": 1, "n_kv": 256, "n_stream": 1,
+    "mask": "causal",
     "sinks": False, "softcap": 0.0, "max_bias": 0.0, "v_in_k": False, "n_threads": 2,
 }  # fmt: skip
 
@@ -37,7 +40,8 @@ class Ggml:
             _fields_ = (("mem_size", c.c_size_t), ("mem_buffer", c.c_void_p), ("no_alloc", c.c_bool))
 
         class Plan(c.Structure):
-            _fields_ = (("work_size", c.c_size_t), ("work_data", c.c_void_p), ("n_threads", c.c_int), ("threadpool", c.c_void_p),
+            _fields_ = (("work_size", c.c_size_t), ("work_data", c.c_void_p), ("n_threads", c.c_int), ("threadpool",
+                        c.c_void_p),
                         ("abort", c.c_void_p), ("abort_data", c.c_void_p), ("use_ref", c.c_bool))  # fmt: skip
 
         self.params = Params
@@ -87,7 +91,8 @@ class Inputs:
     """What one call of the operator reads.
 
     q              (n_stream, n_head, n_q, dk) float32
-    k v            (n_stream, n_kv, n_head_kv, row bytes) uint8, as llama.cpp's cache has them: the heads of a token beside each other
+    k v            (n_stream, n_kv, n_head_kv, row bytes) uint8, as llama.cpp's cache has them: the heads of a token
+                   beside each other
     mask           (n_stream, 1, n_q, n_kv) float16, or None
     sinks          (n_head,) float32, or None
     k_hat v_hat    (n_stream, n_head_kv, n_kv, head_dim): the values that the bytes stand for
@@ -119,12 +124,17 @@ class Inputs:
 
 
 def _mask(case: dict, rng: np.random.Generator) -> np.ndarray:
-    """(n_stream, 1, n_q, n_kv): the last tokens are the queries; "holes": other sequences' cells lie between, and one row sees nothing."""
+    """(n_stream, 1, n_q, n_kv): the last tokens are the queries; "holes": other sequences' cells lie between, and one
+    row sees nothing."""
     n_q, n_kv, n_stream = (case[name] for name in ("n_q", "n_kv", "n_stream"))
     distance = np.arange(n_kv)[None, :] - (n_kv - n_q + np.arange(n_q))[:, None]
     mask = np.where(distance > 0, -np.inf, distance if case["max_bias"] else 0.0) * np.ones((n_stream, 1, 1, 1))
     if case["mask"] == "holes":
-        mask[np.broadcast_to(np.repeat(rng.random((n_stream, 1, n_q, -(-n_kv // 50))) < 0.6, 50, -1)[..., :n_kv], mask.shape)] = -np.inf
+        mask[
+            np.broadcast_to(
+                np.repeat(rng.random((n_stream, 1, n_q, -(-n_kv // 50))) < 0.6, 50, -1)[..., :n_kv], mask.shape
+            )
+        ] = -np.inf
         mask[:, :, -1] = -np.inf
     return mask
 
@@ -139,7 +149,11 @@ class Operator:
         base, n_head = ggml.base, case["n_head_kv"] * case["n_gqa"]
         dk, dv, n_q, n_kv, n_stream = (case[name] for name in ("dk", "dv", "n_q", "n_kv", "n_stream"))
         rows = n_stream * n_kv * case["n_head_kv"]
-        self.ctx = base.ggml_init(ggml.params(16 * (rows * (dk + dv) + n_stream * n_q * (n_kv + 4 * n_head * (dk + dv))) + (64 << 20), None, False))
+        self.ctx = base.ggml_init(
+            ggml.params(
+                16 * (rows * (dk + dv) + n_stream * n_q * (n_kv + 4 * n_head * (dk + dv))) + (64 << 20), None, False
+            )
+        )
         assert self.ctx
 
         def tensor(name: str, *ne: int, data: np.ndarray) -> int:
@@ -149,7 +163,9 @@ class Operator:
             return t
 
         def cache(name: str, n: int, data: np.ndarray) -> int:
-            return base.ggml_permute(self.ctx, tensor(name, n, case["n_head_kv"], n_kv, n_stream, data=data), 0, 2, 1, 3)
+            return base.ggml_permute(
+                self.ctx, tensor(name, n, case["n_head_kv"], n_kv, n_stream, data=data), 0, 2, 1, 3
+            )
 
         q = tensor("f32", dk, n_q, n_head, n_stream, data=self.inputs.q)
         k = cache(case["k"], dk, self.inputs.k)
@@ -200,7 +216,11 @@ class Operator:
         if given.mask is not None:
             n_head = s.shape[1]
             n_log2, b, h = 2 ** int(np.log2(n_head)), self.case["max_bias"], np.arange(n_head)
-            slope = np.where(h < n_log2, 2.0 ** (-b * (h + 1) / n_log2), 2.0 ** (-b / 2 * (2 * (h - n_log2) + 1) / n_log2)) if b else np.ones(n_head)
+            slope = (
+                np.where(h < n_log2, 2.0 ** (-b * (h + 1) / n_log2), 2.0 ** (-b / 2 * (2 * (h - n_log2) + 1) / n_log2))
+                if b
+                else np.ones(n_head)
+            )
             s = s + slope[:, None, None] * given.mask.astype(np.float64)
         sink = np.full(s.shape[1], -np.inf) if given.sinks is None else given.sinks.astype(np.float64)
         sink = sink[None, :, None, None]

@@ -1,7 +1,8 @@
-"""Attention over one cache that several sequences share: does a row's result depend on anything but the cells that it sees?
+"""Attention over one cache that several sequences share: does a row's result depend on anything but the cells that it
+sees?
 
-As a program: python isolation.py LIB_DIR < cases.json, prints one line of JSON per case: a list of what changed a row that it must
-not, and the largest difference between one thread's result and several threads'.
+As a program: python isolation.py LIB_DIR < cases.json, prints one line of JSON per case: a list of what changed a row
+that it must not, and the largest difference between one thread's result and several threads'.
 """
 
 from __future__ import annotations
@@ -24,18 +25,33 @@ POISON = {  # of cells that are not seen: a value of floats, or the scale and mi
     "huge": {"f32": 3e38, "f16": 65504, "bf16": 0x7F7F, "scale": 65504},
 }
 MIN = ("q4_1", "q5_1")  # types whose blocks start with a scale and a minimum; those of the others with a scale
-BLOCK_BYTES = {"q8_0": 34, "q6_32": 26, "q5_1": 24, "q5_0": 22, "q4_1": 20, "q4_0": 18, "iq4_nl": 18, "q3_32": 14, "q3_64": 26, "q2_32": 10, "q2_64": 18}
+BLOCK_BYTES = {
+    "q8_0": 34,
+    "q6_32": 26,
+    "q5_1": 24,
+    "q5_0": 22,
+    "q4_1": 20,
+    "q4_0": 18,
+    "iq4_nl": 18,
+    "q3_32": 14,
+    "q3_64": 26,
+    "q2_32": 10,
+    "q2_64": 18,
+}
 
 
 def poisoned(name: str, rows: np.ndarray, cells: np.ndarray, kind: str) -> np.ndarray:
-    """A side of a cache, (1, n_kv, n_head_kv, row bytes), whose cells (n_kv,) bool hold what no attention may notice."""
+    """A side of a cache, (1, n_kv, n_head_kv, row bytes), whose cells (n_kv,) bool hold what no attention may
+    notice."""
     rows = rows.copy()
     part = rows[:, cells]
     if name in FLOATS:
         part.view(FLOATS[name])[...] = POISON[kind][name]
     else:
         blocks = part.reshape(*part.shape[:-1], part.shape[-1] // BLOCK_BYTES[name], BLOCK_BYTES[name])
-        blocks[..., : 4 if name in MIN else 2] = np.full(2 if name in MIN else 1, POISON[kind]["scale"], np.float16).view(np.uint8)
+        blocks[..., : 4 if name in MIN else 2] = np.full(
+            2 if name in MIN else 1, POISON[kind]["scale"], np.float16
+        ).view(np.uint8)
         part = blocks.reshape(part.shape)
     rows[:, cells] = part
     return rows
@@ -53,13 +69,16 @@ class Shared:
         self.row_seq = np.sort(rng.integers(0, N_SEQ, n_q))
         upto = rng.integers(n_kv // 4, n_kv + 1, n_q)
         seen = (self.cell_seq == self.row_seq[:, None]) & (np.arange(n_kv) < upto[:, None])
-        seen &= rng.random((n_q, n_kv)) < np.where(rng.random(n_q) < 0.5, 1.0, 0.7)[:, None]  # half of the rows have holes of their own
+        seen &= (
+            rng.random((n_q, n_kv)) < np.where(rng.random(n_q) < 0.5, 1.0, 0.7)[:, None]
+        )  # half of the rows have holes of their own
         mask = np.where(seen, 0.0, -np.inf).astype(np.float16)[None, None]
         self.inputs = replace(Inputs.drawn(ggml, self.case, seed), mask=mask)
         self.whole = self.rows(np.arange(n_q))
 
     def rows(self, rows: np.ndarray, **changed: object) -> np.ndarray:
-        """(len(rows), n_head, dv): the result of a batch of these rows alone, with other inputs or another number of threads."""
+        """(len(rows), n_head, dv): the result of a batch of these rows alone, with other inputs or another number of
+        threads."""
         case = {**self.case, "n_q": len(rows), "n_threads": changed.pop("n_threads", self.case["n_threads"])}
         given = replace(self.inputs, q=self.inputs.q[:, :, rows], mask=self.inputs.mask[:, :, rows], **changed)
         operator = Operator(self.ggml, case, inputs=given)
@@ -103,7 +122,16 @@ def main() -> None:
         shared = Shared(ggml, case, seed)
         n_threads = [shared.rows(np.arange(len(shared.row_seq))[:1], n_threads=n) for n in (1, 2, 3)]
         split = max(error(x, n_threads[0].astype(np.float64)) for x in n_threads)
-        print(json.dumps({"finite": bool(np.isfinite(shared.whole).all()), "changed": [*shared.changed(), *shared.unseen_faults()], "split": split}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "finite": bool(np.isfinite(shared.whole).all()),
+                    "changed": [*shared.changed(), *shared.unseen_faults()],
+                    "split": split,
+                }
+            ),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

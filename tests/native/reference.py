@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 F32 = np.float32
-MAGNITUDES = {2: np.array([3, 10], F32), 3: np.array([14, 45, 79, 127], F32)}  # the positive levels; the others mirror them
+MAGNITUDES = {
+    2: np.array([3, 10], F32),
+    3: np.array([14, 45, 79, 127], F32),
+}  # the positive levels; the others mirror them
 
 
 def fields(name: str) -> tuple[int, int]:
@@ -51,7 +56,7 @@ def _symmetric(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
     def nearest(d: np.ndarray) -> np.ndarray:
         """Index of each value's level."""
-        return sum((a > d * (F32(0.5) * (lo + hi))).astype(np.int64) for lo, hi in zip(levels, levels[1:]))
+        return sum((a > d * (F32(0.5) * (lo + hi))).astype(np.int64) for lo, hi in pairwise(levels))
 
     def refit(d: np.ndarray, n_round: int) -> tuple[np.ndarray, np.ndarray]:
         for _ in range(n_round):

@@ -1,4 +1,5 @@
-"""kvt.h, called as no one should: null pointers, layers that do not exist, buffers too small. An error code and its text, no crash."""
+"""kvt.h, called as no one should: null pointers, layers that do not exist, buffers too small. An error code and its
+text, no crash."""
 
 import ctypes
 import hashlib
@@ -40,7 +41,9 @@ def test_the_build_says_which_it_is():
 
 def test_the_build_is_of_these_sources():
     """Another kernel is another build: --resume must not go on with what the one before measured."""
-    series = subprocess.run([sys.executable, ROOT / "patches/series", "id"], capture_output=True, text=True, check=True).stdout.strip()
+    series = subprocess.run(
+        [sys.executable, ROOT / "patches/series", "id"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     hashes = [sha256_of(path) for path in sorted((ROOT / "native").iterdir())]
     assert native.build_id() == hashlib.sha256("".join([series, *hashes]).encode()).hexdigest()[:12]
 
@@ -87,7 +90,11 @@ def test_a_plan_that_is_not_whole_is_an_error(session):
     fails(E_ARG, lib.kvt_model_set_plan(session.model, NULL, F16, 4), "must not be null")
     fails(E_ARG, lib.kvt_model_set_plan(session.model, F16, NULL, 4), "must not be null")
     for n_layer in (-1, 0, 3, 5, 2**31 - 1):
-        fails(E_ARG, lib.kvt_model_set_plan(session.model, F16, F16, n_layer), f"plan has {n_layer} layers, the model has 4")
+        fails(
+            E_ARG,
+            lib.kvt_model_set_plan(session.model, F16, F16, n_layer),
+            f"plan has {n_layer} layers, the model has 4",
+        )
     holes = (ctypes.c_char_p * 4)(b"f16", None, b"f16", b"f16")
     fails(E_ARG, lib.kvt_model_set_plan(session.model, F16, holes, 4), "layer 1: the V type is null")
     assert native.plan_source(session.model) == "override"

@@ -17,14 +17,17 @@ TYPES = ("f32", "f16", "bf16", *BLOCKS)
 BOUND = 2e-6
 """Of the relative error of floats: sums of a few hundred products, and an exponential of 2 ulp."""
 BOUND_BLOCKS = 3e-4
-"""With blocks Q and the weights are rounded to 16 bits: half a step of 1/32767 of the largest one, at worst when all others are small.
-Stock's error there is above 2e-3, as it rounds Q to 8 bits."""
+"""With blocks Q and the weights are rounded to 16 bits: half a step of 1/32767 of the largest one, at worst when all
+others are small. Stock's error there is above 2e-3, as it rounds Q to 8 bits."""
 
 PAIRS = [{"k": k, "v": v, "n_q": n_q, "n_kv": 300} for k, v in itertools.product(TYPES, TYPES) for n_q in (1, 33)]
 SHAPES = [
     {"k": k, "v": v, "dk": d, "dv": d, "n_gqa": n_gqa, "n_q": n_q, "n_kv": n_kv}
     for (k, v), d, n_gqa, (n_q, n_kv) in itertools.product(
-        (("f16", "f16"), ("q8_0", "q4_0"), ("q5_1", "iq4_nl"), ("q6_32", "q3_32"), ("q3_64", "q2_64")), (64, 80, 96, 128, 256), (1, 3, 4, 8), ((1, 517), (4, 70), (33, 161))
+        (("f16", "f16"), ("q8_0", "q4_0"), ("q5_1", "iq4_nl"), ("q6_32", "q3_32"), ("q3_64", "q2_64")),
+        (64, 80, 96, 128, 256),
+        (1, 3, 4, 8),
+        ((1, 517), (4, 70), (33, 161)),
     )
     if d % (64 if k == "q3_64" else 32) == 0 or k == "f16"
 ]
@@ -32,8 +35,10 @@ EXTRAS = [
     {**extra, "k": k, "v": v, "n_q": n_q, "n_kv": 333, "n_stream": n_stream}
     for extra, (k, v), n_q, n_stream in itertools.product(
         (
-            {"mask": None}, {"mask": "holes"}, {"sinks": True}, {"softcap": 3.0}, {"max_bias": 8.0, "n_head_kv": 3, "n_gqa": 4},
-            {"dk": 96, "dv": 64}, {"dk": 192, "dv": 128, "v_in_k": True}, {"sinks": True, "softcap": 5.0, "mask": "holes"},
+            {"mask": None}, {"mask": "holes"}, {"sinks": True}, {"softcap": 3.0}, {"max_bias": 8.0, "n_head_kv": 3,
+            "n_gqa": 4},
+            {"dk": 96, "dv": 64}, {"dk": 192, "dv": 128, "v_in_k": True}, {"sinks": True, "softcap": 5.0,
+            "mask": "holes"},
         ),
         (("f16", "f16"), ("q8_0", "q8_0"), ("bf16", "q4_1")),
         (1, 16, 40),
@@ -43,7 +48,9 @@ EXTRAS = [
 ]  # fmt: skip
 ODD = [
     {"k": k, "v": v, "dk": d, "dv": d, "n_q": n_q, "n_kv": n_kv, "n_threads": n_threads}
-    for (k, v), d, (n_q, n_kv), n_threads in itertools.product((("f16", "f32"), ("bf16", "f16")), (40, 72), ((1, 1), (1, 65), (5, 129), (40, 113)), (1, 2))
+    for (k, v), d, (n_q, n_kv), n_threads in itertools.product(
+        (("f16", "f32"), ("bf16", "f16")), (40, 72), ((1, 1), (1, 65), (5, 129), (40, 113)), (1, 2)
+    )
 ]
 LONG = [
     {"k": k, "v": v, "n_q": n_q, "n_kv": n_kv, "n_threads": n_threads}
@@ -57,7 +64,9 @@ def run(folder: Path, cases: list[dict], name: str = "attention.py") -> list[dic
     """What a program beside this file says of the cases, with the libraries in this folder."""
     program = Path(__file__).with_name(name)
     env = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run([sys.executable, str(program), str(folder)], input=json.dumps(cases), capture_output=True, text=True, env=env)
+    done = subprocess.run(
+        [sys.executable, str(program), str(folder)], input=json.dumps(cases), capture_output=True, text=True, env=env
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 

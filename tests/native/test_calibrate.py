@@ -36,7 +36,9 @@ def short_chunks_and_own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def text(tmp_path) -> Path:
     """Text of 5000 tokens for the byte vocabulary of the tiny models."""
-    words = np.random.default_rng(0).choice(["river", "stone", "cloud", "seven", "light", "house", "green", "walks"], 900)
+    words = np.random.default_rng(0).choice(
+        ["river", "stone", "cloud", "seven", "light", "house", "green", "walks"], 900
+    )
     path = tmp_path / "text.txt"
     path.write_text(" ".join(words))
     return path
@@ -137,14 +139,26 @@ def test_k_is_conditioned_where_that_was_measured_to_help(tiny, tmp_path, text):
     assert rows["plan"]["kld_mean"] < 0.7 * rows["plan, K not conditioned"]["kld_mean"]
     assert rows["plan"]["bytes"] - rows["plan, K not conditioned"]["bytes"] == plan.vector_bytes > 0
     shown = json.loads(run("show", model, "-c", 1024, "--json").stdout)
-    assert shown["notes"] == [] and [(layer["k_mean"], layer["k_scale"]) for layer in shown["layers"]] == [(bool(v.mean), bool(v.scale)) for v in plan.k_vectors]
+    assert shown["notes"] == [] and [(layer["k_mean"], layer["k_scale"]) for layer in shown["layers"]] == [
+        (bool(v.mean), bool(v.scale)) for v in plan.k_vectors
+    ]
     assert next(m for m in shown["memory"] if m["name"] == "plan")["bytes"] == rows["plan"]["bytes"]
     assert "K conditioned: mean in layers 0" in run("show", model).output
-    evaluated = json.loads(run("evaluate", "-m", model, "-f", text, "--chunks", 2, "-t", 1, "--json", "file").stdout)["rows"][1]
+    evaluated = json.loads(run("evaluate", "-m", model, "-f", text, "--chunks", 2, "-t", 1, "--json", "file").stdout)[
+        "rows"
+    ][1]
     assert evaluated["kld_mean"] < rows["plan, K not conditioned"]["kld_mean"]
 
 
-@pytest.mark.parametrize(("options", "mean", "scale"), [(["--no-k-mean"], False, True), (["--no-k-scale"], True, False), (["--no-k-mean", "--no-k-scale"], False, False), (["--method", "paper", "--bits", 6.5], False, False)])
+@pytest.mark.parametrize(
+    ("options", "mean", "scale"),
+    [
+        (["--no-k-mean"], False, True),
+        (["--no-k-scale"], True, False),
+        (["--no-k-mean", "--no-k-scale"], False, False),
+        (["--method", "paper", "--bits", 6.5], False, False),
+    ],
+)
 def test_conditioning_can_be_left_out(tiny, tmp_path, text, options, mean, scale):
     model = tiny("qwen2", k_outlier=40.0, outlier_layers=(0, 2))
     calibrate(model, "-f", text, *options, "-o", tmp_path / "plan.json")
@@ -199,7 +213,20 @@ def test_resume_measures_nothing_twice(tiny, tmp_path, text, monkeypatch):
         return pairs and (pairs, tuple(kwargs.get("k_vectors", ())))
 
     monkeypatch.setattr(pipeline, "measure", stopped)
-    args = ["calibrate", str(tiny("llama")), "-f", str(text), "--chunks", "2", "--trials", "12", "-t", "1", "-c", "1024"]
+    args = [
+        "calibrate",
+        str(tiny("llama")),
+        "-f",
+        str(text),
+        "--chunks",
+        "2",
+        "--trials",
+        "12",
+        "-t",
+        "1",
+        "-c",
+        "1024",
+    ]
     assert CliRunner().invoke(main, [*args, "-o", str(tmp_path / "a.json")]).exit_code != 0
     monkeypatch.setattr(pipeline, "measure", lambda s, p, r, **k: (measured.append(ran(p, k)), real(s, p, r, **k))[1])
     run(*args, "--resume", "-o", tmp_path / "a.json")
@@ -257,6 +284,7 @@ def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkey
 def test_a_search_on_a_copy_is_proved_on_the_model(tiny, tmp_path, text, monkeypatch, goal):
     """A KLD that is asked for is searched on the model itself, whose noise floor is its own."""
     from kvtuner_gguf.calibrate import pipeline, weights
+
     from kvtuner_gguf.runtime import Session
 
     model, seen = tmp_path / "q4_1.gguf", {}
@@ -264,7 +292,13 @@ def test_a_search_on_a_copy_is_proved_on_the_model(tiny, tmp_path, text, monkeyp
         session.save_as(model, "q4_1")
     real = pipeline.make_reference
     monkeypatch.setattr(weights, "GAIN", 0.0)
-    monkeypatch.setattr(pipeline, "make_reference", lambda session, chunks, path, advance: seen.setdefault(path.stem, session.path) and real(session, chunks, path, advance))
+    monkeypatch.setattr(
+        pipeline,
+        "make_reference",
+        lambda session, chunks, path, advance: (
+            seen.setdefault(path.stem, session.path) and real(session, chunks, path, advance)
+        ),
+    )
     calibrate(model, "-f", text, *goal, "-o", tmp_path / "plan.json")
     assert seen["heldout"] == model
     assert (seen["search"] == model) == (goal[0] == "--max-kld")
@@ -276,7 +310,19 @@ def test_a_search_on_a_copy_is_proved_on_the_model(tiny, tmp_path, text, monkeyp
 def test_a_killed_run_leaves_the_old_file(tiny, tmp_path, text):
     model = copy_of(tiny("llama"), tmp_path)
     before = model.read_bytes()
-    command = [sys.executable, "-m", "kvtuner_gguf.cli", "calibrate", str(model), "-f", str(text), "--chunks", "2", "-t", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "kvtuner_gguf.cli",
+        "calibrate",
+        str(model),
+        "-f",
+        str(text),
+        "--chunks",
+        "2",
+        "-t",
+        "1",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
     time.sleep(2.5)
     process.send_signal(signal.SIGKILL)
@@ -300,8 +346,28 @@ def test_export_strip_apply_round_trip(tiny, tmp_path):
 
 def test_evaluate_prints_a_row_for_each_plan(tiny, tmp_path, text):
     model, sidecar = tiny("llama"), tmp_path / "plan.json"
-    Plan.from_json('{"schema_version":1,"type_k":["q8_0","q4_0","q8_0","f16"],"type_v":["q4_0","q4_0","q8_0","f16"]}').save(sidecar)
-    out = run("evaluate", "-m", model, "-f", text, "--chunks", 2, "-t", 1, "--json", sidecar, "q8_0", "-ctk", "q4_0", "-ctv", "q4_0", "q4_0/q8_0").stdout
+    Plan.from_json(
+        '{"schema_version":1,"type_k":["q8_0","q4_0","q8_0","f16"],"type_v":["q4_0","q4_0","q8_0","f16"]}'
+    ).save(sidecar)
+    out = run(
+        "evaluate",
+        "-m",
+        model,
+        "-f",
+        text,
+        "--chunks",
+        2,
+        "-t",
+        1,
+        "--json",
+        sidecar,
+        "q8_0",
+        "-ctk",
+        "q4_0",
+        "-ctv",
+        "q4_0",
+        "q4_0/q8_0",
+    ).stdout
     rows = {row["name"]: row["kld_mean"] for row in json.loads(out)["rows"]}
     assert list(rows)[1:] == [str(sidecar), "q8_0", "q4_0/q8_0", "q4_0/q4_0"]
     assert rows["q8_0"] < rows["q4_0/q4_0"]

@@ -15,14 +15,16 @@ pytestmark = pytest.mark.native
 every_type = pytest.mark.parametrize("name", CODECS)
 quantized_types = pytest.mark.parametrize("name", [name for name, c in CODECS.items() if c.block_size > 1])
 RMS_ERROR = {"q6_32": 0.0204, "q3_32": 0.162, "q3_64": 0.173, "q2_32": 0.327, "q2_64": 0.337}
-"""Our types: relative RMS error on normal values that they must not exceed. Measured: .0202, .1606, .1722, .3250, .3337."""
+"""Our types: relative RMS error on normal values that they must not exceed. Measured: .0202, .1606, .1722, .3250,
+.3337."""
 
 our_types = pytest.mark.parametrize("name", RMS_ERROR)
 WIDEST = 64  # a multiple of every block
 
 F16, BF16 = 2.0**-11, 2.0**-8  # half a unit in the last place, relative: what rounding a value or a scale costs
-# Largest error in a block as (share of its largest magnitude, share of its range max - min): half a step, but a whole one
-# where the format has one code less on one side (q5_0: -16..15, q4_0: -8..7), plus the rounding of scale and minimum.
+# Largest error in a block as (share of its largest magnitude, share of its range max - min): half a step, but a whole
+# one where the format has one code less on one side (q5_0: -16..15, q4_0: -8..7), plus the rounding of scale and
+# minimum.
 BOUNDS = {
     "f32": (0, 0),
     "f16": (F16, 0),
@@ -148,7 +150,8 @@ def test_values_are_those_of_the_gguf_package(name):
 
 
 def hard_values():
-    """Rows of 64 that end a scale's range, or begin where it ends: NaN, infinities, what f16 cannot hold, ties, zeros of both signs."""
+    """Rows of 64 that end a scale's range, or begin where it ends: NaN, infinities, what f16 cannot hold, ties, zeros
+    of both signs."""
     x = values(seed=6, n_rows=40, n_per_row=64)
     x[0], x[1], x[2], x[3] = 0.0, -0.0, np.nan, np.inf
     x[4, 5], x[5, 5], x[6, 5], x[7, 5] = np.nan, np.inf, -np.inf, 3e38
@@ -186,4 +189,7 @@ def test_no_value_makes_a_scale_infinite(name):
 
 @every_type
 def test_every_type_has_a_number_of_ggml(name):
-    assert native.type_number(name) == {"q2_64": 200, "q2_32": 201, "q3_64": 202, "q3_32": 203, "q6_32": 204}.get(name) or native.type_number(name) < 43
+    assert (
+        native.type_number(name) == {"q2_64": 200, "q2_32": 201, "q3_64": 202, "q3_32": 203, "q6_32": 204}.get(name)
+        or native.type_number(name) < 43
+    )

@@ -1,4 +1,5 @@
-"""K conditioned before it is cached: attention stays what it was, the cache is another, and nothing mistakes one for the other."""
+"""K conditioned before it is cached: attention stays what it was, the cache is another, and nothing mistakes one for
+the other."""
 
 import struct
 from functools import partial
@@ -33,8 +34,9 @@ MODELS = {
 }
 every_model = pytest.mark.parametrize("model", MODELS)
 N_TOKENS = 96  # more than a window
-# Greatest difference of a logit (std 2), conditioned less not: the rounding of another cache. Measured at worst: f32 .014 (flash
-# attention reads it as f16, without it .006), f16 .018, bf16 .10. Without the scale on Q, or the mean at a shift, it is above 1.
+# Greatest difference of a logit (std 2), conditioned less not: the rounding of another cache. Measured at worst: f32
+# .014 (flash attention reads it as f16, without it .006), f16 .018, bf16 .10. Without the scale on Q, or the mean at a
+# shift, it is above 1.
 MOST = {"f32": 0.04, "f16": 0.05, "bf16": 0.3}
 
 
@@ -222,7 +224,9 @@ def test_a_state_belongs_to_its_vectors(load, tiny, kind, model, name):
         assert restore(ctx, kind, state) == len(state)
         assert np.array_equal(feed(ctx, [77], 40), want)
     session.set_plan(pairs)
-    assert_refused(session, kind, state, f"the state has K {name} (conditioned), this context has {name}: it was saved under")
+    assert_refused(
+        session, kind, state, f"the state has K {name} (conditioned), this context has {name}: it was saved under"
+    )
     plain, _ = saved(session, kind)
     il = layers_with_kv(session)[-1]
     other = KVectors(k_vectors[il].mean, (1.01 * k_vectors[il].scale[0], *k_vectors[il].scale[1:]))
@@ -294,7 +298,10 @@ def test_overrides_switch_it_off(load, tiny, tmp_path, overrides, want):
 
 
 def test_an_override_that_is_no_bool_is_ignored(load, tiny, tmp_path):
-    session = load(planned(tiny, tmp_path, uniform("q8_0", 4), [vectors(il) for il in range(4)]), overrides={"kvtuner.k_mean": "off"})
+    session = load(
+        planned(tiny, tmp_path, uniform("q8_0", 4), [vectors(il) for il in range(4)]),
+        overrides={"kvtuner.k_mean": "off"},
+    )
     assert native.plan_notes(session.model) == ["override kvtuner.k_mean is not a bool: it is ignored"]
     with session.context(256) as ctx:
         assert conditioned(ctx) == [(True, True)] * 4
@@ -324,7 +331,11 @@ def counts(key, values, kind=U32):
 
 
 def good():
-    return {k: e for key in (MEAN, SCALE) for k, e in ((key, floats(key, [1.0] * N)), (f"{key}.n_values", counts(key, [128] * 4)))}
+    return {
+        k: e
+        for key in (MEAN, SCALE)
+        for k, e in ((key, floats(key, [1.0] * N)), (f"{key}.n_values", counts(key, [128] * 4)))
+    }
 
 
 def spoiled(key, value, at=130):
@@ -341,20 +352,38 @@ FAULTS = {
     "mean missing": ({MEAN: None}, "kvtuner.k_mean is missing"),
     "scale's counts missing": ({f"{SCALE}.n_values": None}, "kvtuner.k_scale.n_values is missing"),
     "counts i32": ({f"{MEAN}.n_values": counts(MEAN, [128] * 4, 5)}, "kvtuner.k_mean.n_values is not an array of u32"),
-    "counts of 3 layers": ({f"{MEAN}.n_values": counts(MEAN, [128] * 3)}, "kvtuner.k_mean.n_values has 3 entries, the model has 4 layers"),
-    "no counts": ({f"{MEAN}.n_values": counts(MEAN, [])}, "kvtuner.k_mean.n_values has 0 entries, the model has 4 layers"),
-    "mean short": ({MEAN: floats(MEAN, [0.0] * (N - 1))}, "kvtuner.k_mean has 511 values, kvtuner.k_mean.n_values adds up to 512"),
+    "counts of 3 layers": (
+        {f"{MEAN}.n_values": counts(MEAN, [128] * 3)},
+        "kvtuner.k_mean.n_values has 3 entries, the model has 4 layers",
+    ),
+    "no counts": (
+        {f"{MEAN}.n_values": counts(MEAN, [])},
+        "kvtuner.k_mean.n_values has 0 entries, the model has 4 layers",
+    ),
+    "mean short": (
+        {MEAN: floats(MEAN, [0.0] * (N - 1))},
+        "kvtuner.k_mean has 511 values, kvtuner.k_mean.n_values adds up to 512",
+    ),
     "mean empty": ({MEAN: floats(MEAN, [])}, "kvtuner.k_mean has 0 values"),
     "counts huge": ({f"{SCALE}.n_values": counts(SCALE, [2**32 - 1] * 4)}, "adds up to 17179869180"),
-    "a head too few": ({f"{MEAN}.n_values": counts(MEAN, [64, 192, 128, 128])}, "layer 0: mean of K has 64 values, the layer's K has 128"),
+    "a head too few": (
+        {f"{MEAN}.n_values": counts(MEAN, [64, 192, 128, 128])},
+        "layer 0: mean of K has 64 values, the layer's K has 128",
+    ),
     "nan": (spoiled(MEAN, np.nan), "layer 1: mean of K in channel 2 is nan, need a finite number"),
     "inf": (spoiled(MEAN, np.inf), "layer 1: mean of K in channel 2 is inf, need a finite number"),
     "scale nan": (spoiled(SCALE, np.nan), "layer 1: scale of K in channel 2 is nan, need a finite number"),
     "scale 0": (spoiled(SCALE, 0.0), "layer 1: scale of K in channel 2 is 0, need 0.0001 to 10000"),
     "scale negative": (spoiled(SCALE, -1.0, 511), "layer 3: scale of K in channel 127 is -1, need 0.0001 to 10000"),
-    "one bit of an exponent": (spoiled(MEAN, 2.8e38), "layer 1: mean of K in channel 2 is 2.8e+38, need -65504 to 65504"),
+    "one bit of an exponent": (
+        spoiled(MEAN, 2.8e38),
+        "layer 1: mean of K in channel 2 is 2.8e+38, need -65504 to 65504",
+    ),
     "mean beyond f16": (spoiled(MEAN, -65536.0), "layer 1: mean of K in channel 2 is -65536, need -65504 to 65504"),
-    "scale of a wide head": ({SCALE: floats(SCALE, [1e-4, 1e4] * (N // 2))}, "layer 0: scale of K in head 0 is 0.0001 to 10000, need a factor of 1e6 at most"),
+    "scale of a wide head": (
+        {SCALE: floats(SCALE, [1e-4, 1e4] * (N // 2))},
+        "layer 0: scale of K in head 0 is 0.0001 to 10000, need a factor of 1e6 at most",
+    ),
     "scale denormal": (spoiled(SCALE, 1e-40), "layer 1: scale of K in channel 2 is"),
 }
 
@@ -389,7 +418,12 @@ def test_faulty_vectors_are_ignored_with_one_note(load, file_with, case):
         assert conditioned(ctx) == [(False, False)] * 4
         assert [(layer.type_k, layer.type_v) for layer in ctx.layers()] == [("q8_0", "q8_0")] * 4
         assert np.isfinite(feed(ctx, prompt(8))).all()
-    if case not in ("counts i32", "mean f64", "a head too few", "scale of a wide head"):  # to Python numbers are numbers, and it does not know the heads
+    if case not in (
+        "counts i32",
+        "mean f64",
+        "a head too few",
+        "scale of a wide head",
+    ):  # to Python numbers are numbers, and it does not know the heads
         with pytest.raises(PlanError):
             read_plan(path)
 
@@ -453,7 +487,13 @@ def test_clearing_the_data_keeps_the_vectors(load, tiny):
 
 @pytest.mark.parametrize(
     ("arch", "arguments", "want"),
-    [("llama", {}, (64, False)), ("llama", {"rope_dim": 32}, (32, False)), ("qwen2", {}, (64, True)), ("gemma3", {}, (64, True)), ("refact", {}, (0, False))],
+    [
+        ("llama", {}, (64, False)),
+        ("llama", {"rope_dim": 32}, (32, False)),
+        ("qwen2", {}, (64, True)),
+        ("gemma3", {}, (64, True)),
+        ("refact", {}, (0, False)),
+    ],
 )
 def test_the_pairs_of_rope_are_told(load, tiny, arch, arguments, want):
     session = load(tiny(arch, **arguments))

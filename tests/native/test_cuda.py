@@ -1,4 +1,5 @@
-"""The CUDA code of our cache types, without a GPU: run on the host, thread by thread, and compared with the CPU's codecs."""
+"""The CUDA code of our cache types, without a GPU: run on the host, thread by thread, and compared with the CPU's
+codecs."""
 
 from __future__ import annotations
 
@@ -23,8 +24,20 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     if not compiler or not headers:
         pytest.skip("no C++ compiler" if not compiler else "no source tree in build/: install with 'pip install -e .'")
     lib, program = native.lib_dir(), tmp_path_factory.mktemp("cuda") / "host"
-    command = [compiler, "-std=c++17", "-O2", "-ffp-contract=off", f"-I{headers[0].parent}", f"-I{ROOT / 'native'}",
-               str(ROOT / "tests/cuda/host.cpp"), f"-L{lib}", "-lggml-base", f"-Wl,-rpath,{lib}", "-o", str(program)]
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O2",
+        "-ffp-contract=off",
+        f"-I{headers[0].parent}",
+        f"-I{ROOT / 'native'}",
+        str(ROOT / "tests/cuda/host.cpp"),
+        f"-L{lib}",
+        "-lggml-base",
+        f"-Wl,-rpath,{lib}",
+        "-o",
+        str(program),
+    ]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]
     return subprocess.run([str(program)], capture_output=True, text=True).stdout.splitlines()

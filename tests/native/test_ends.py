@@ -1,4 +1,5 @@
-"""A calibration that is told to end, at any stage: nothing of the model's copy, its K and V, or its text's logits stays."""
+"""A calibration that is told to end, at any stage: nothing of the model's copy, its K and V, or its text's logits
+stays."""
 
 from __future__ import annotations
 
@@ -36,9 +37,25 @@ def model(tiny, tmp_path) -> Path:
 @pytest.mark.parametrize("stage", ["text", "capture", "search: price"])
 def test_nothing_stays_but_records(stage, number, model, tmp_path):
     before, cache = model.read_bytes(), tmp_path / "cache" / "kvtuner-gguf"
-    command = [sys.executable, "-c", CALIBRATE, "calibrate", str(model), "--chunks", "2", "--trials", "12", "-t", "1", "-c", "1024"]
+    command = [
+        sys.executable,
+        "-c",
+        CALIBRATE,
+        "calibrate",
+        str(model),
+        "--chunks",
+        "2",
+        "--trials",
+        "12",
+        "-t",
+        "1",
+        "-c",
+        "1024",
+    ]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         for line in process.stderr:
             if line.startswith(stage):
                 process.send_signal(number)
@@ -48,7 +65,9 @@ def test_nothing_stays_but_records(stage, number, model, tmp_path):
     assert "Traceback" not in said and "ignored" not in said, said
     assert [path.name for path in cache.iterdir()] == ["calibrate"]
     kept = {path.name for path in cache.rglob("*") if path.is_file()}
-    assert all(name.endswith((".json", ".jsonl", ".lock")) or name in ("text.npz", "weights.txt") for name in kept), kept
+    assert all(name.endswith((".json", ".jsonl", ".lock")) or name in ("text.npz", "weights.txt") for name in kept), (
+        kept
+    )
     assert model.read_bytes() == before and [p.name for p in tmp_path.glob("*.gguf")] == ["model.gguf"]
 
 
@@ -57,9 +76,25 @@ def test_the_cache_folder_is_closed_to_others_at_any_time(model, tmp_path):
     cache = tmp_path / "cache" / "kvtuner-gguf"
     cache.mkdir(parents=True)
     cache.chmod(0o755)
-    command = [sys.executable, "-c", CALIBRATE, "calibrate", str(model), "--chunks", "2", "--trials", "12", "-t", "1", "-c", "1024"]
+    command = [
+        sys.executable,
+        "-c",
+        CALIBRATE,
+        "calibrate",
+        str(model),
+        "--chunks",
+        "2",
+        "--trials",
+        "12",
+        "-t",
+        "1",
+        "-c",
+        "1024",
+    ]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
         for line in process.stderr:
             if line.startswith("search: price"):
                 break

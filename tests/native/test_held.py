@@ -1,4 +1,5 @@
-"""Whatever a Llama read before, its answers are those of a fresh one: sliding windows, recurrent states, saved states, drafts."""
+"""Whatever a Llama read before, its answers are those of a fresh one: sliding windows, recurrent states, saved states,
+drafts."""
 
 from __future__ import annotations
 
@@ -17,7 +18,15 @@ from kvtuner_gguf.plan import Plan
 
 pytestmark = pytest.mark.native
 
-ARCHS = ["gemma2", "gemma3", "gpt_oss", "hybrid", "mamba", "qwen2 with images", "llama"]  # a window of 64 in the first three
+ARCHS = [
+    "gemma2",
+    "gemma3",
+    "gpt_oss",
+    "hybrid",
+    "mamba",
+    "qwen2 with images",
+    "llama",
+]  # a window of 64 in the first three
 every_arch = pytest.mark.parametrize("arch", ARCHS)
 N_LONG = 450  # tokens, more than a window's cache of 256 cells holds
 
@@ -102,7 +111,11 @@ def test_a_long_chat_reads_nothing_twice(llama, arch, monkeypatch):
     for seed in range(5):
         chat += prompt(40, seed)[1:]
         read.clear()
-        monkeypatch.setattr(llm._batch, "set_batch", lambda batch, **kw: (read.append(len(batch)), type(llm._batch).set_batch(llm._batch, batch=batch, **kw)))
+        monkeypatch.setattr(
+            llm._batch,
+            "set_batch",
+            lambda batch, **kw: (read.append(len(batch)), type(llm._batch).set_batch(llm._batch, batch=batch, **kw)),
+        )
         chat += answer(llm, chat)
         assert sum(read) < 60
 
@@ -174,7 +187,8 @@ def test_a_shift_by_hand_goes_on(llama):
 
 
 def see_image(llm, side=3):
-    """What a handler of images does: side * side embeddings at one position, then n_tokens by hand. -> that position."""
+    """What a handler of images does: side * side embeddings at one position, then n_tokens by hand. -> that
+    position."""
     import ctypes
 
     import numpy as np
@@ -185,7 +199,9 @@ def see_image(llm, side=3):
     batch.n_tokens, own = n, ctypes.cast(batch.pos, ctypes.POINTER(ctypes.c_int32))
     rows, columns = np.divmod(np.arange(n), side)
     batch.pos = (ctypes.c_int32 * (4 * n))(*[at] * n, *(at + rows).tolist(), *(at + columns).tolist(), *[0] * n)
-    ctypes.memmove(batch.embd, np.random.default_rng(0).standard_normal((n, n_embd), np.float32).ctypes.data, 4 * n * n_embd)
+    ctypes.memmove(
+        batch.embd, np.random.default_rng(0).standard_normal((n, n_embd), np.float32).ctypes.data, 4 * n * n_embd
+    )
     for i in range(n):
         batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, i == n - 1
     assert llama_cpp.llama_decode(llm._ctx.ctx, batch) == 0

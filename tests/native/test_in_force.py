@@ -1,4 +1,5 @@
-"""What is asked is what is allocated, conditioned and shown: every kind of file under every argument, by every command and class."""
+"""What is asked is what is allocated, conditioned and shown: every kind of file under every argument, by every command
+and class."""
 
 from __future__ import annotations
 
@@ -41,14 +42,26 @@ def files(tiny, tmp_path_factory):
     foreign = replace(conditioned, calibration={"weights": "0123456789abcdef"})
     off = entry("kvtuner.enabled", BOOL, b"\0")
     short = [u32("kvtuner.schema_version", 1), *(strings(f"kvtuner.type_{side}", [b"q8_0"] * 3) for side in "kv")]
-    flipped = [*short[:1], *(strings(f"kvtuner.type_{side}", [b"q8_0"] * 4) for side in "kv"), string("kvtuner.checksum", b"00000000")]
+    flipped = [
+        *short[:1],
+        *(strings(f"kvtuner.type_{side}", [b"q8_0"] * 4) for side in "kv"),
+        string("kvtuner.checksum", b"00000000"),
+    ]
     return {
         "no plan": (tiny("llama"), None, ""),
         "plan": (planned("plan", IN_FILE), IN_FILE, ""),
         "vectors": (planned("vectors", conditioned), conditioned, ""),
         "disabled": (with_entries(planned("enabled", conditioned), folder / "disabled.gguf", [off]), None, ""),
-        "faulty": (with_entries(tiny("llama"), folder / "faulty.gguf", short), None, "has 3 entries, the model has 4 layers"),
-        "flipped": (with_entries(tiny("llama"), folder / "flipped.gguf", flipped), None, "kvtuner.checksum is 00000000, the types and vectors have"),
+        "faulty": (
+            with_entries(tiny("llama"), folder / "faulty.gguf", short),
+            None,
+            "has 3 entries, the model has 4 layers",
+        ),
+        "flipped": (
+            with_entries(tiny("llama"), folder / "flipped.gguf", flipped),
+            None,
+            "kvtuner.checksum is 00000000, the types and vectors have",
+        ),
         "other weights": (planned("foreign", foreign), foreign, OTHER_WEIGHTS),
     }
 
@@ -205,7 +218,10 @@ def test_evaluate(files, given_as, tmp_path, monkeypatch):
     ]
     assert seen[-len(want) :] == want
     shown = json.loads(result.stdout)
-    assert [note.split(": ")[0] for note in shown["notes"]] == [str(sidecars["of other weights"]), str(files["other weights"][0])]
+    assert [note.split(": ")[0] for note in shown["notes"]] == [
+        str(sidecars["of other weights"]),
+        str(files["other weights"][0]),
+    ]
     assert all(OTHER_WEIGHTS in note for note in shown["notes"])
 
 
@@ -221,7 +237,10 @@ def test_a_plan_of_another_number_of_layers_is_refused_by_all(files, tmp_path, l
     session = load(path)
     with pytest.raises(PlanError, match="plan has 5 layers, the model has 4"):
         session.put_in_force(plan)
-    for command in (["show", path, "--plan", tmp_path / "plan.json"], ["chat", "-m", path, "--plan", tmp_path / "plan.json", "-p", "x"]):
+    for command in (
+        ["show", path, "--plan", tmp_path / "plan.json"],
+        ["chat", "-m", path, "--plan", tmp_path / "plan.json", "-p", "x"],
+    ):
         result = CliRunner().invoke(main, list(map(str, command)))
         assert result.exit_code == 1 and "plan has 5 layers, the model has 4" in result.output
 
@@ -297,7 +316,10 @@ def test_a_name_is_read_up_to_its_nul(load, tiny, tmp_path):
     """In Python as in the run time."""
     from kvtuner_gguf.gguf_file import read_plan
 
-    entries = [u32("kvtuner.schema_version", 1), *(strings(f"kvtuner.type_{side}", [b"q8_0\0x", b"q4_0", b"\0q8_0", b"q5_1\0"]) for side in "kv")]
+    entries = [
+        u32("kvtuner.schema_version", 1),
+        *(strings(f"kvtuner.type_{side}", [b"q8_0\0x", b"q4_0", b"\0q8_0", b"q5_1\0"]) for side in "kv"),
+    ]
     path = with_entries(tiny("llama"), tmp_path / "nul.gguf", entries)
     names = ["q8_0", "q4_0", "", "q5_1"]
     assert list(read_plan(path).type_k) == names
@@ -321,7 +343,9 @@ def test_the_bound_of_a_mean_is_the_run_times(load, tiny, tmp_path, value, ok):
 def test_a_scale_too_wide_within_a_head_is_refused(load, tiny):
     session = load(tiny("llama"))
     wide = KVectors(scale=(1e-4, 1e4) * 64)
-    with pytest.raises(NativeError, match="layer 0: scale of K in head 0 is 0.0001 to 10000, need a factor of 1e6 at most"):
+    with pytest.raises(
+        NativeError, match="layer 0: scale of K in head 0 is 0.0001 to 10000, need a factor of 1e6 at most"
+    ):
         session.set_plan(uniform("q4_0", 4), (wide,))
     between = KVectors(scale=(1e-3,) * 63 + (1e3,) + (1e-4,) * 32 + (1e2,) * 32)
     session.set_plan(uniform("q4_0", 4), (between,))
@@ -363,7 +387,12 @@ def test_threads_out_of_range_are_refused(files, load, n):
 
 def python(code, *args, timeout=60):
     """(standard output, standard error) of a program that begins with our import."""
-    command = [sys.executable, "-c", f"import sys, os\nfrom kvtuner_gguf import Llama, Plan, Pair\n{code}", *map(str, args)]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys, os\nfrom kvtuner_gguf import Llama, Plan, Pair\n{code}",
+        *map(str, args),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
@@ -373,7 +402,8 @@ def test_a_construction_that_fails_leaves_no_noise(files, tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     code = """
 path, bad = sys.argv[1:]
-for kwargs in (dict(plan=True), dict(plan=bad), dict(plan="nope.json"), dict(type_k="q9_9"), dict(type_k=24), dict(n_threads=10**6),
+for kwargs in (dict(plan=True), dict(plan=bad), dict(plan="nope.json"), dict(type_k="q9_9"), dict(type_k=24),
+               dict(n_threads=10**6),
                dict(plan=Plan((Pair("q8_0", "q8_0"),) * 5)), dict(kv_overrides={"kvtuner.k_mean": False}, plan=False)):
     try:
         Llama(path, verbose=False, n_ctx=256, **kwargs)

@@ -24,7 +24,8 @@ N_EMBD_V = 128  # values of V that a layer of the tiny model caches of a token
 pytestmark = pytest.mark.native
 
 SPLIT = 2e-6
-"""Of the relative difference between one range of KV rows and several, for every type: of sums of floats, as f16 has it."""
+"""Of the relative difference between one range of KV rows and several, for every type: of sums of floats, as f16 has
+it."""
 
 PAIRS = [{"k": k, "v": v, "n_kv": 300} for k, v in itertools.product(TYPES, TYPES)]
 SHAPES = [
@@ -33,7 +34,8 @@ SHAPES = [
         (("f16", "f16"), ("q8_0", "q4_0"), ("f32", "q5_1"), ("q3_64", "q2_64"), ("q4_1", "bf16")),
         (64, 512, 1001),
         (
-            {"dk": 128, "dv": 128, "n_gqa": 4}, {"n_gqa": 1, "n_head_kv": 3}, {"dk": 64, "dv": 128, "n_q": 130}, {"softcap": 5.0},
+            {"dk": 128, "dv": 128, "n_gqa": 4}, {"n_gqa": 1, "n_head_kv": 3}, {"dk": 64, "dv": 128, "n_q": 130},
+            {"softcap": 5.0},
             {"sinks": True}, {"max_bias": 8.0, "n_head_kv": 3, "n_gqa": 4},
         ),
     )
@@ -60,7 +62,8 @@ def test_shapes_and_extras():
 @pytest.mark.parametrize("type_name", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("factor", [float("nan"), float("inf"), 64.0])
 def test_one_users_values_do_not_reach_another(tiny, load, type_name, factor):
-    """Two sequences in one buffer, as llama-server has its slots: V of the first is scaled, and the second one's logits stay as they were."""
+    """Two sequences in one buffer, as llama-server has its slots: V of the first is scaled, and the second one's logits
+    stay as they were."""
     session = load(tiny("llama", n_layer=2))
     session.set_plan(uniform(type_name, 2))
     first, second = prompt(20, seed=1), prompt(20, seed=2)
@@ -103,7 +106,8 @@ def shared_buffer(session: Session) -> Iterator[tuple[int, Callable]]:
 
 
 def scale_last_v(ctx: int, type_name: str, n_tokens: int, factor: float) -> None:
-    """Multiply V of the last layer of sequence 0, which ends its state: each value of f16, or the scale of each block."""
+    """Multiply V of the last layer of sequence 0, which ends its state: each value of f16, or the scale of each
+    block."""
     from llama_cpp import llama_cpp as lc
 
     size = lc.llama_state_seq_get_size(ctx, 0)

@@ -15,10 +15,10 @@ pytestmark = pytest.mark.native
 NONE = Pair("", "")
 # arch -> plan, and the values of K and of V that a cached token has in each layer
 PLANS = {
-    "llama": (mixture(4), {il: (128, 128) for il in range(4)}),
-    "gemma3": (mixture(6), {il: (128, 128) for il in range(6)}),
+    "llama": (mixture(4), dict.fromkeys(range(4), (128, 128))),
+    "gemma3": (mixture(6), dict.fromkeys(range(6), (128, 128))),
     "hybrid": ([NONE, NONE, Pair.parse("q8_0/q4_0"), NONE, Pair.parse("f16/q5_1"), NONE], {2: (64, 64), 4: (64, 64)}),
-    "mla": ([Pair.parse(name) for name in ("q8_0", "f16", "q4_0")], {il: (192, 0) for il in range(3)}),
+    "mla": ([Pair.parse(name) for name in ("q8_0", "f16", "q4_0")], dict.fromkeys(range(3), (192, 0))),
 }
 every_arch = pytest.mark.parametrize("arch", PLANS)
 FLASH_ATTN_CURE = "turn it on (-fa on, flash_attn=True)"
@@ -108,7 +108,12 @@ def test_quantized_sides_are_rotated_where_the_head_allows(load, tiny, head_dim,
     session = load(tiny("llama", head_dim=head_dim))
     session.set_plan([Pair.parse(p) for p in ("q8_0/f16", "f16/q4_0", "q5_1/iq4_nl", "bf16/f32")])
     with session.context(256) as ctx:
-        assert [(layer.rot_k, layer.rot_v) for layer in ctx.layers()] == [(rot_k, 0), (0, rot_v), (rot_k, rot_v), (0, 0)]
+        assert [(layer.rot_k, layer.rot_v) for layer in ctx.layers()] == [
+            (rot_k, 0),
+            (0, rot_v),
+            (rot_k, rot_v),
+            (0, 0),
+        ]
 
 
 def test_a_layer_without_heads_has_no_cache(load, tmp_path):
@@ -262,7 +267,11 @@ def test_a_head_that_blocks_do_not_divide_is_f16(load, tiny):
     with session.context(256) as ctx:
         assert types(ctx) == [("f16", "f16"), ("f16", "f16"), ("bf16", "f32"), ("f16", "f16")]
         why = "head_dim 80 is not a multiple of its block of 32: f16 there"
-        assert set(ctx.notes()) == {f"layers 0-1: K q8_0: {why}", f"layers 0: V q8_0: {why}", f"layers 3: V q4_0: {why}"}
+        assert set(ctx.notes()) == {
+            f"layers 0-1: K q8_0: {why}",
+            f"layers 0: V q8_0: {why}",
+            f"layers 3: V q4_0: {why}",
+        }
         assert feed(ctx, prompt(8)).std() > 0.1
 
 

@@ -1,4 +1,5 @@
-"""Whatever stands in a file's kvtuner.* keys or in the overrides: the model loads and runs, and a note says what was wrong.
+"""Whatever stands in a file's kvtuner.* keys or in the overrides: the model loads and runs, and a note says what was
+wrong.
 
 Only a file that is no GGUF any more fails to load, with an error.
 """
@@ -9,7 +10,23 @@ from functools import partial
 import models
 import numpy as np
 import pytest
-from gguf_bytes import ARRAY, BOOL, F32, I32, STRING, U8, U32, U64, array, entry, string, strings, text, u32, with_entries
+from gguf_bytes import (
+    ARRAY,
+    BOOL,
+    F32,
+    I32,
+    STRING,
+    U8,
+    U32,
+    U64,
+    array,
+    entry,
+    string,
+    strings,
+    text,
+    u32,
+    with_entries,
+)
 from running import feed, prompt
 
 from kvtuner_gguf import native
@@ -44,21 +61,33 @@ IGNORED = {
     "version u64": ({VERSION: entry(VERSION, U64, struct.pack("<Q", 1))}, "schema_version is missing or not a u32"),
     "version f32": ({VERSION: entry(VERSION, F32, struct.pack("<f", 1))}, "schema_version is missing or not a u32"),
     "version text": ({VERSION: string(VERSION, b"1")}, "schema_version is missing or not a u32"),
-    "version array": ({VERSION: array(VERSION, U32, 1, struct.pack("<I", 1))}, "schema_version is missing or not a u32"),
+    "version array": (
+        {VERSION: array(VERSION, U32, 1, struct.pack("<I", 1))},
+        "schema_version is missing or not a u32",
+    ),
     "no type_k": ({TYPE_K: None}, "type_k is missing"),
     "no type_v": ({TYPE_V: None}, "type_v is missing"),
     "type_k text": ({TYPE_K: string(TYPE_K, b"q8_0")}, "type_k is not an array of string"),
     "type_k u32": ({TYPE_K: u32(TYPE_K, 8)}, "type_k is not an array of string"),
     "type_k bool": ({TYPE_K: entry(TYPE_K, BOOL, b"\1")}, "type_k is not an array of string"),
-    "type_k numbers": ({TYPE_K: array(TYPE_K, U32, 4, struct.pack("<4I", 8, 8, 8, 8))}, "type_k is not an array of string"),
+    "type_k numbers": (
+        {TYPE_K: array(TYPE_K, U32, 4, struct.pack("<4I", 8, 8, 8, 8))},
+        "type_k is not an array of string",
+    ),
     "type_k bytes": ({TYPE_K: array(TYPE_K, U8, 4, b"\x08\x08\x08\x08")}, "type_k is not an array of string"),
     "type_k bools": ({TYPE_K: array(TYPE_K, BOOL, 4, b"\1\1\1\1")}, "type_k is not an array of string"),
     "type_v text": ({TYPE_V: string(TYPE_V, b"q8_0,q8_0,q8_0,q8_0")}, "type_v is not an array of string"),
-    "type_v floats": ({TYPE_V: array(TYPE_V, F32, 4, struct.pack("<4f", 8, 8, 8, 8))}, "type_v is not an array of string"),
+    "type_v floats": (
+        {TYPE_V: array(TYPE_V, F32, 4, struct.pack("<4f", 8, 8, 8, 8))},
+        "type_v is not an array of string",
+    ),
     "type_k short": ({TYPE_K: strings(TYPE_K, [b"q8_0"] * 3)}, "type_k has 3 entries, the model has 4 layers"),
     "type_v long": ({TYPE_V: strings(TYPE_V, [b"q8_0"] * 5)}, "type_v has 5 entries, the model has 4 layers"),
     "type_k empty": ({TYPE_K: strings(TYPE_K, [])}, "type_k has 0 entries, the model has 4 layers"),
-    "type_v huge": ({TYPE_V: strings(TYPE_V, [b"q8_0"] * 100_000)}, "type_v has 100000 entries, the model has 4 layers"),
+    "type_v huge": (
+        {TYPE_V: strings(TYPE_V, [b"q8_0"] * 100_000)},
+        "type_v has 100000 entries, the model has 4 layers",
+    ),
     "both broken": ({TYPE_K: u32(TYPE_K, 8), TYPE_V: None}, "type_k is not an array of string"),
 }
 # a name in layer 1 -> how the note shows it
@@ -131,7 +160,9 @@ def test_an_unknown_name_is_f16_with_a_note(load, file_with, key, case):
 
 def test_names_that_are_all_unknown_are_f16(load, file_with):
     session = load(file_with({key: strings(key, [b"x", b"x", b"y", b"x"]) for key in (TYPE_K, TYPE_V)}))
-    assert [n.split(",")[0] for n in notes_of(session) if "'y'" in n] == [f"{k}: layers 2 have the type 'y'" for k in (TYPE_K, TYPE_V)]
+    assert [n.split(",")[0] for n in notes_of(session) if "'y'" in n] == [
+        f"{k}: layers 2 have the type 'y'" for k in (TYPE_K, TYPE_V)
+    ]
     assert allocated(session) == [F16] * N_LAYER
 
 
@@ -149,7 +180,9 @@ def test_an_enabled_that_is_no_bool_does_not_count(load, file_with, flag):
 
 
 def test_figures_of_any_kind_do_not_matter_to_the_run_time(load, file_with):
-    faults = {key: string(f"kvtuner.{key}", b"\xff") for key in ("bits_per_value", "kld_mean", "rival", "calibration.seed")}
+    faults = {
+        key: string(f"kvtuner.{key}", b"\xff") for key in ("bits_per_value", "kld_mean", "rival", "calibration.seed")
+    }
     session = load(file_with(faults | {"new": u32("kvtuner.of_a_later_version", 7)}))
     assert notes_of(session) == []
     assert allocated(session) == [Q8_0] * N_LAYER
@@ -220,12 +253,15 @@ def test_the_plan_of_a_split_model_is_in_its_first_shard(load, tmp_path, monkeyp
 def test_an_override_of_no_layer_is_ignored_with_a_note(load, tiny, key):
     session = load(tiny("llama"), overrides={key: "q8_0"})
     assert notes_of(session) == [
-        f"override {key}: need kvtuner.enabled, kvtuner.k_mean, kvtuner.k_scale, kvtuner.type_k.N or kvtuner.type_v.N with N from 0 to 3: it is ignored"
+        f"override {key}: need kvtuner.enabled, kvtuner.k_mean, kvtuner.k_scale, kvtuner.type_k.N or "
+        "kvtuner.type_v.N with N from 0 to 3: it is ignored"
     ]
     assert allocated(session) == [F16] * N_LAYER
 
 
-@pytest.mark.parametrize(("value", "shown"), [("q9", "q9"), ("", ""), ("Q4_0", "Q4_0"), ("\x1b[0m", "?[0m"), (True, "(not a string)")])
+@pytest.mark.parametrize(
+    ("value", "shown"), [("q9", "q9"), ("", ""), ("Q4_0", "Q4_0"), ("\x1b[0m", "?[0m"), (True, "(not a string)")]
+)
 def test_an_override_by_no_type_is_ignored_with_a_note(load, file_with, value, shown):
     session = load(file_with({}), overrides={"kvtuner.type_k.1": value, "kvtuner.type_v.2": "q4_0"})
     assert notes_of(session) == [f"override kvtuner.type_k.1: '{shown}' is not the name of a cache type: it is ignored"]

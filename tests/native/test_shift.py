@@ -20,9 +20,9 @@ MODELS = {
     "hybrid": ("hybrid", {}),
 }
 every_model = pytest.mark.parametrize("model", MODELS)
-# Least correlation of the logits after a shift with those without, by the bits of the plan's coarsest K, which the shift
-# decodes and encodes once more. Measured, at worst: 0.865, 0.975, 0.9926, 0.9982, 0.99986. Where the shift is left out, or takes a rotated
-# K for one that is not, no model reaches 0.993, and none but the hybrid 0.92.
+# Least correlation of the logits after a shift with those without, by the bits of the plan's coarsest K, which the
+# shift decodes and encodes once more. Measured, at worst: 0.865, 0.975, 0.9926, 0.9982, 0.99986. Where the shift is
+# left out, or takes a rotated K for one that is not, no model reaches 0.993, and none but the hybrid 0.92.
 LEAST_CORRELATION = ((3, 0.82), (4, 0.96), (6, 0.985), (8, 0.996), (np.inf, 0.9995))
 
 
@@ -71,7 +71,9 @@ def test_a_shift_without_rotation(load, tiny, monkeypatch, model):
     monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
     arch, arguments = MODELS[model]
     session = load(tiny(arch, **arguments))
-    assert_shift_keeps_the_logits(session, [Pair.parse(("q8_0/q8_0", "f16/q8_0")[il % 2]) for il in range(session.n_layer)])
+    assert_shift_keeps_the_logits(
+        session, [Pair.parse(("q8_0/q8_0", "f16/q8_0")[il % 2]) for il in range(session.n_layer)]
+    )
 
 
 @pytest.mark.parametrize("model", ["heads of 64", "RoPE on half of a head", "sliding window"])

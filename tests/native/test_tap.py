@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from running import feed, prompt, uniform
-
 from kvtuner_gguf.calibrate.error import attention
 from kvtuner_gguf.calibrate.results import LayerSample
+from running import feed, prompt, uniform
+
 from kvtuner_gguf.errors import NativeError
 from kvtuner_gguf.runtime import Tap
 
@@ -58,7 +58,8 @@ def tapped():
 
 
 def assert_numpy_agrees(sample):
-    """Within what the kernel's f16 sums leave: 0.0016 of the norm measured, at worst, for one token; 1e-6 for a batch."""
+    """Within what the kernel's f16 sums leave: 0.0016 of the norm measured, at worst, for one token; 1e-6 for a
+    batch."""
     _, output = attention(sample, sample.k, sample.v)
     assert np.linalg.norm(output - sample.output) < 0.005 * np.linalg.norm(sample.output)
 
@@ -133,7 +134,9 @@ def test_a_tap_changes_no_logits(load, tiny, arch):
 def test_a_cache_that_is_not_f16_is_an_error(load, tiny, tapped):
     session = load(tiny("llama"))
     session.set_plan([*uniform("f16", 3), *uniform("q8_0/q4_0", 1)])
-    with pytest.raises(NativeError, match="layer 3: need one sequence and an f16 cache, have q f32 x 1, k q8_0, v q4_0"):
+    with pytest.raises(
+        NativeError, match="layer 3: need one sequence and an f16 cache, have q f32 x 1, k q8_0, v q4_0"
+    ):
         tapped(session, lambda ctx: feed(ctx, prompt(8)))
 
 

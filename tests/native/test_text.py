@@ -1,4 +1,5 @@
-"""Text of a file as tokens: which part is which, what is read of a long file, and conversations in the model's own template."""
+"""Text of a file as tokens: which part is which, what is read of a long file, and conversations in the model's own
+template."""
 
 from __future__ import annotations
 
@@ -10,16 +11,18 @@ import models
 import numpy as np
 import pytest
 from gguf import GGUFValueType
-from models import BOS, EOS, FIRST_BYTE
-
 from kvtuner_gguf.calibrate import corpus
 from kvtuner_gguf.calibrate.text import read_text
+from models import BOS, EOS, FIRST_BYTE
+
 from kvtuner_gguf.errors import CalibrationError
 
 pytestmark = pytest.mark.native
 
 PLAIN = "{{ bos_token }}{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}{% endfor %}"
-NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
+NO_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
+)
 
 
 def spelled(text: str) -> list[int]:
@@ -104,7 +107,9 @@ def test_a_template_that_cannot_is_named(load, tiny, rows, template, told):
 
 def test_what_is_left_out_is_said(load, tiny, rows):
     told = []
-    read_text(load(tiny("llama", n_layer=1)), rows({"text": "a" * 100}, {"text": None}, {"text": ""}), 0, 20, told.append)
+    read_text(
+        load(tiny("llama", n_layer=1)), rows({"text": "a" * 100}, {"text": None}, {"text": ""}), 0, 20, told.append
+    )
     assert told == ["text 'rows.jsonl': 2 of the 3 lines read have a null or empty text and are left out."]
 
 

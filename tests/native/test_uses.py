@@ -1,4 +1,5 @@
-"""What is done with a model that cannot do what is asked: one clear error, before any work, and never an abort of the process."""
+"""What is done with a model that cannot do what is asked: one clear error, before any work, and never an abort of the
+process."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import GGUFValueType
+from kvtuner_gguf.calibrate import pipeline
 
 from kvtuner_gguf import native
-from kvtuner_gguf.calibrate import pipeline
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.errors import NativeError
 
@@ -61,7 +62,16 @@ WORK = {
 
 
 @pytest.mark.parametrize("command", WORK)
-@pytest.mark.parametrize(("other", "kind"), [("t5", "encoder-decoder"), ("bert", "embeddings"), ("not_causal", "embeddings"), ("no_vocab", "without a tokenizer")], indirect=["other"])
+@pytest.mark.parametrize(
+    ("other", "kind"),
+    [
+        ("t5", "encoder-decoder"),
+        ("bert", "embeddings"),
+        ("not_causal", "embeddings"),
+        ("no_vocab", "without a tokenizer"),
+    ],
+    indirect=["other"],
+)
 def test_a_model_of_another_kind_is_refused_and_said_what_it_is(run, other, kind, command):
     result = run(*WORK[command], other)
     assert result.exit_code == 1 and kind in result.output and other.name in result.output, result.output
@@ -96,7 +106,9 @@ def test_the_table_of_positions_is_known(load, tiny):
     assert native.n_positions(load(tiny("llama")).model) is None
 
 
-@pytest.mark.parametrize("command", [("show",), WORK["evaluate"], WORK["calibrate"][:-2], WORK["chat"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(
+    "command", [("show",), WORK["evaluate"], WORK["calibrate"][:-2], WORK["chat"]], ids=lambda c: c[0]
+)
 def test_a_context_beyond_the_table_is_refused_with_the_one_to_use(run, tiny, command):
     result = run(*command, tiny("gpt2"), "-c", 2 * N_POS)
     assert result.exit_code == 1 and f"has learned {N_POS} positions and no more. Use -c {N_POS}" in result.output
@@ -104,7 +116,9 @@ def test_a_context_beyond_the_table_is_refused_with_the_one_to_use(run, tiny, co
 
 def test_chunks_are_as_long_as_the_table(run, tiny):
     result = run("evaluate", "-m", tiny("gpt2"), "--chunks", 3, "-t", 1, "-c", N_POS, "-f", "TEXT", "q8_0")
-    assert result.exit_code == 0 and f"{3 * N_POS // 2} scored positions in chunks of {N_POS} tokens" in result.output, result.output
+    assert (
+        result.exit_code == 0 and f"{3 * N_POS // 2} scored positions in chunks of {N_POS} tokens" in result.output
+    ), result.output
 
 
 def test_a_model_with_a_table_is_calibrated_and_its_plan_runs(run, tiny, tmp_path):
@@ -121,7 +135,11 @@ def test_no_token_is_decoded_beyond_the_table_or_the_batch(load, tiny):
         session.context(N_POS + 1).__enter__()
     with session.context(N_POS) as ctx:
         assert np.isfinite(ctx.decode([(5, N_POS - 1, 0)], [True])).all()
-        for rows, told in (([(5, N_POS, 0)], "learned 128 positions"), ([], "a batch of 0 tokens"), ([(5, 0, 0)] * (N_POS + 1), "a batch of 129 tokens")):
+        for rows, told in (
+            ([(5, N_POS, 0)], "learned 128 positions"),
+            ([], "a batch of 0 tokens"),
+            ([(5, 0, 0)] * (N_POS + 1), "a batch of 129 tokens"),
+        ):
             with pytest.raises(NativeError, match=told):
                 ctx.decode(rows, [True] * len(rows))
         for row in ((10**6, 0, 0), (-1, 0, 0), (5, 0, 9)):
@@ -142,13 +160,28 @@ def test_llama_ends_at_the_table_and_not_at_what_its_context_was_rounded_up_to(t
     llm.close()
 
 
-@pytest.mark.parametrize(("arguments", "told"), [({"n_ctx": 0}, "need at least 1"), ({"n_ctx": 10**30}, "more than 16 times"), ({"n_ctx": 1024, "n_seq_max": 300}, "cannot be made")])
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"n_ctx": 0}, "need at least 1"),
+        ({"n_ctx": 10**30}, "more than 16 times"),
+        ({"n_ctx": 1024, "n_seq_max": 300}, "cannot be made"),
+    ],
+)
 def test_a_context_of_an_odd_size_is_refused(load, tiny, arguments, told):
     with pytest.raises(NativeError, match=told):
         load(tiny("llama")).context(**arguments).__enter__()
 
 
-@pytest.mark.parametrize(("n_ctx", "told"), [(-1, "need at least 1"), (2**31, "more than 16 times"), (2**32 + 1, "more than 16 times"), (10**30, "more than 16 times")])
+@pytest.mark.parametrize(
+    ("n_ctx", "told"),
+    [
+        (-1, "need at least 1"),
+        (2**31, "more than 16 times"),
+        (2**32 + 1, "more than 16 times"),
+        (10**30, "more than 16 times"),
+    ],
+)
 @pytest.mark.parametrize("n_gpu_layers", [0, 1])
 def test_llama_and_chat_refuse_a_context_of_an_odd_size(run, tiny, n_ctx, told, n_gpu_layers):
     from kvtuner_gguf import Llama

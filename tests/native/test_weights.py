@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from running import feed, prompt
-
 from kvtuner_gguf.calibrate import weights
 from kvtuner_gguf.calibrate.weights import COPY, OWN, search_session
+from running import feed, prompt
+
 from kvtuner_gguf.errors import NativeError
 from kvtuner_gguf.runtime import Session
 
@@ -24,9 +24,13 @@ def quantized(tiny, tmp_path):
 def searched_on(model, folder, said=None, **kwargs):
     """Path of the model that a search runs on, and its logits on a short prompt."""
     folder.mkdir(exist_ok=True)
-    with search_session(model, folder, n_threads=1, n_gpu_layers=0, say=(said if said is not None else []).append, **kwargs) as session:
-        with session.context(64) as ctx:
-            return session.path, feed(ctx, prompt(32))
+    with (
+        search_session(
+            model, folder, n_threads=1, n_gpu_layers=0, say=(said if said is not None else []).append, **kwargs
+        ) as session,
+        session.context(64) as ctx,
+    ):
+        return session.path, feed(ctx, prompt(32))
 
 
 @pytest.mark.parametrize(("gain", "is_copy"), [(0.0, True), (1e9, False)])

@@ -80,7 +80,10 @@ def test_xattrs_are_kept(way, tmp_path):
     assert os.getxattr(path, "user.origin") == b"hub"
 
 
-ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *e) for e in [(1, 6, 2**32 - 1), (2, 6, 1234), (4, 4, 2**32 - 1), (16, 6, 2**32 - 1), (32, 0, 2**32 - 1)])
+ACL = struct.pack("<I", 2) + b"".join(
+    struct.pack("<HHI", *e)
+    for e in [(1, 6, 2**32 - 1), (2, 6, 1234), (4, 4, 2**32 - 1), (16, 6, 2**32 - 1), (32, 0, 2**32 - 1)]
+)
 
 
 @posix
@@ -165,7 +168,9 @@ with orderly(), atomic.atomic_file(Path(sys.argv[1])) as out:
 
 
 def writer(path: Path, way: str) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path), way], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), way], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     assert process.stdout.readline() == b"half\n"
     return process
 
@@ -233,4 +238,7 @@ with orderly():
     print("goes on")
 assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 """
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "goes on\n"
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        == "goes on\n"
+    )

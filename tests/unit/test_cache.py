@@ -46,7 +46,12 @@ def test_a_variable_that_names_no_folder_is_named(kind, own_cache, tmp_path, mon
     own_cache.touch()
     if kind == "device":
         monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    with pytest.raises(KvtunerError, match=r"cache folder .*kvtuner-gguf: cannot be written .* Set \w+ to a folder that can"), cache.scratch():
+    with (
+        pytest.raises(
+            KvtunerError, match=r"cache folder .*kvtuner-gguf: cannot be written .* Set \w+ to a folder that can"
+        ),
+        cache.scratch(),
+    ):
         pytest.fail("opened")
 
 
@@ -114,6 +119,8 @@ def test_a_lock_is_one_processs_and_ends_with_it(tmp_path):
 @posix
 def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
     with pytest.raises(KvtunerError, match="Set XDG_CACHE_HOME"):
         cache.open_cache()

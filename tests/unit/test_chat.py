@@ -89,7 +89,13 @@ def test_a_line_longer_than_the_context_costs_no_turn():
     assert llm.seen[-1] == ["one", "echo one", "two"] and llm.n_reset == 0
 
 
-@pytest.mark.parametrize(("line", "told"), [("template", "chat template fails (TypeError: unsupported operand)"), ("decode", "ended early: llama_decode returned -3")])
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("template", "chat template fails (TypeError: unsupported operand)"),
+        ("decode", "ended early: llama_decode returned -3"),
+    ],
+)
 def test_an_error_in_a_turn_keeps_the_conversation(line, told):
     llm = FakeLlama()
     out = talk(llm, "one", line, "two")
@@ -127,9 +133,16 @@ def test_a_system_message_that_is_refused_stands_in_the_first_question_and_the_u
 def test_the_single_answer_raises_what_the_loop_tells():
     ask = [{"role": "system", "content": "s"}, {"role": "user", "content": "hi"}]
     told = []
-    assert "".join(answer(FakeLlama(takes_system=False), ask, max_tokens=1, temperature=0, say=told.append)) == "echo s\n\nhi"
+    assert (
+        "".join(answer(FakeLlama(takes_system=False), ask, max_tokens=1, temperature=0, say=told.append))
+        == "echo s\n\nhi"
+    )
     assert len(told) == 1
-    for content, text in (("word " * 2000, "longer than the context"), ("template", "m.gguf.*template fails"), ("decode", "ended early")):
+    for content, text in (
+        ("word " * 2000, "longer than the context"),
+        ("template", "m.gguf.*template fails"),
+        ("decode", "ended early"),
+    ):
         with pytest.raises(KvtunerError, match=text):
             list(answer(FakeLlama(), [{"role": "user", "content": content}], max_tokens=1, temperature=0))
 

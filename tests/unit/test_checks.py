@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
+from kvtuner_gguf.calibrate.checks import cheapest_bytes, check_goal, check_room, check_text
+from kvtuner_gguf.calibrate.options import Goal, Options
 
 from kvtuner_gguf import Geometry
 from kvtuner_gguf.arguments import Memory
-from kvtuner_gguf.calibrate.checks import cheapest_bytes, check_goal, check_room, check_text
-from kvtuner_gguf.calibrate.options import Goal, Options
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.errors import CalibrationError
 
@@ -87,7 +87,17 @@ def test_a_cache_folder_without_room_is_named(tmp_path, monkeypatch):
         check_room(tmp_path, (3 << 20) + 1)
 
 
-@pytest.mark.parametrize("goal", [("--bits", "nan"), ("--bits", "inf"), ("--bits", "0"), ("--max-kld", "nan"), ("--max-kld", "-1"), ("--max-kld", "inf")])
+@pytest.mark.parametrize(
+    "goal",
+    [
+        ("--bits", "nan"),
+        ("--bits", "inf"),
+        ("--bits", "0"),
+        ("--max-kld", "nan"),
+        ("--max-kld", "-1"),
+        ("--max-kld", "inf"),
+    ],
+)
 def test_the_commands_refuse_such_goals(goal, tmp_path):
     model = tmp_path / "m.gguf"
     model.write_bytes(b"GGUF")

@@ -36,7 +36,9 @@ def test_all_commands_are_there():
     assert {"calibrate", "show", "evaluate", "apply", "strip", "export", "chat", "demo"} <= set(COMMANDS)
 
 
-@pytest.mark.parametrize(("text", "n_bytes"), [("96M", 96 << 20), ("1.5GiB", 3 << 29), ("300000000", 300_000_000), ("2 kB", 2048)])
+@pytest.mark.parametrize(
+    ("text", "n_bytes"), [("96M", 96 << 20), ("1.5GiB", 3 << 29), ("300000000", 300_000_000), ("2 kB", 2048)]
+)
 def test_memory_is_read_in_powers_of_1024(text, n_bytes):
     assert Memory().convert(text, None, None) == n_bytes
 
@@ -64,7 +66,9 @@ def test_a_file_that_is_no_model_is_an_error_without_traceback(tmp_path):
     model.write_bytes(b"not a model at all")
     for args in (("export", model), ("strip", model), ("apply", model, _sidecar(tmp_path))):
         result = run(*args)
-        assert result.exit_code == 1 and result.output.startswith("Error: ") and "m.gguf" in result.output, result.output
+        assert result.exit_code == 1 and result.output.startswith("Error: ") and "m.gguf" in result.output, (
+            result.output
+        )
 
 
 def test_an_unknown_type_lists_the_known_ones(tmp_path):
@@ -109,7 +113,9 @@ NO_GOALS = [("--bits", x) for x in ("nan", "inf", "-inf", "0", "-4", "6 bits", "
 @pytest.mark.parametrize(("option", "value"), NO_GOALS, ids=lambda x: x[:12])
 def test_an_odd_value_is_refused_before_any_work(model, command, option, value):
     result = run(command, model, option, value)
-    assert result.exit_code in (1, 2) and option.strip("-").replace("-", "_") in result.output.replace("-", "_"), result.output
+    assert result.exit_code in (1, 2) and option.strip("-").replace("-", "_") in result.output.replace("-", "_"), (
+        result.output
+    )
     assert isinstance(result.exception, SystemExit) and "Error: " in result.output
     assert len(result.output) < 1200
 
@@ -120,7 +126,20 @@ def test_an_odd_temperature_is_refused(model, value):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
-@pytest.mark.parametrize("args", [("show", "P"), ("strip", "P"), ("export", "P"), ("apply", "P", "S"), ("apply", "M", "P"), ("show", "M", "--plan", "P"), ("chat", "-m", "P"), ("evaluate", "-m", "P", "q8_0"), ("evaluate", "-m", "M", "P.json")])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("show", "P"),
+        ("strip", "P"),
+        ("export", "P"),
+        ("apply", "P", "S"),
+        ("apply", "M", "P"),
+        ("show", "M", "--plan", "P"),
+        ("chat", "-m", "P"),
+        ("evaluate", "-m", "P", "q8_0"),
+        ("evaluate", "-m", "M", "P.json"),
+    ],
+)
 def test_a_pipe_that_nobody_writes_to_is_refused_and_not_waited_for(model, tmp_path, args):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -1,17 +1,18 @@
-"""Mean and balanced scale of K: worked out by hand, exact in attention, and taken only where they are measured to help."""
+"""Mean and balanced scale of K: worked out by hand, exact in attention, and taken only where they are measured to
+help."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_error import make_capture, make_sample, round_trip
-
 from kvtuner_gguf.calibrate.capture import _turns_of
 from kvtuner_gguf.calibrate.condition import Moments, balanced_scale, best_way, tied
 from kvtuner_gguf.calibrate.condition import condition as condition_by
 from kvtuner_gguf.calibrate.condition import vectors_of as vectors_of_moments
 from kvtuner_gguf.calibrate.error import after_codec, attention_scores, error_table, k_error
 from kvtuner_gguf.calibrate.results import Conditions
+from test_error import make_capture, make_sample, round_trip
+
 from kvtuner_gguf.kvectors import KVectors
 
 N_KV_HEAD, HEAD_DIM = 2, 64
@@ -94,7 +95,9 @@ def test_a_dead_channel_stays_in_range(dead):
 def test_the_vectors_are_those_of_all_samples():
     samples = samples_of(3)
     v = vectors_of(samples, True, False)
-    assert np.reshape(v.mean, (2, 64)) == pytest.approx(np.concatenate([s.k for s in samples], axis=1).mean(axis=1), abs=1e-6)
+    assert np.reshape(v.mean, (2, 64)) == pytest.approx(
+        np.concatenate([s.k for s in samples], axis=1).mean(axis=1), abs=1e-6
+    )
     assert v.scale == () and vectors_of(samples, False, False) == KVectors()
 
 
@@ -232,12 +235,20 @@ def test_each_layer_gets_what_its_k_needs(tmp_path, way):
     capture = make_capture(tmp_path, {2: samples_of(2, MAKE[way])})
     found = condition(capture, error, {2: "q4_0"})
     assert len(found.k_vectors) == 3 and found.k_vectors[:2] == (KVectors(), KVectors())
-    assert (bool(found.k_vectors[2].mean), bool(found.k_vectors[2].scale)) == (way in ("mean", "both"), way in ("scale", "both"))
+    assert (bool(found.k_vectors[2].mean), bool(found.k_vectors[2].scale)) == (
+        way in ("mean", "both"),
+        way in ("scale", "both"),
+    )
     assert set(found.errors[2]) == {"none", "mean", "scale", "both"}
-    assert found.k_vectors[2] == vectors_of([capture.sample(2, i) for i in range(2)], way in ("mean", "both"), way in ("scale", "both"))
+    assert found.k_vectors[2] == vectors_of(
+        [capture.sample(2, i) for i in range(2)], way in ("mean", "both"), way in ("scale", "both")
+    )
 
 
-@pytest.mark.parametrize(("allowed", "tried"), [((True, False), {"none", "mean"}), ((False, True), {"none", "scale"}), ((False, False), None)])
+@pytest.mark.parametrize(
+    ("allowed", "tried"),
+    [((True, False), {"none", "mean"}), ((False, True), {"none", "scale"}), ((False, False), None)],
+)
 def test_what_is_not_allowed_is_not_tried(tmp_path, allowed, tried):
     capture = make_capture(tmp_path, {0: samples_of(2, MAKE["both"])})
     found = condition(capture, error, {0: "q4_0"}, mean=allowed[0], scale=allowed[1])
@@ -256,7 +267,9 @@ def test_layers_without_a_coarse_type_or_with_v_in_k_are_left_alone(tmp_path):
     sample = make_sample(0, n_head_kv=1, n_head=2, head_dim_k=96, head_dim_v=64)
     mla = replace(sample, v=np.ascontiguousarray(sample.k[..., :64]))
     seen = []
-    capture = make_capture(tmp_path, {0: [mla], 1: [with_offset(make_sample(1, n_head_kv=1, n_head=2, head_dim_k=96), 9)]})
+    capture = make_capture(
+        tmp_path, {0: [mla], 1: [with_offset(make_sample(1, n_head_kv=1, n_head=2, head_dim_k=96), 9)]}
+    )
     found = condition(capture, error, {0: "q4_0"}, progress=seen.append)
     assert found.k_vectors == (KVectors(), KVectors()) and found.errors == {} and seen == [1, 1]
 

@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
-
 from kvtuner_gguf.calibrate import corpus
 from kvtuner_gguf.calibrate.corpus import Corpus, Document, file_sha256, readable
+
 from kvtuner_gguf.errors import CalibrationError
 
 
@@ -51,9 +51,15 @@ def test_null_and_empty_texts_are_left_out_and_counted(tmp_path):
 
 
 def test_conversations_are_read_as_such(tmp_path):
-    line = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": []}], "text": "hi"}
+    line = {
+        "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None, "tool_calls": []}],
+        "text": "hi",
+    }
     (document,) = documents(write(tmp_path, json.dumps(line).encode()))
-    assert document.messages == ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": []})
+    assert document.messages == (
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": []},
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +149,10 @@ def test_of_a_long_text_only_the_ends_are_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with a name")
-@pytest.mark.parametrize(("name", "data", "is_json"), [("p", rows("a"), True), ("p.txt", rows("a"), False), ("p.jsonl", rows("a"), True), ("p", b"plain", False)])
+@pytest.mark.parametrize(
+    ("name", "data", "is_json"),
+    [("p", rows("a"), True), ("p.txt", rows("a"), False), ("p.jsonl", rows("a"), True), ("p", b"plain", False)],
+)
 def test_a_pipe_is_read_once_and_then_as_a_file(tmp_path, name, data, is_json):
     pipe = tmp_path / name
     os.mkfifo(pipe)
@@ -159,7 +168,11 @@ def test_a_pipe_is_read_once_and_then_as_a_file(tmp_path, name, data, is_json):
 
 
 def test_what_is_no_text_is_refused(tmp_path):
-    for path, told in ((tmp_path, "is a folder"), (tmp_path / "none", "none' cannot be read .* -f"), (Path(os.devnull), "is a device")):
+    for path, told in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "none", "none' cannot be read .* -f"),
+        (Path(os.devnull), "is a device"),
+    ):
         with pytest.raises(CalibrationError, match=told), readable(path):
             pass
     with readable(None) as path:

@@ -1,4 +1,5 @@
-"""A CUDA build has a decoding kernel for every pair that the planner may choose: one list, from the table of cache types."""
+"""A CUDA build has a decoding kernel for every pair that the planner may choose: one list, from the table of cache
+types."""
 
 from __future__ import annotations
 
@@ -11,7 +12,6 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-
 from kvtuner_gguf.calibrate.options import DEFAULT_TYPES, PAPER_TYPES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ def generate(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     script = folder / "pairs.cmake"
     script.write_text(
         f"cmake_minimum_required(VERSION 3.21)\ninclude({ROOT}/native/kvt-cuda.cmake)\n"
-        f"kvt_cuda_pairs()\nkvt_cuda_instances({folder} sources)\nmessage(STATUS \"stock ${{GGML_CUDA_FA_QUANTS}}\")\n"
+        f'kvt_cuda_pairs()\nkvt_cuda_instances({folder} sources)\nmessage(STATUS "stock ${{GGML_CUDA_FA_QUANTS}}")\n'
     )
     return subprocess.run([cmake, *options, "-P", str(script)], capture_output=True, text=True)
 
@@ -46,7 +46,9 @@ def test_every_pair_of_the_menu_has_a_decoding_kernel(tmp_path):
     ours = [
         (k.lower(), v.lower(), int(head_dim))
         for file in tmp_path.glob("kvt-fattn-*.cu")
-        for head_dim, k, v in re.findall(r"DECL_FATTN_VEC_CASE\((\d+), GGML_TYPE_(\w+), GGML_TYPE_(\w+)\)", file.read_text())
+        for head_dim, k, v in re.findall(
+            r"DECL_FATTN_VEC_CASE\((\d+), GGML_TYPE_(\w+), GGML_TYPE_(\w+)\)", file.read_text()
+        )
     ]
     assert stock.isdisjoint(pairs_of(tmp_path, "KVT_FATTN_PAIRS_OURS"))
     assert stock | pairs_of(tmp_path, "KVT_FATTN_PAIRS_OURS") == have
@@ -55,7 +57,12 @@ def test_every_pair_of_the_menu_has_a_decoding_kernel(tmp_path):
 
 def test_pairs_can_be_named(tmp_path):
     assert generate(tmp_path, "-DKVTUNER_CUDA_PAIRS=q8_0-q4_0,q3_64-q2_64").returncode == 0
-    assert pairs_of(tmp_path, "KVT_FATTN_PAIRS") == {("f16", "f16"), ("bf16", "bf16"), ("q8_0", "q4_0"), ("q3_64", "q2_64")}
+    assert pairs_of(tmp_path, "KVT_FATTN_PAIRS") == {
+        ("f16", "f16"),
+        ("bf16", "bf16"),
+        ("q8_0", "q4_0"),
+        ("q3_64", "q2_64"),
+    }
 
 
 def test_a_pair_that_does_not_exist_is_named(tmp_path):

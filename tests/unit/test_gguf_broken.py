@@ -4,6 +4,7 @@ import os
 import random
 import struct
 import time
+from contextlib import suppress
 
 import pytest
 from gguf_bytes import ARRAY, STRING, U8, U32, array, entry, gguf, string, strings, tensor, text, u32
@@ -132,10 +133,8 @@ def test_damage_is_a_plan_error_or_nothing(tmp_path):
         for _ in range(rng.randint(1, 4)):
             broken[rng.randrange(header)] = rng.choice((0, 1, 8, 9, 127, 128, 255, rng.randrange(256)))
         model.write_bytes(broken)
-        try:
+        with suppress(PlanError):
             read_header(model, prefix="")
-        except PlanError:
-            pass
 
 
 def test_a_hostile_header_costs_little(tmp_path):
@@ -148,8 +147,6 @@ def test_a_hostile_header_costs_little(tmp_path):
     for data in cases:
         path.write_bytes(data)
         start = time.process_time()
-        try:
+        with suppress(PlanError):
             read_header(path)
-        except PlanError:
-            pass
         assert time.process_time() - start < 5

@@ -60,7 +60,12 @@ def test_write_and_strip_restore_the_file(shape, in_place, tmp_path):
     assert (path == written) == in_place and (in_place or path.read_bytes() == original)
     write_plan(written, OTHER)
     assert read_plan(written) == OTHER and contents(written) == parts
-    assert sorted(read_metadata(written)) == ["kvtuner.checksum", "kvtuner.schema_version", "kvtuner.type_k", "kvtuner.type_v"]
+    assert sorted(read_metadata(written)) == [
+        "kvtuner.checksum",
+        "kvtuner.schema_version",
+        "kvtuner.type_k",
+        "kvtuner.type_v",
+    ]
     write_plan(written, None)
     assert written.read_bytes() == original and read_plan(written) is None
 

@@ -1,4 +1,5 @@
-"""The layers of the program: who may import whom. A stage never imports a stage; what runs a plan never imports what makes one."""
+"""The layers of the program: who may import whom. A stage never imports a stage; what runs a plan never imports what
+makes one."""
 
 from __future__ import annotations
 
@@ -8,7 +9,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = {"text", "capture", "condition", "error", "prune", "cluster", "prices", "search", "solve", "evaluate", "weights"}
+STAGES = {
+    "text",
+    "capture",
+    "condition",
+    "error",
+    "prune",
+    "cluster",
+    "prices",
+    "search",
+    "solve",
+    "evaluate",
+    "weights",
+}
 LEAVES = {
     "printable": set(),
     "errors": {"printable"},

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from small_gguf import PLAN, fault, make_model
 
-from kvtuner_gguf import Pair, Plan, output, target
+from kvtuner_gguf import Plan, output, target
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.gguf_file import read_plan, write_plan
 from kvtuner_gguf.gguf_header import read_header
@@ -45,7 +45,11 @@ def commands(model: Path, plan_file: Path) -> dict[str, list[object]]:
 @pytest.mark.parametrize("name", ["export", "apply", "strip"])
 @pytest.mark.parametrize("way", ["itself", "hard link", "dotted"])
 def test_a_model_that_is_read_is_never_the_output(name, way, force, model, plan_file, tmp_path):
-    other = {"itself": model, "hard link": tmp_path / "link.gguf", "dotted": tmp_path / ".." / tmp_path.name / "model.gguf"}[way]
+    other = {
+        "itself": model,
+        "hard link": tmp_path / "link.gguf",
+        "dotted": tmp_path / ".." / tmp_path.name / "model.gguf",
+    }[way]
     if way == "hard link":
         os.link(model, other)
     before = model.read_bytes()
@@ -91,7 +95,11 @@ def test_a_model_that_differs_anywhere_that_is_looked_at_is_another(change, mode
     other = tmp_path / "other.gguf"
     data = bytearray(model.read_bytes())
     tensors = read_header(model).tensors
-    at = {"metadata": data.index(b"test.u8") + 11, "first": tensors[0].offset, "last": tensors[-1].offset + tensors[-1].n_bytes - 1}[change]
+    at = {
+        "metadata": data.index(b"test.u8") + 11,
+        "first": tensors[0].offset,
+        "last": tensors[-1].offset + tensors[-1].n_bytes - 1,
+    }[change]
     data[at] ^= 1
     other.write_bytes(data)
     fault(lambda: output.copy(model, other), other, "not the same model", "--force")
@@ -136,7 +144,10 @@ def test_a_blob_of_a_store_is_never_written(name, model, tmp_path):
 
 @posix
 def test_a_read_only_file_is_refused(model, plan_file):
-    for path, make in ((model, lambda: output.in_place(model)), (plan_file, lambda: output.sidecar(plan_file, force=True))):
+    for path, make in (
+        (model, lambda: output.in_place(model)),
+        (plan_file, lambda: output.sidecar(plan_file, force=True)),
+    ):
         path.chmod(0o444)
         fault(make, path, "read-only", "-o")
 
@@ -149,7 +160,11 @@ def test_a_folder_that_is_not_there_is_named(model, tmp_path):
 def test_a_folder_without_room_is_named(model, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(5 << 20))
     monkeypatch.setattr(output, "_SPARE_BYTES", 7 << 20)
-    for make in (lambda: output.in_place(model), lambda: output.copy(model, tmp_path / "x.gguf"), lambda: output.sidecar(tmp_path / "x.json")):
+    for make in (
+        lambda: output.in_place(model),
+        lambda: output.copy(model, tmp_path / "x.gguf"),
+        lambda: output.sidecar(tmp_path / "x.json"),
+    ):
         fault(make, tmp_path, "5 MiB free", "-o")
     assert sorted(os.listdir(tmp_path)) == ["model.gguf"]
 
@@ -159,7 +174,11 @@ def test_a_folder_that_cannot_be_written_is_tried(model, tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(target.tempfile, "TemporaryFile", fail)
-    for make in (lambda: output.in_place(model), lambda: output.output(model, tmp_path / "x.gguf"), lambda: output.output(model, tmp_path / "x.json")):
+    for make in (
+        lambda: output.in_place(model),
+        lambda: output.output(model, tmp_path / "x.gguf"),
+        lambda: output.output(model, tmp_path / "x.json"),
+    ):
         fault(make, tmp_path, "Permission denied", "-o")
 
 
@@ -209,7 +228,12 @@ def test_a_model_is_not_replaced_by_a_sidecar(model):
 def test_names_that_are_no_utf_8_work(tmp_path, plan_file):
     model = make_model(tmp_path / os.fsdecode(b"mod\xe8le.gguf"))
     copy, sidecar = tmp_path / os.fsdecode(b"\xff.gguf"), tmp_path / os.fsdecode(b"\xfe.json")
-    for args in (["apply", model, plan_file], ["export", model, "-o", sidecar], ["strip", model, "-o", copy], ["strip", model]):
+    for args in (
+        ["apply", model, plan_file],
+        ["export", model, "-o", sidecar],
+        ["strip", model, "-o", copy],
+        ["strip", model],
+    ):
         result = run(*args)
         assert result.exit_code == 0, result.output
     assert Plan.load(sidecar) == PLAN and read_plan(copy) is None and read_plan(model) is None
@@ -217,13 +241,23 @@ def test_names_that_are_no_utf_8_work(tmp_path, plan_file):
 
 
 def test_nothing_is_measured_for_an_output_that_is_none(model):
-    command = [sys.executable, "-c", "from kvtuner_gguf.cli import main; main()", "calibrate", str(model), "-o", str(model.parent / "none" / "x.gguf")]
+    command = [
+        sys.executable,
+        "-c",
+        "from kvtuner_gguf.cli import main; main()",
+        "calibrate",
+        str(model),
+        "-o",
+        str(model.parent / "none" / "x.gguf"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 1 and "none" in result.stderr and not result.stdout
     assert len(result.stderr.splitlines()) == 1  # no stage began
 
 
-def test_a_calibration_whose_place_is_gone_at_the_end_tells_what_writes_it_without_measuring(model, tmp_path, monkeypatch):
+def test_a_calibration_whose_place_is_gone_at_the_end_tells_what_writes_it_without_measuring(
+    model, tmp_path, monkeypatch
+):
     from kvtuner_gguf.calibrate import pipeline
 
     folder = tmp_path / "a folder"

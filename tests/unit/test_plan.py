@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import stat
+from functools import partial
 
 import numpy as np
 import pytest
@@ -55,7 +56,10 @@ def conditioned(k_vectors=VECTORS):
     return Plan((Q8, NONE, Q4), k_vectors=k_vectors)
 
 
-@pytest.mark.parametrize("plan", [full_plan(), Plan((Q8,)), Plan((Q8, Q4), calibration={"text": ""}), conditioned(), conditioned((KVectors(),) * 3)])
+@pytest.mark.parametrize(
+    "plan",
+    [full_plan(), Plan((Q8,)), Plan((Q8, Q4), calibration={"text": ""}), conditioned(), conditioned((KVectors(),) * 3)],
+)
 def test_both_forms_round_trip_exactly(plan, tmp_path):
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_metadata({key: value for key, _, value in plan.to_metadata()}) == plan
@@ -324,9 +328,9 @@ def test_only_a_quantized_k_keeps_its_vectors():
 
 def test_faulty_vectors_are_refused():
     for value in (float("nan"), float("inf"), "1", None, True):
-        fault(lambda: KVectors(mean=(1.0, value)), "k_mean")
+        fault(partial(KVectors, mean=(1.0, value)), "k_mean")
     for value in (0.0, -1.0, 1e-5, 1e5):
-        fault(lambda: KVectors(scale=(1.0, value)), "k_scale", f"{value:g}", "0.0001 to 10000")
+        fault(partial(KVectors, scale=(1.0, value)), "k_scale", f"{value:g}", "0.0001 to 10000")
     fault(lambda: KVectors((1.0,), (1.0, 2.0)), "1 values", "2")
     fault(lambda: conditioned(VECTORS[:2]), "2 layers", "3")
 

@@ -9,15 +9,15 @@ import sys
 
 import pytest
 from click.testing import CliRunner
-
 from gguf_bytes import gguf, string, u32
+from small_gguf import PLAN, make_model
+
 from kvtuner_gguf import Pair, Plan, PlanError
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.errors import MOST_CHARACTERS, KvtunerError
 from kvtuner_gguf.gguf_file import write_plan
 from kvtuner_gguf.printable import json_printable, printable
 from kvtuner_gguf.report import table
-from small_gguf import PLAN, make_model
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\u202egnp.exe\u2066\u2028\x85\ud800\udce8\r\n"
 SAFE = r"\x1b]0;owned\x07\x1b[2J\u202egnp.exe\u2066\u2028\x85\ud800\xe8\x0d\x0a"
@@ -28,7 +28,7 @@ def test_what_acts_on_a_terminal_is_shown_escaped():
     printable(EVIL).encode()
 
 
-@pytest.mark.parametrize("text", ["Модель ü 模型 🦙 👩‍🚀", "C:\\models\\m.gguf", "12\u00a0%", "नमस्ते", "می\u200cخواهم"])
+@pytest.mark.parametrize("text", ["Модель ü 模型 🦙 👩‍🚀", "C:\\models\\m.gguf", "12\u00a0%", "नमस्ते", "می\u200cخواهم"])  # noqa: RUF001
 def test_what_a_person_writes_stays(text):
     assert printable(text) == text
 

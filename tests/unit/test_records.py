@@ -13,14 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from kvtuner_gguf import Pair
 from kvtuner_gguf.calibrate import records
 from kvtuner_gguf.calibrate.pipeline import Run
-from kvtuner_gguf.calibrate.records import append_line, load_arrays, load_json, read_lines, save_arrays, save_json, write_record
+from kvtuner_gguf.calibrate.records import (
+    append_line,
+    load_arrays,
+    load_json,
+    read_lines,
+    save_arrays,
+    save_json,
+    write_record,
+)
 from kvtuner_gguf.calibrate.results import Capture, Conditions, ErrorTable, Groups
 from kvtuner_gguf.calibrate.saved import EvaluationCache
 from kvtuner_gguf.calibrate.text import Text
+
+from kvtuner_gguf import Pair
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.plan import Quality
@@ -36,7 +44,10 @@ KINDS = [
 
 
 def same(a: object, b: object) -> bool:
-    return all(np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y for x, y in zip(vars(a).values(), vars(b).values(), strict=True))
+    return all(
+        np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y
+        for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+    )
 
 
 def pickled(path: Path) -> None:
@@ -69,15 +80,19 @@ def test_a_damaged_record_is_an_error_of_one_kind_or_reads_as_it_was(record, tmp
 
 
 @pytest.mark.parametrize("record", KINDS, ids=lambda r: type(r).__name__)
-@pytest.mark.parametrize("make", [
-    lambda path: path.mkdir(),
-    lambda path: path.write_bytes(b""),
-    lambda path: path.write_bytes(b"[" * 100_000),
-    lambda path: path.write_bytes(b'{"record": 1e999999, "sha256": ' + b"9" * 10_000 + b"}"),
-    lambda path: pickled(path),
-    lambda path: save_json(path, "Another", {"il": [0]}),
-    lambda path: path.symlink_to(path),
-], ids=["folder", "empty", "nested", "huge numbers", "pickle", "another record", "loop"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: path.mkdir(),
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(b"[" * 100_000),
+        lambda path: path.write_bytes(b'{"record": 1e999999, "sha256": ' + b"9" * 10_000 + b"}"),
+        lambda path: pickled(path),
+        lambda path: save_json(path, "Another", {"il": [0]}),
+        lambda path: path.symlink_to(path),
+    ],
+    ids=["folder", "empty", "nested", "huge numbers", "pickle", "another record", "loop"],
+)
 def test_what_is_no_record_is_an_error_of_one_kind(record, make, tmp_path):
     path = tmp_path / "record"
     try:
@@ -126,7 +141,16 @@ def test_a_damaged_sample_of_a_capture_is_named(tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("make", [lambda p: (p / "deep").mkdir(parents=True), lambda p: p.symlink_to(p), lambda p: os.mkfifo(p), lambda p: p.symlink_to("/dev/full")], ids=["folder", "loop", "pipe", "device"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: (p / "deep").mkdir(parents=True),
+        lambda p: p.symlink_to(p),
+        lambda p: os.mkfifo(p),
+        lambda p: p.symlink_to("/dev/full"),
+    ],
+    ids=["folder", "loop", "pipe", "device"],
+)
 def test_what_stands_in_a_records_place_goes(make, tmp_path):
     for name in ("text.npz", "lines"):
         make(tmp_path / name)
@@ -140,7 +164,10 @@ def test_what_stands_in_a_records_place_goes(make, tmp_path):
 def test_records_are_their_owners_alone(tmp_path):
     KINDS[1].save(tmp_path / "new" / "folder" / "a.json")
     append_line(tmp_path / "lines", {"a": 1})
-    modes = [stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "new" / "folder", tmp_path / "new" / "folder" / "a.json", tmp_path / "lines")]
+    modes = [
+        stat.S_IMODE(p.stat().st_mode)
+        for p in (tmp_path / "new" / "folder", tmp_path / "new" / "folder" / "a.json", tmp_path / "lines")
+    ]
     assert modes == [0o700, 0o600, 0o600]
 
 
@@ -149,7 +176,11 @@ def test_a_record_without_room_is_an_error_with_the_folder_and_its_cure(tmp_path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    for write in (lambda: KINDS[1].save(tmp_path / "a.json"), lambda: append_line(tmp_path / "lines", {"a": 1}), lambda: KINDS[0].save(tmp_path / "a.npz")):
+    for write in (
+        lambda: KINDS[1].save(tmp_path / "a.json"),
+        lambda: append_line(tmp_path / "lines", {"a": 1}),
+        lambda: KINDS[0].save(tmp_path / "a.npz"),
+    ):
         with pytest.raises(CalibrationError, match=rf"no space: \d+ MiB free.*{tmp_path}.*XDG_CACHE_HOME"):
             write()
     assert os.listdir(tmp_path) in ([], ["lines"])
@@ -187,7 +218,10 @@ def test_a_cut_line_takes_no_other_with_it(tmp_path):
         n_before = len(cache.of("search"))
         assert n_before in (whole[:cut].count(b"\n"), whole[:cut].count(b"\n") + 1)
         cache.get("search", lambda _: quality(9), (Pair("q4_0", "q4_0"),))
-        assert EvaluationCache(path).of("search") == [*cache.of("search")[:n_before], ((Pair("q4_0", "q4_0"),), quality(9))]
+        assert EvaluationCache(path).of("search") == [
+            *cache.of("search")[:n_before],
+            ((Pair("q4_0", "q4_0"),), quality(9)),
+        ]
 
 
 def test_lines_that_are_not_as_they_were_written_are_left_out(tmp_path):
@@ -199,7 +233,10 @@ def test_lines_that_are_not_as_they_were_written_are_left_out(tmp_path):
         assert all(right[pairs] == found for pairs, found in EvaluationCache(path).of("search"))
 
 
-@pytest.mark.parametrize("line", [b"null", b"[]", b"3", b'"a"', b"{}", b"\xff\xfe", b"[" * 100_000, b'{"seal": "x", "what": 1e999}', b"\0" * 100])
+@pytest.mark.parametrize(
+    "line",
+    [b"null", b"[]", b"3", b'"a"', b"{}", b"\xff\xfe", b"[" * 100_000, b'{"seal": "x", "what": 1e999}', b"\0" * 100],
+)
 def test_a_line_that_is_none_of_ours_is_left_out(line, tmp_path):
     (tmp_path / "lines").write_bytes(line + b"\n")
     append_line(tmp_path / "lines", {"a": 1})
@@ -214,7 +251,9 @@ def test_arrays_come_back_as_they_were(tmp_path):
     arrays = {"a": np.arange(6, dtype=np.float16).reshape(2, 3), "b": np.array("größe"), "c": np.array(3)}
     save_arrays(tmp_path / "a.npz", **arrays)
     found = load_arrays(tmp_path / "a.npz")
-    assert found.keys() == arrays.keys() and all(np.array_equal(found[k], v) and found[k].dtype == v.dtype for k, v in arrays.items())
+    assert found.keys() == arrays.keys() and all(
+        np.array_equal(found[k], v) and found[k].dtype == v.dtype for k, v in arrays.items()
+    )
     with np.load(tmp_path / "a.npz") as file:  # numpy reads it, too: the seal stands after the archive
         assert sorted(file.files) == ["a", "b", "c"]
 

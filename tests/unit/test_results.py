@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import samples
-
 from kvtuner_gguf.calibrate import records
 from kvtuner_gguf.calibrate.results import (
     Capture,
@@ -19,6 +18,7 @@ from kvtuner_gguf.calibrate.results import (
     sample_path,
     save_sample,
 )
+
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.pair import Pair
 

@@ -2,20 +2,22 @@ import subprocess
 import sys
 
 import pytest
-
 from kvtuner_gguf.calibrate.saved import claimed
+
 from kvtuner_gguf.errors import CalibrationError
 
-CLAIM = "import sys; from pathlib import Path; from kvtuner_gguf.calibrate.saved import claimed\nwith claimed(Path(sys.argv[1])): print('claimed')"
+CLAIM = (
+    "import sys; from pathlib import Path; from kvtuner_gguf.calibrate.saved import claimed\nwith "
+    "claimed(Path(sys.argv[1])): print('claimed')"
+)
 
 
 def test_a_folder_in_use_is_refused_by_its_name_and_left_alone(tmp_path):
     work = tmp_path / "records"
     work.mkdir()
     (work / "text.npz").write_bytes(b"kept")
-    with claimed(work), pytest.raises(CalibrationError, match=str(work)):
-        with claimed(work):
-            pytest.fail("claimed twice")
+    with claimed(work), pytest.raises(CalibrationError, match=str(work)), claimed(work):
+        pytest.fail("claimed twice")
     assert (work / "text.npz").read_bytes() == b"kept"
 
 
@@ -37,10 +39,10 @@ def test_a_claim_ends_with_an_error_inside_it(tmp_path):
 def test_records_of_another_program_model_text_or_place_are_not_mixed(tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from small_gguf import PLAN, make_model
-
     from kvtuner_gguf.calibrate import saved
     from kvtuner_gguf.calibrate.options import Goal, Options
+    from small_gguf import PLAN, make_model
+
     from kvtuner_gguf.gguf_file import write_plan
 
     monkeypatch.setattr(saved.native, "build_id", lambda: "one")
@@ -50,7 +52,12 @@ def test_records_of_another_program_model_text_or_place_are_not_mixed(tmp_path, 
     first = saved.work_dir(options, 1, 2)
     write_plan(model, PLAN)
     assert saved.work_dir(replace(options, goal=Goal(bits=5), resume=True), 1, 2) == first  # the same runs
-    others = {first, saved.work_dir(options, 1, 3), saved.work_dir(replace(options, n_gpu_layers=9), 1, 2), saved.work_dir(replace(options, seed=1), 1, 2)}
+    others = {
+        first,
+        saved.work_dir(options, 1, 3),
+        saved.work_dir(replace(options, n_gpu_layers=9), 1, 2),
+        saved.work_dir(replace(options, seed=1), 1, 2),
+    }
     monkeypatch.setattr(saved.native, "build_id", lambda: "two")
     others.add(saved.work_dir(options, 1, 2))
     monkeypatch.setattr(saved, "__version__", "another")

@@ -73,7 +73,8 @@ def prepare_metadata_for_build_wheel(folder, config=None):
 
 @pytest.fixture
 def private_index(series, monkeypatch, tmp_path):
-    """pip looks into one folder only, which holds an sdist of the pinned name whose build code leaves a mark -> (sdist, mark)"""
+    """pip looks into one folder only, which holds an sdist of the pinned name whose build code leaves a mark -> (sdist,
+    mark)"""
     top, folder = f"llama_cpp_python-{series.VERSION}", tmp_path / "links"
     folder.mkdir()
     files = {
@@ -96,7 +97,12 @@ def private_index(series, monkeypatch, tmp_path):
             member = tarfile.TarInfo(f"{top}/{name}")
             member.size = len(data)
             tar.addfile(member, io.BytesIO(data))
-    for name, value in (("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(folder)), ("PIP_CONFIG_FILE", os.devnull), ("MARK", str(mark))):
+    for name, value in (
+        ("PIP_NO_INDEX", "1"),
+        ("PIP_FIND_LINKS", str(folder)),
+        ("PIP_CONFIG_FILE", os.devnull),
+        ("MARK", str(mark)),
+    ):
         monkeypatch.setenv(name, value)
     return sdist, mark
 
@@ -145,6 +151,17 @@ def test_the_id_changes_with_a_patch(series, monkeypatch, tmp_path):
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="no cmake")
 def test_no_compiler_names_what_to_install(tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("CXX", "CC")} | {"PATH": str(tmp_path)}
-    command = [shutil.which("cmake"), "-S", str(ROOT), "-B", str(tmp_path / "build"), "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF"]
+    command = [
+        shutil.which("cmake"),
+        "-S",
+        str(ROOT),
+        "-B",
+        str(tmp_path / "build"),
+        "-DCMAKE_FIND_USE_CMAKE_SYSTEM_PATH=OFF",
+    ]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode != 0 and "no C++ compiler was found" in run.stderr and "apt install g++" in run.stderr.replace("\n ", "")
+    assert (
+        run.returncode != 0
+        and "no C++ compiler was found" in run.stderr
+        and "apt install g++" in run.stderr.replace("\n ", "")
+    )

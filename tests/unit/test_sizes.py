@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from kvtuner_gguf.calibrate.sizes import Sizes
 
 

@@ -6,11 +6,11 @@ from itertools import product
 
 import numpy as np
 import pytest
-
 from kvtuner_gguf.calibrate.additive import Additive, fit, floor_shape
 from kvtuner_gguf.calibrate.prices import MOST, floor_plans, price, price_ladders, replaced
 from kvtuner_gguf.calibrate.results import ErrorTable, Trial
 from kvtuner_gguf.calibrate.solve import cheapest, fewest_bytes, front, kld_search, refine, solve
+
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair
@@ -82,7 +82,11 @@ def test_prices_are_of_one_side_of_one_layer(model):
 def test_fewer_runs_price_both_sides_of_a_layer_together(model, n_runs):
     ladders = price_ladders(model, n_runs)
     assert [[p != Pair("f16", "f16") for p in ladder[0]].index(True) for ladder in ladders] == [0, 1, 2, 3]
-    assert [ladders[0][step][0] for step in range(3)] == [Pair("q4_0", "q4_0"), Pair("q5_0", "q5_0"), Pair("q8_0", "q8_0")]
+    assert [ladders[0][step][0] for step in range(3)] == [
+        Pair("q4_0", "q4_0"),
+        Pair("q5_0", "q5_0"),
+        Pair("q8_0", "q8_0"),
+    ]
 
 
 def test_the_fewest_runs_price_neighbours_together(model):
@@ -94,7 +98,9 @@ def test_prices_of_whole_layers_tell_what_each_costs(model):
     x, floor = fit(model, [*known(model, n_runs=4), *map(run, floor_plans(model))])
     for row in range(4):
         plan = model.lowered({row: Pair("q5_0", "q5_0")})
-        assert floor + model.features(plan) @ x == pytest.approx(kld(plan), rel=0.2)  # by one price each; without, layers differ eightfold
+        assert floor + model.features(plan) @ x == pytest.approx(
+            kld(plan), rel=0.2
+        )  # by one price each; without, layers differ eightfold
 
 
 def test_a_type_that_ruins_the_model_is_no_price(model):

@@ -9,7 +9,18 @@ import pytest
 from kvtuner_gguf.words import MOST, cut_long_words
 
 
-@pytest.mark.parametrize("text", ["", " ", "a few words\nand lines", "a" * (3 * MOST + 1), " " * (2 * MOST), ("漢" * MOST + "\n") * 3, "x" + "a " * MOST])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "a few words\nand lines",
+        "a" * (3 * MOST + 1),
+        " " * (2 * MOST),
+        ("漢" * MOST + "\n") * 3,
+        "x" + "a " * MOST,
+    ],
+)
 def test_a_text_is_cut_within_long_words_only(text):
     parts = cut_long_words(text)
     assert "".join(parts) == text and parts

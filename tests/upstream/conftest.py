@@ -22,7 +22,17 @@ def build(name: str, target: str, *options: str) -> Path:
         pytest.skip("cmake is missing: pip install 'kvtuner-gguf[test]'")
     folder = ROOT / "build" / name
     env = {**os.environ, "PATH": path}
-    configure = [cmake, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DKVTUNER_BUILD_TOOLS=ON", f"-DPython3_EXECUTABLE={sys.executable}"]
+    configure = [
+        cmake,
+        "-S",
+        str(ROOT),
+        "-B",
+        str(folder),
+        "-G",
+        "Ninja",
+        "-DKVTUNER_BUILD_TOOLS=ON",
+        f"-DPython3_EXECUTABLE={sys.executable}",
+    ]
     for command in ([*configure, *options], [cmake, "--build", str(folder), "--target", *target.split()]):
         run = subprocess.run(command, env=env, capture_output=True, text=True)
         assert run.returncode == 0, (run.stdout + run.stderr)[-3000:]

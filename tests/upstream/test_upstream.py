@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kvtuner_gguf.calibrate.evaluate import kl_divergence, log_softmax
 
 from kvtuner_gguf import Pair, Plan
-from kvtuner_gguf.calibrate.evaluate import kl_divergence, log_softmax
 from kvtuner_gguf.gguf_file import write_plan
 
 pytestmark = [pytest.mark.upstream, pytest.mark.model]
@@ -26,7 +26,8 @@ GREEDY = """
 import hashlib, sys
 import llama_cpp
 types = dict(type_k=int(sys.argv[2]), type_v=int(sys.argv[3])) if len(sys.argv) > 2 else {}
-llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=2, n_threads_batch=2, seed=1, flash_attn=True, logits_all=True, verbose=False, **types)
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_threads=2, n_threads_batch=2, seed=1, flash_attn=True,
+                      logits_all=True, verbose=False, **types)
 tokens = llm.tokenize(b"The history of the printing press begins")
 out = []
 for token in llm.generate(tokens, temp=0.0):
@@ -42,7 +43,9 @@ print(" ".join(map(str, out)), digest)
 LOGITS = """
 import sys
 import llama_cpp, numpy as np
-llm = llama_cpp.Llama(sys.argv[1], n_ctx=1024, n_batch=512, n_threads=2, n_threads_batch=2, flash_attn=sys.argv[4] == "on", logits_all=True, verbose=False, type_k=int(sys.argv[3]), type_v=int(sys.argv[3]))
+llm = llama_cpp.Llama(sys.argv[1], n_ctx=1024, n_batch=512, n_threads=2, n_threads_batch=2,
+                      flash_attn=sys.argv[4] == "on", logits_all=True, verbose=False, type_k=int(sys.argv[3]),
+                      type_v=int(sys.argv[3]))
 llm.eval(llm.tokenize(open(sys.argv[5], "rb").read())[:900])
 np.save(sys.argv[2], llm.scores[: llm.n_tokens])
 """
@@ -89,7 +92,10 @@ def test_our_attention_is_stocks_to_rounding(patched_bin, stock_bin, smol, tmp_p
     floor = kl_divergence(stock, logits(stock_bin, smol, tmp_path / "off.npy", 1, "off")).mean()
     ours = logits(patched_bin, smol, tmp_path / "ours.npy", 1, "on")
     assert kl_divergence(stock, ours).mean() <= 1.5 * floor
-    q8_0 = {name: logits(folder, smol, tmp_path / f"{name}.npy", 8, "on") for name, folder in (("s", stock_bin), ("o", patched_bin))}
+    q8_0 = {
+        name: logits(folder, smol, tmp_path / f"{name}.npy", 8, "on")
+        for name, folder in (("s", stock_bin), ("o", patched_bin))
+    }
     assert kl_divergence(stock, q8_0["o"]).mean() <= kl_divergence(stock, q8_0["s"]).mean() + 0.5 * floor
 
 
@@ -120,5 +126,7 @@ def test_series_is_its_own_export(tmp_path):
     copy = tmp_path / "llama.cpp"
     subprocess.run(["git", "clone", "-q", str(source), str(copy)], check=True)
     for script in ("apply", "check"):
-        result = subprocess.run([sys.executable, str(ROOT / "patches" / "series"), script, str(copy)], capture_output=True, text=True)
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "patches" / "series"), script, str(copy)], capture_output=True, text=True
+        )
         assert result.returncode == 0, result.stderr

@@ -1,4 +1,5 @@
-"""Attention is right as compiled for other instruction sets than this machine's: plain x86-64, AVX2, AVX-512, and aarch64 under qemu."""
+"""Attention is right as compiled for other instruction sets than this machine's: plain x86-64, AVX2, AVX-512, and
+aarch64 under qemu."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def test_attention_of_a_variant(variants_bin, variant, tmp_path):
     for library in variants_bin.glob("libggml-base.so*"):
         (tmp_path / library.name).symlink_to(library)
     (tmp_path / "libggml-cpu.so").symlink_to(variants_bin / f"libggml-cpu-{variant}.so")
-    test_attn.check([*test_attn.PAIRS[::5], *test_attn.SHAPES[::7], *test_attn.EXTRAS[::3], *test_attn.ODD[::2]], tmp_path)
+    test_attn.check(
+        [*test_attn.PAIRS[::5], *test_attn.SHAPES[::7], *test_attn.EXTRAS[::3], *test_attn.ODD[::2]], tmp_path
+    )
     test_isolation.check([*test_isolation.PAIRS[::19], *test_isolation.SHAPES[::11]], tmp_path)
 
 
@@ -54,10 +57,28 @@ def aarch64_bin(builder) -> Path:
 
 
 @pytest.mark.parametrize(
-    "cases", ["hsk=(64|128|256),.*kv=113,nb=3,mask=1,sinks=.,max_bias=0.0", "type_K=q6_32,type_V=q[28]", "type_K=q3_(32|64),type_V=(f16|q2_64|q5_1)"]
+    "cases",
+    [
+        "hsk=(64|128|256),.*kv=113,nb=3,mask=1,sinks=.,max_bias=0.0",
+        "type_K=q6_32,type_V=q[28]",
+        "type_K=q3_(32|64),type_V=(f16|q2_64|q5_1)",
+    ],
 )
 def test_attention_on_aarch64(aarch64_bin, cases):
-    command = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", str(aarch64_bin / "test-backend-ops"), "-b", "CPU", "-o", "FLASH_ATTN_EXT", "-p", cases]
-    run = subprocess.run(command, env={**os.environ, "QEMU_SET_ENV": f"LD_LIBRARY_PATH={aarch64_bin}"}, capture_output=True, text=True)
+    command = [
+        "qemu-aarch64",
+        "-L",
+        "/usr/aarch64-linux-gnu",
+        str(aarch64_bin / "test-backend-ops"),
+        "-b",
+        "CPU",
+        "-o",
+        "FLASH_ATTN_EXT",
+        "-p",
+        cases,
+    ]
+    run = subprocess.run(
+        command, env={**os.environ, "QEMU_SET_ENV": f"LD_LIBRARY_PATH={aarch64_bin}"}, capture_output=True, text=True
+    )
     assert run.returncode == 0 and "FAIL" not in run.stdout, (run.stdout + run.stderr)[-3000:]
     assert "\n  0/0 tests passed" not in run.stdout, f"no case is called {cases}"
