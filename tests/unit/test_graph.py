@@ -1,0 +1,51 @@
+"""The floors of the program: nothing imports what lies above it, and docs/architecture.md shows who imports whom."""
+
+from __future__ import annotations
+
+import import_graph
+
+
+def test_nothing_goes_in_a_circle():
+    assert import_graph.circle(import_graph.python_graph()) == ""
+
+
+def test_modules_import_from_the_floors_below_alone():
+    assert import_graph.climbing(import_graph.python_graph(), import_graph.FLOORS) == []
+
+
+def test_running_a_plan_needs_no_calibration():
+    graph = import_graph.python_graph()
+    runs = {name for name in graph if not name.startswith("calibrate")} - import_graph.MAY_CALIBRATE
+    assert {
+        name: to for name in runs if (to := {other for other in graph[name] if other.startswith("calibrate")})
+    } == {}
+
+
+def test_the_drawing_is_current():
+    page = import_graph.PAGE.read_text()
+    assert import_graph.drawn(page) == page, "Run tools/import_graph.py."
+
+
+def test_imports_are_found_wherever_they_stand(tmp_path, monkeypatch):
+    for name, code in {
+        "kvtuner_gguf/__init__.py": "__version__ = '0'",
+        "kvtuner_gguf/plan.py": "def f():\n    from . import pair, __version__",
+        "kvtuner_gguf/pair.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .plan import Plan",
+        "calibrate/__init__.py": "",
+        "calibrate/kld.py": "import os, kvtuner_gguf.plan\nfrom ..pair import Pair\nfrom . import text",
+        "calibrate/text.py": "from kvtuner_gguf.plan import Plan\nfrom kvtuner_gguf.calibrate import kld",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code)
+    monkeypatch.setattr(import_graph, "ROOT", tmp_path)
+    graph = import_graph.python_graph()
+    assert {name: to for name, to in graph.items() if to} == {
+        "plan": {"pair", "__init__"},
+        "calibrate.kld": {"plan", "pair", "calibrate.text"},
+        "calibrate.text": {"plan", "calibrate.kld"},
+    }
+    assert import_graph.python_graph(typing=True)["pair"] == {"plan"}
+    assert "calibrate.kld -> calibrate.text" in import_graph.circle(graph)
+    assert import_graph.needed({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": {"b"}, "b": {"c"}, "c": set()}
+    assert import_graph.climbing({"a": {"b"}, "b": set()}, ("b", "a")) == ["a imports b, which lies no floor below it"]
+    assert len(import_graph.climbing({"a": {"c"}, "c": set()}, ("a b",))) == 2
