@@ -34,7 +34,7 @@ NOT_DRAWN = frozenset(" ".join(FLOORS[-2:]).split())  # nearly all import them, 
 MAY_CALIBRATE = {"cli", "api"}  # of the modules beside calibrate/: to run a plan takes nothing of what makes one
 
 # Native code: the folders are the targets that it is linked into.
-NATIVE_FLOORS = ("llama ggml-cpu ggml-cuda", "ggml-base")
+NATIVE_FLOORS = ("llama ggml-cpu ggml-cuda tests", "ggml-base")
 
 Graph = dict[str, set[str]]
 
