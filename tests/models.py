@@ -30,6 +30,7 @@ TOKEN_TYPES = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL, *[TokenT
 OUTLIER_CHANNELS = (30, 31, 62, 63)
 """Of a head of 64: the two slowest NEOX rotation pairs, so a bias there stays put at all positions."""
 
+_LAYER_NORM = {"attention.layer_norm_epsilon": 1e-5}  # of an architecture whose norms are not RMS norms
 _KEY_TYPES = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, list: GGUFValueType.ARRAY}
 
 
@@ -98,6 +99,12 @@ class _Writer:
         self.matrix(f"{at}ffn_up", n_ff, n_embd)
         self.matrix(f"{at}ffn_down", n_embd, n_ff)
 
+    def plain_layers(self, n_layer: int, n_embd: int, n_ff: int, n_q: int, n_kv: int) -> None:
+        """Layers of attention and a feed-forward block, no more."""
+        for il in range(n_layer):
+            self.attention(f"blk.{il}.", n_embd, n_q, n_kv)
+            self.ffn(f"blk.{il}.", n_embd, n_ff)
+
     def save(self, extra: Extra) -> Path:
         for key, value_type, value in extra:
             self._gguf.add_key_value(key, value, value_type)
@@ -120,6 +127,15 @@ def _base_keys(*, n_layer: int, n_embd: int, n_ff: int, n_head: int, n_ctx: int 
     }
 
 
+def _head_keys(n_head_kv: int, head_dim: int) -> dict[str, Any]:
+    """The keys of an architecture whose heads need not divide n_embd."""
+    return {
+        "attention.head_count_kv": n_head_kv,
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+    }
+
+
 def tiny_llama(
     path: Path | str,
     *,
@@ -138,17 +154,11 @@ def tiny_llama(
               then nanbeige: the same keys, tensors, graph and (adjacent pairs) rotation without that check.
     """
     n_embd, n_ff, rope_dim = 128, 192, rope_dim or head_dim
-    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx) | {
-        "attention.head_count_kv": n_head_kv,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "rope.dimension_count": rope_dim,
-    }
+    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx)
+    keys |= _head_keys(n_head_kv, head_dim) | {"rope.dimension_count": rope_dim}
     w = _Writer(path, "llama" if rope_dim == head_dim else "nanbeige", seed, keys)
     w.ends(n_embd)
-    for il in range(n_layer):
-        w.attention(f"blk.{il}.", n_embd, n_head * head_dim, n_head_kv * head_dim)
-        w.ffn(f"blk.{il}.", n_embd, n_ff)
+    w.plain_layers(n_layer, n_embd, n_ff, n_head * head_dim, n_head_kv * head_dim)
     return w.save(extra)
 
 
@@ -159,13 +169,14 @@ def tiny_gemma3(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extr
     cells too unless swa_full is false, then n_swa + n_ubatch rounded up to a multiple of 256.
     """
     n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim = 6, 128, 128, 4, 2, 64
-    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head) | {
-        "attention.head_count_kv": n_head_kv,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "attention.sliding_window": n_swa,
-        "attention.sliding_window_pattern": 3,  # every third layer has full attention; 6 if the key is missing
-    }
+    keys = (
+        _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head)
+        | _head_keys(n_head_kv, head_dim)
+        | {
+            "attention.sliding_window": n_swa,
+            "attention.sliding_window_pattern": 3,  # every third layer has full attention; 6 if the key is missing
+        }
+    )
     w = _Writer(path, "gemma3", seed, keys)
     w.ends(n_embd, embd_std=n_embd**-0.5)  # the graph multiplies by sqrt(n_embd)
     for il in range(n_layer):
@@ -185,14 +196,15 @@ def tiny_gemma2(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extr
     Sliding window of n_swa tokens in layers 0 2, full attention in layers 1 3. Per layer K and V of 2 heads * 64.
     """
     n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim = 4, 128, 128, 4, 2, 64
-    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head) | {
-        "attention.head_count_kv": n_head_kv,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "attention.sliding_window": n_swa,
-        "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 30.0,
-    }
+    keys = (
+        _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head)
+        | _head_keys(n_head_kv, head_dim)
+        | {
+            "attention.sliding_window": n_swa,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 30.0,
+        }
+    )
     w = _Writer(path, "gemma2", seed, keys)
     w.ends(n_embd, embd_std=n_embd**-0.5, tied=True)  # the graph multiplies by sqrt(n_embd)
     for il in range(n_layer):
@@ -209,16 +221,17 @@ def tiny_gpt_oss(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Ext
     Sliding window of n_swa tokens in layers 0 2, full attention in layers 1 3. Per layer K and V of 2 heads * 64.
     """
     n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, n_expert = 4, 128, 64, 4, 2, 64, 2
-    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head) | {
-        "attention.head_count_kv": n_head_kv,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "attention.sliding_window": n_swa,
-        "rope.dimension_count": head_dim,
-        "expert_feed_forward_length": n_ff,
-        "expert_count": n_expert,
-        "expert_used_count": n_expert,
-    }
+    keys = (
+        _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head)
+        | _head_keys(n_head_kv, head_dim)
+        | {
+            "attention.sliding_window": n_swa,
+            "rope.dimension_count": head_dim,
+            "expert_feed_forward_length": n_ff,
+            "expert_count": n_expert,
+            "expert_used_count": n_expert,
+        }
+    )
     w = _Writer(path, "gpt-oss", seed, keys)
     w.ends(n_embd)
     for il in range(n_layer):
@@ -241,9 +254,7 @@ def tiny_refact(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
     keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head) | {"attention.head_count_kv": n_head_kv}
     w = _Writer(path, "refact", seed, keys)
     w.ends(n_embd)
-    for il in range(n_layer):
-        w.attention(f"blk.{il}.", n_embd, n_head * head_dim, n_head_kv * head_dim)
-        w.ffn(f"blk.{il}.", n_embd, n_ff)
+    w.plain_layers(n_layer, n_embd, n_ff, n_head * head_dim, n_head_kv * head_dim)
     return w.save(extra)
 
 
@@ -405,10 +416,8 @@ def tiny_t5(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
 def tiny_gpt2(path: Path | str, *, n_ctx: int = 128, seed: int = 0, extra: Extra = ()) -> Path:
     """gpt2: no RoPE but a table of n_ctx learned positions, which ends; 2 layers, K and V of 2 heads * 64."""
     n_layer, n_embd, n_ff, n_head = 2, 128, 256, 2
-    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx) | {
-        "attention.layer_norm_epsilon": 1e-5
-    }
-    w = _Writer(path, "gpt2", seed, keys)
+    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx)
+    w = _Writer(path, "gpt2", seed, keys | _LAYER_NORM)
     w.ends(n_embd)
     w.tensor("output_norm.bias", w.normal(n_embd, std=0.1))
     w.tensor("position_embd.weight", w.normal(n_ctx, n_embd, std=0.5))
@@ -431,10 +440,8 @@ def tiny_gpt2(path: Path | str, *, n_ctx: int = 128, seed: int = 0, extra: Extra
 def tiny_bert(path: Path | str, *, n_ctx: int = 128, seed: int = 0, extra: Extra = ()) -> Path:
     """bert: an encoder, which makes embeddings and has no cache; 2 layers, a table of n_ctx learned positions."""
     n_layer, n_embd, n_ff, n_head = 2, 128, 256, 2
-    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx) | {
-        "attention.layer_norm_epsilon": 1e-5
-    }
-    w = _Writer(path, "bert", seed, keys)
+    keys = _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head, n_ctx=n_ctx)
+    w = _Writer(path, "bert", seed, keys | _LAYER_NORM)
     w.tensor("token_embd.weight", w.normal(len(TOKENS), n_embd).astype(np.float16))
     w.tensor("position_embd.weight", w.normal(n_ctx, n_embd, std=0.5))
     norms = [

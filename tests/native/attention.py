@@ -192,16 +192,16 @@ class Operator:
 
     def compute(self) -> np.ndarray:
         """(n_stream, n_q, n_head, dv), by the library."""
-        case = self.case
         self.run()
-        shape = (case["n_stream"], case["n_q"], case["n_head_kv"] * case["n_gqa"], case["dv"])
-        data = (c.c_float * int(np.prod(shape))).from_address(self.ggml.base.ggml_get_data(self.out))
-        return np.frombuffer(data, np.float32).reshape(shape).copy()
+        return self._out()
 
     def compute_ref(self) -> np.ndarray:
         """Like compute, by kvt_attn_ref."""
-        case = self.case
         self.ggml.cpu.kvt_attn_ref(c.c_void_p(self.out))
+        return self._out()
+
+    def _out(self) -> np.ndarray:
+        case = self.case
         shape = (case["n_stream"], case["n_q"], case["n_head_kv"] * case["n_gqa"], case["dv"])
         data = (c.c_float * int(np.prod(shape))).from_address(self.ggml.base.ggml_get_data(self.out))
         return np.frombuffer(data, np.float32).reshape(shape).copy()

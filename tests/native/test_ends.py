@@ -33,29 +33,23 @@ def model(tiny, tmp_path) -> Path:
     return tmp_path / "model.gguf"
 
 
+def calibrating(model: Path, folder: Path) -> subprocess.Popen[str]:
+    """A process that calibrates, quickly, with the cache in a folder; what it says comes from its stderr."""
+    quickly = ["--chunks", "2", "--trials", "12", "-t", "1", "-c", "1024"]
+    return subprocess.Popen(
+        [sys.executable, "-c", CALIBRATE, "calibrate", str(model), *quickly],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "XDG_CACHE_HOME": str(folder / "cache")},
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 @pytest.mark.parametrize("stage", ["text", "capture", "search: price"])
 def test_nothing_stays_but_records(stage, number, model, tmp_path):
     before, cache = model.read_bytes(), tmp_path / "cache" / "kvtuner-gguf"
-    command = [
-        sys.executable,
-        "-c",
-        CALIBRATE,
-        "calibrate",
-        str(model),
-        "--chunks",
-        "2",
-        "--trials",
-        "12",
-        "-t",
-        "1",
-        "-c",
-        "1024",
-    ]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with calibrating(model, tmp_path) as process:
         for line in process.stderr:
             if line.startswith(stage):
                 process.send_signal(number)
@@ -76,25 +70,7 @@ def test_the_cache_folder_is_closed_to_others_at_any_time(model, tmp_path):
     cache = tmp_path / "cache" / "kvtuner-gguf"
     cache.mkdir(parents=True)
     cache.chmod(0o755)
-    command = [
-        sys.executable,
-        "-c",
-        CALIBRATE,
-        "calibrate",
-        str(model),
-        "--chunks",
-        "2",
-        "--trials",
-        "12",
-        "-t",
-        "1",
-        "-c",
-        "1024",
-    ]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    with subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    with calibrating(model, tmp_path) as process:
         for line in process.stderr:
             if line.startswith("search: price"):
                 break

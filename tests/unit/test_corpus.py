@@ -118,27 +118,29 @@ def test_pieces_from_both_ends_hold_each_document_once_and_whole(tmp_path, monke
     assert [piece.is_first for piece in pieces] == [True] + [False] * (len(pieces) - 1)
 
 
+def cut_texts(folder: Path, whole: str) -> list[str]:
+    """The documents that a plain text is cut into, more than five, which are all of it."""
+    with Corpus(write(folder, whole.encode(), "x.txt")) as text:
+        first = next(text.front())
+        pieces = [first, *list(text.back())[::-1]]
+    texts = [d.text for piece in pieces for d in piece.documents]
+    assert "".join(texts) == whole and len(texts) > 5
+    return texts
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_plain_text_is_cut_at_a_line_a_blank_or_a_character(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
     monkeypatch.setattr(corpus, "PIECE", rng.choice([16, 50]))
     letters = rng.choice(["aé漢😀", "aé漢😀 "])
     whole = "".join(rng.choice(letters) for _ in range(500))
-    with Corpus(write(tmp_path, whole.encode(), "x.txt")) as text:
-        first = next(text.front())
-        pieces = [first, *list(text.back())[::-1]]
-    texts = [d.text for piece in pieces for d in piece.documents]
-    assert "".join(texts) == whole and len(texts) > 5
+    cut_texts(tmp_path, whole)
 
 
 def test_plain_text_with_lines_is_cut_after_one(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "PIECE", 100)
     whole = "".join(f"line {i} of it\n" for i in range(200))
-    with Corpus(write(tmp_path, whole.encode(), "x.txt")) as text:
-        first = next(text.front())
-        pieces = [first, *list(text.back())[::-1]]
-    texts = [d.text for piece in pieces for d in piece.documents]
-    assert "".join(texts) == whole and len(texts) > 5 and all(t.endswith("\n") for t in texts)
+    assert all(t.endswith("\n") for t in cut_texts(tmp_path, whole))
 
 
 def test_of_a_long_text_only_the_ends_are_read(tmp_path, monkeypatch):
