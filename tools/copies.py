@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""tools/copies.py FILE...: code that stands in two places, with names and constants taken as alike. Found by lizard."""
+"""Code that stands in two places, with names and constants taken as alike: tools/copies.py FILE... By lizard."""
 
 from __future__ import annotations
 

@@ -1,10 +1,14 @@
 #!/usr/bin/env python3
-"""Who imports whom, in the package and in native/: draws docs/architecture.md; tests/unit/test_graph.py checks it."""
+"""Who imports whom, in the package and in native/: draws docs/architecture.md; tests/unit/test_graph.py checks it.
+
+--floors prints the floors that the imports need, for the table below, and draws nothing.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
@@ -130,6 +134,16 @@ def climbing(graph: Graph, floors: tuple[str, ...]) -> list[str]:
     ]
 
 
+def lowest(graph: Graph) -> list[str]:
+    """The floors that the graph needs, from the roof to the ground, each name on the lowest that it can have."""
+    floor: dict[str, int] = {}
+    for name in TopologicalSorter(graph).static_order():
+        floor[name] = max((floor[other] + 1 for other in graph[name]), default=0)
+    return [
+        " ".join(sorted(name for name in floor if floor[name] == i)) for i in reversed(range(max(floor.values()) + 1))
+    ]
+
+
 def folders(graph: Graph) -> Graph:
     """The graph between the folders of native/."""
     between: Graph = {}
@@ -209,4 +223,7 @@ def drawn(page: str) -> str:
 
 
 if __name__ == "__main__":
+    if "--floors" in sys.argv:  # for the table above
+        print(*lowest(python_graph()), sep="\n")
+        sys.exit()
     PAGE.write_text(drawn(PAGE.read_text()))
