@@ -1,11 +1,11 @@
-"""Tiny GGUF models with random weights, written when a test needs one: one function per cache shape.
+"""Tiny GGUF models with random weights, written when a test needs one: one function per cache shape; and a text.
 
 Each file is under 3 MB (tiny_llama up to 4 layers) and depends only on its arguments: same arguments, same bytes.
 Matrices are float16, norms are 1.
 The text a model makes means nothing; what matters is the shape of its cache, and that its logits depend on that cache.
 Tensor names and required keys: llama.cpp src/llama-arch.cpp and src/models/<arch>.cpp.
 
-Every function takes
+Every function of a model takes
     seed   of all random tensors
     extra  metadata added at the end, as (key, GGUFValueType, value); a list value goes with GGUFValueType.ARRAY
 and returns the path it wrote, replacing any file there.
@@ -467,3 +467,12 @@ def tiny_bert(path: Path | str, *, n_ctx: int = 128, seed: int = 0, extra: Extra
         *extra,
     ]
     return w.save(extra)
+
+
+def small_text(path: Path) -> Path:
+    """Text of 5000 tokens of the byte vocabulary."""
+    words = np.random.default_rng(0).choice(
+        ["river", "stone", "cloud", "seven", "light", "house", "green", "walks"], 900
+    )
+    path.write_text(" ".join(words))
+    return path

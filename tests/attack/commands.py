@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-import numpy as np
 import scipy.optimize
 import scipy.sparse  # noqa: F401
 from fault import Fault, need
@@ -184,15 +183,6 @@ def held(ended: Ended, what: str, *, codes: tuple[int, ...] = (0, 1)) -> None:
         or (ended.code == 1 and "Error: " not in ended.text and 1 in codes and "Aborted" not in ended.text)
     ):
         raise Fault(f"{what}: ends with {ended.code}, {ended.text[-1500:]!r}")
-
-
-def small_text(path: Path) -> Path:
-    """Text of 5000 tokens for the tiny models."""
-    words = np.random.default_rng(0).choice(
-        ["river", "stone", "cloud", "seven", "light", "house", "green", "walks"], 900
-    )
-    path.write_text(" ".join(words))
-    return path
 
 
 def calibrate_args(model: Path, text: Path, *more: object) -> tuple[object, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import commands
 from fault import need
-from models import tiny_qwen2
+from models import small_text, tiny_qwen2
 
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
@@ -25,7 +25,7 @@ class Attack:
         self.folder, self.disk = folder, folder / "disk"
         self.disk.mkdir()
         self.mounted = _mount(self.disk)
-        self.model, self.text = self.disk / "model.gguf", commands.small_text(folder / "text.txt")
+        self.model, self.text = self.disk / "model.gguf", small_text(folder / "text.txt")
         self.plain = tiny_qwen2(folder / "plain.gguf", k_outlier=40.0)
         self.sidecar = folder / "plan.json"
         Plan.uniform(Pair("q8_0", "q4_0"), 4).save(self.sidecar)

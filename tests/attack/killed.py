@@ -10,7 +10,7 @@ from pathlib import Path
 
 import commands
 from fault import need
-from models import tiny_qwen2
+from models import small_text, tiny_qwen2
 
 FILES = (
     "atomic.py",
@@ -25,7 +25,7 @@ FILES = (
 class Attack:
     def __init__(self, folder: Path) -> None:
         self.folder, self.home, self.cache = folder, folder / "input", folder / "cache"
-        self.model, self.text = self.home / "model.gguf", commands.small_text(folder / "text.txt")
+        self.model, self.text = self.home / "model.gguf", small_text(folder / "text.txt")
         self.plain = tiny_qwen2(folder / "plain.gguf", k_outlier=40.0)
         self.args = commands.calibrate_args(self.model, self.text)
         self._fresh()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import commands
 from fault import need
-from models import tiny_qwen2
+from models import small_text, tiny_qwen2
 
 from kvtuner_gguf.plan import Plan
 
@@ -17,7 +17,7 @@ from kvtuner_gguf.plan import Plan
 class Attack:
     def __init__(self, folder: Path) -> None:
         self.folder, self.home, self.cache = folder, folder / "input", folder / "cache"
-        self.text = commands.small_text(folder / "text.txt")
+        self.text = small_text(folder / "text.txt")
         self.model = tiny_qwen2(folder / "model.gguf", k_outlier=40.0)
         self.out = folder / "plan.json"
         self.calibrate = commands.calibrate_args(self.model, self.text, "-o", self.out)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import commands
 from fault import need
-from models import tiny_llama
+from models import small_text, tiny_llama
 
 from kvtuner_gguf.gguf_file import write_plan
 from kvtuner_gguf.pair import Pair
@@ -20,7 +20,7 @@ N_WRITERS = 5
 class Attack:
     def __init__(self, folder: Path) -> None:
         self.folder, self.home, self.cache = folder, folder / "input", folder / "cache"
-        self.model, self.text = self.home / "model.gguf", commands.small_text(folder / "text.txt")
+        self.model, self.text = self.home / "model.gguf", small_text(folder / "text.txt")
         plain = tiny_llama(folder / "plain.gguf", n_layer=2)
         self.jobs, self.files = [("strip", self.model)], {"plain": plain}
         for i, name in enumerate(("q8_0/q4_0", "q4_0/q8_0")):

@@ -14,8 +14,9 @@ from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
 
 if TYPE_CHECKING:
-    from kvtuner_gguf.runtime import Context
+    from kvtuner_gguf.runtime import Context, Session
 
+N_TOKENS = 96  # more than the window of gemma3
 MIXTURE = ("q8_0/q4_0", "f16/q8_0", "q4_1/f16", "q5_1/iq4_nl", "bf16/q5_0", "iq4_nl/f32")
 """Every kind of neighbours: rotated and not on either side, and each type that has a block once or more."""
 
@@ -38,6 +39,18 @@ def prompt(n: int, seed: int = 0) -> list[int]:
 def feed(ctx: Context, tokens: Sequence[int], pos: int = 0, seq_id: int = 0) -> np.ndarray:
     """(n_tokens, n_vocab) logits after each of the tokens, which stand at pos and on."""
     return ctx.decode([(token, pos + i, seq_id) for i, token in enumerate(tokens)], [True] * len(tokens)).copy()
+
+
+def run(
+    session: Session, pairs: Sequence[Pair] | None = None, k_vectors: Sequence[KVectors] = (), **arguments
+) -> np.ndarray:
+    """(N_TOKENS + 4, n_vocab) logits under a plan, of a prompt and of four single tokens after it."""
+    session.set_plan(pairs, k_vectors)
+    tokens = prompt(N_TOKENS + 4)
+    with session.context(256, **arguments) as ctx:
+        parts = [feed(ctx, tokens[:N_TOKENS])]
+        parts += [feed(ctx, [token], N_TOKENS + i) for i, token in enumerate(tokens[N_TOKENS:])]
+    return np.concatenate(parts)
 
 
 def metadata(pairs: Sequence[Pair]) -> list[tuple[str, GGUFValueType, object]]:

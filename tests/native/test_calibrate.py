@@ -11,9 +11,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
+from models import small_text
 
 from kvtuner_gguf import Plan
 from kvtuner_gguf.cli import main
@@ -35,13 +35,7 @@ def short_chunks_and_own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def text(tmp_path) -> Path:
-    """Text of 5000 tokens for the byte vocabulary of the tiny models."""
-    words = np.random.default_rng(0).choice(
-        ["river", "stone", "cloud", "seven", "light", "house", "green", "walks"], 900
-    )
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(words))
-    return path
+    return small_text(tmp_path / "text.txt")
 
 
 def copy_of(model: Path, folder: Path) -> Path:

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 from gguf_bytes import F32, U32, array, entry, strings, text, u32, with_entries
-from running import feed, mixture, prompt, uniform, vectors
+from running import N_TOKENS, feed, mixture, prompt, run, uniform, vectors
 from test_shift import next_logits
 from test_state import assert_refused, every_kind, restore, save, saved
 
@@ -33,7 +33,6 @@ MODELS = {
     "ALiBi": ("refact", {}, (2, 64)),
 }
 every_model = pytest.mark.parametrize("model", MODELS)
-N_TOKENS = 96  # more than a window
 # Greatest difference of a logit (std 2), conditioned less not: the rounding of another cache. Measured at worst: f32
 # .014 (flash attention reads it as f16, without it .006), f16 .018, bf16 .10. Without the scale on Q, or the mean at a
 # shift, it is above 1.
@@ -50,16 +49,6 @@ def all_vectors(session, shape, **sides):
     """Vectors for every layer that has K of its own."""
     il = layers_with_kv(session)
     return [vectors(i, *shape, **sides) if i in il else KVectors() for i in range(session.n_layer)]
-
-
-def run(session, pairs, k_vectors=(), **arguments):
-    """(N_TOKENS + 4, n_vocab) logits of a prompt and of single tokens after it."""
-    session.set_plan(pairs, k_vectors)
-    tokens = prompt(N_TOKENS + 4)
-    with session.context(256, **arguments) as ctx:
-        parts = [feed(ctx, tokens[:N_TOKENS])]
-        parts += [feed(ctx, [token], N_TOKENS + i) for i, token in enumerate(tokens[N_TOKENS:])]
-    return np.concatenate(parts)
 
 
 def conditioned(ctx):

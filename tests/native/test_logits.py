@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from running import feed, mixture, prompt, uniform
+from running import N_TOKENS, feed, mixture, prompt, run, uniform
 
 from kvtuner_gguf.codecs import CODECS
 from kvtuner_gguf.pair import Pair
@@ -10,17 +10,6 @@ from kvtuner_gguf.pair import Pair
 pytestmark = pytest.mark.native
 
 every_arch = pytest.mark.parametrize("arch", ["llama", "gemma3", "hybrid", "mla"])
-N_TOKENS = 96  # more than the window of gemma3
-
-
-def run(session, pairs=None, **arguments):
-    """(N_TOKENS + 4, n_vocab) logits of a prompt and of four single tokens after it."""
-    session.set_plan(pairs)
-    tokens = prompt(N_TOKENS + 4)
-    with session.context(256, **arguments) as ctx:
-        parts = [feed(ctx, tokens[:N_TOKENS])]
-        parts += [feed(ctx, [token], N_TOKENS + i) for i, token in enumerate(tokens[N_TOKENS:])]
-    return np.concatenate(parts)
 
 
 @every_arch
