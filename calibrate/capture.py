@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import native
-from ..errors import CalibrationError
-from ..native import TapNode
-from ..runtime import Session, Tap
-from .evaluate import N_UBATCH, Chunks, check_logits
-from .results import Capture, LayerSample, save_sample
+from kvtuner_gguf import native
+from kvtuner_gguf.calibrate.kld import N_UBATCH, Chunks, check_logits
+from kvtuner_gguf.calibrate.samples import Capture, LayerSample, save_sample
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.native import TapNode
+from kvtuner_gguf.runtime import Session
+from kvtuner_gguf.tap import Tap
 
 N_Q = 64  # query rows of each layer and sample, spread over the last batch
 N_PLACE = 16  # places of the context at which K is looked at

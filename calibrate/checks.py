@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..codecs import codec
-from ..errors import CalibrationError
-from ..geometry import Geometry
-from ..room import mib, need, why
-from ..runtime import Session
-from .corpus import Corpus
-from .options import Options
-from .sizes import Sizes
+from kvtuner_gguf.calibrate.corpus import Corpus
+from kvtuner_gguf.calibrate.options import Options
+from kvtuner_gguf.calibrate.sizes import Sizes
+from kvtuner_gguf.codecs import codec
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.geometry import Geometry
+from kvtuner_gguf.room import mib, need, why
+from kvtuner_gguf.runtime import Session
 
 _SPECIAL_TOKENS = 16  # more than a tokenizer adds to a text
 

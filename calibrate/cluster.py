@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import CalibrationError
-from ..pair import Pair
-from .results import ErrorTable, Groups, Menus
+from kvtuner_gguf.calibrate.results import ErrorTable, Groups, Menus
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.pair import Pair
 
 
 def cluster(

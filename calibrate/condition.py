@@ -19,8 +19,9 @@ from functools import partial
 
 import numpy as np
 
-from ..kvectors import K_MEAN_MAX, K_SCALE_RANGE, KVectors
-from .results import Capture, Conditions, LayerSample
+from kvtuner_gguf.calibrate.results import Conditions
+from kvtuner_gguf.calibrate.samples import Capture, LayerSample
+from kvtuner_gguf.kvectors import K_MEAN_MAX, K_SCALE_RANGE, KVectors
 
 LEAST_GAIN = 0.02  # of the error, for one more operation in every token's graph
 MOST_SPREAD = 1e3  # of a scale, to either side of 1: a channel that is next to nothing gets no more

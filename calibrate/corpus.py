@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..cache import scratch
-from ..errors import CalibrationError
-from ..reading import sha256_of
-from ..room import write_errors
-from .records import CURE
+from kvtuner_gguf.cache import scratch
+from kvtuner_gguf.calibrate.records import CURE
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.reading import sha256_of
+from kvtuner_gguf.room import write_errors
 
 PIECE = 1 << 16  # bytes that are looked at at once; a document of JSON Lines may be longer
 BOM = b"\xef\xbb\xbf"

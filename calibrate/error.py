@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from ..codecs import codec
-from ..kvectors import AS_IT_IS, KVectors
-from ..pair import Pair
-from .results import Capture, ErrorTable, LayerSample
+from kvtuner_gguf.calibrate.results import ErrorTable
+from kvtuner_gguf.calibrate.samples import Capture, LayerSample
+from kvtuner_gguf.codecs import codec
+from kvtuner_gguf.kvectors import AS_IT_IS, KVectors
+from kvtuner_gguf.pair import Pair
 
 TypesOfLayer = tuple[Sequence[str], Sequence[str]]  # of K, of V
 RoundTrip = Callable[[str, np.ndarray], np.ndarray]

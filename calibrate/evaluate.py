@@ -1,187 +1,90 @@
-"""Text + plan -> quality: the KL divergence of a real run on the real quantized cache from the run on an f16 cache."""
+"""Any list of plans and uniform pairs -> their KLD table on one text, for `kvtuner-gguf evaluate`."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from ..errors import CalibrationError
-from ..kvectors import KVectors
-from ..pair import Pair
-from ..plan import Quality
-from ..room import reserve, write_errors
-from ..runtime import Session
-from .records import CURE
-
-N_UBATCH = 512  # of all runs that are compared
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """A text as equal pieces, each run from an empty cache.
-
-    tokens    (n_chunk, n_ctx) int32
-    n_skip    positions at the start of each chunk that are not scored; by default half of it, as llama-perplexity does
-    """
-
-    tokens: np.ndarray
-    n_skip: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.tokens.ndim != 2 or self.tokens.shape[1] < 16:
-            raise CalibrationError(
-                f"chunks {self.tokens.shape}: need (n_chunk, n_ctx) with n_ctx of at least 16. Use a longer text."
-            )
-
-    @property
-    def n_ctx(self) -> int:
-        return self.tokens.shape[1]
-
-    @property
-    def first(self) -> int:
-        """Index in a chunk of the first position that is scored."""
-        return self.n_ctx // 2 if self.n_skip is None else self.n_skip
-
-    @property
-    def n_positions(self) -> int:
-        """Positions that are scored, all chunks together."""
-        return len(self.tokens) * (self.n_ctx - self.first)
+from kvtuner_gguf import native
+from kvtuner_gguf.cache import scratch
+from kvtuner_gguf.calibrate.checks import check_room, check_text
+from kvtuner_gguf.calibrate.corpus import readable
+from kvtuner_gguf.calibrate.kld import make_reference, measure
+from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.plan import Plan
+from kvtuner_gguf.quality import Comparison, Row
+from kvtuner_gguf.runtime import Session
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """(n, n_vocab) float32 -> log-probabilities, same shape."""
-    x = logits - logits.max(axis=1, keepdims=True)
-    x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
-    return x
+def compare(*, text: Path | None, **given: Any) -> Comparison:
+    """See _compare. text: a file or a pipe; None: the model writes its own. Raises CalibrationError if it cannot be
+    read."""
+    with readable(text) as path:
+        return _compare(text=path, **given)
 
 
-def check_logits(session: Session, logits: np.ndarray, tokens: Sequence[int]) -> None:
-    """Raises CalibrationError unless logits, of an f16 cache after the tokens, are numbers. -inf is one: a token that
-    never comes."""
-    if np.isfinite(logits.max(axis=1)).all():
-        return
-    session.set_plan(None)
-    with session.context(len(tokens), type_k="bf16", type_v="bf16") as ctx:
-        is_the_cache = all(np.isfinite(part.max(axis=1)).all() for part in ctx.logits(tokens, 0))
-    if is_the_cache:
-        raise CalibrationError(
-            f"model '{session.path}': its K or V is beyond the 65504 of f16, so that an f16 cache gives NaN, and "
-            "there is nothing to "
-            "measure a plan against. Run it with -ctk bf16 -ctv bf16."
-        )
-    raise CalibrationError(
-        f"model '{session.path}': gives NaN, whatever its cache. The file is damaged, or its quantization is. "
-        "Get it again, or take another quantization."
-    )
-
-
-def kl_divergence(base: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """KL(base || run) of each position, in nats.
-
-    base    (n, n_vocab) log-probabilities of the f16 cache, float16 or float32
-    logits  (n, n_vocab) float32 of the run
-    -> (n,) float64, >= 0
-    """
-    base = base.astype(np.float32)  # float16 log-probabilities do not sum to one
-    base -= base.max(axis=1, keepdims=True)
-    p = np.exp(base)
-    p /= (total := p.sum(axis=1, keepdims=True))
-    run = logits - logits.max(axis=1, keepdims=True)
-    base -= run
-    np.exp(run, out=run)
-    base += np.log(run.sum(axis=1, keepdims=True)) - np.log(total)
-    base *= p
-    return np.maximum(base.sum(axis=1, dtype=np.float64), 0.0)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Log-probabilities of the f16 cache on the scored positions: (n_positions, n_vocab) float16, on disk."""
-
-    chunks: Chunks
-    path: Path
-    n_vocab: int
-
-    def open(self) -> np.ndarray:
-        return np.memmap(self.path, np.float16, "r", shape=(self.chunks.n_positions, self.n_vocab))
-
-
-def make_reference(
-    session: Session, chunks: Chunks, path: Path, progress: Callable[[int], None] = lambda n: None
-) -> Reference:
-    """Run the text on an f16 cache and keep its log-probabilities in a file. progress gets positions done.
-
-    Raises CalibrationError if the disk has no room for it: seen before the run, and never by a write into a mapping.
-    """
-    session.set_plan(None)
-    n_bytes = 2 * chunks.n_positions * session.n_vocab
-    with write_errors(path, n_bytes, CURE, CalibrationError), open(path, "wb", opener=_private) as out:
-        reserve(out, path.parent, n_bytes)
-        with session.context(chunks.n_ctx, n_ubatch=N_UBATCH) as ctx:
-            for tokens in chunks.tokens.tolist():
-                for logits in ctx.logits(tokens, chunks.first):
-                    check_logits(session, logits, tokens)
-                    for block in _blocks(logits):
-                        out.write(log_softmax(block).astype(np.float16).tobytes())
-                    progress(len(logits))
-    return Reference(chunks, path, session.n_vocab)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def measure(
-    session: Session,
-    pairs: Sequence[Pair] | None,
-    reference: Reference,
+def _compare(
     *,
-    k_vectors: Sequence[KVectors] = (),
-    flash_attn: bool = True,
-    progress: Callable[[int], None] = lambda n: None,
-) -> Quality:
-    """Quality of a plan on the reference's text: a real run on the real cache.
+    model: Path,
+    named: Mapping[str, Plan | Pair],
+    progress: Any,
+    stream: int,
+    n_ctx: int,
+    text: Path | None,
+    n_chunk: int,
+    seed: int,
+    threads: int | None,
+    n_gpu_layers: int,
+) -> Comparison:
+    """Each plan or pair measured on n_chunk chunks of `stream` tokens, or of as many as the model can read, beside the
+    f16 noise floor.
 
-    pairs       one per layer; None = f16
-    k_vectors   how each layer's K is conditioned; () = none is
-    flash_attn  False with pairs=None: the noise floor. The same f16 cache by another attention kernel, so that the
-                difference is rounding alone, as the model's other roundings amplify it
-    Raises CalibrationError if the run time did not allocate what was asked for.
+    text   None: the model writes its own
+    n_ctx  context at which bytes are counted
+    Raises CalibrationError if a plan does not fit the model, or the text is too short.
     """
-    base, chunks = reference.open(), reference.chunks
-    kld, same_top = np.empty(chunks.n_positions), np.empty(chunks.n_positions, bool)
-    at = 0
-    session.set_plan(pairs, k_vectors)
-    with session.context(chunks.n_ctx, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
-        if pairs is not None and ctx.notes():
-            raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")
-        for tokens in chunks.tokens.tolist():
-            for logits in ctx.logits(tokens, chunks.first):
-                for block in _blocks(logits):
-                    rows = slice(at, at + len(block))
-                    kld[rows] = kl_divergence(base[rows], block)
-                    same_top[rows] = base[rows].argmax(axis=1) == block.argmax(axis=1)
-                    at += len(block)
-                progress(len(logits))
-    if not np.isfinite(kld).all():
-        what = (
-            ", ".join(sorted({str(p) for p in pairs if p.type_k}))
-            if pairs is not None
-            else "f16 without flash attention"
-        )
+    with Session(model, no_alloc=True) as shape:
+        shape.check_writes_text()
+        geometry, stream, n_vocab = shape.geometry(n_ctx), shape.fitting(stream), shape.n_vocab
+    check_text(text, n_chunk * stream)
+    with scratch() as tmp, Session(model, n_threads=threads, n_gpu_layers=n_gpu_layers) as session:
+        check_room(tmp, 2 * n_vocab * n_chunk * (stream - stream // 2))
+        plans = {name: _plan(name, asked, geometry.values_k) for name, asked in named.items()}
+        n_tokens = n_chunk * stream
+        if text is not None:
+            source = read_text(session, text, 0, n_tokens, progress.say)
+        else:
+            with progress.bar("text: the model writes", n_tokens) as advance:
+                source = write_text(session, 0, n_tokens, stream=stream, seed=seed, progress=advance)
+        chunks = chunks_of(source.heldout, stream, n_chunk, "text")
+        with progress.bar("f16 reference", chunks.n_positions) as advance:
+            reference = make_reference(session, chunks, tmp / "f16", advance)
+        with progress.bar("measure", len(plans) + 1) as advance:
+            f16 = _plan("f16", Pair("f16", "f16"), geometry.values_k).pairs
+            rows = [
+                Row("f16 (noise floor)", 16.0, geometry.bytes(f16), measure(session, None, reference, flash_attn=False))
+            ]
+            advance(1)
+            notes = []
+            for name, plan in plans.items():
+                bits, n_bytes = (
+                    geometry.bits_per_value(plan.pairs, plan.k_vectors),
+                    geometry.bytes(plan.pairs, plan.k_vectors),
+                )
+                session.put_in_force(plan)
+                notes += [f"{name}: {note}" for note in native.plan_notes(session.model)]
+                rows.append(Row(name, bits, n_bytes, measure(session, plan.pairs, reference, k_vectors=plan.k_vectors)))
+                advance(1)
+    return Comparison(source.name, chunks.n_positions, chunks.n_ctx, n_ctx, tuple(rows), tuple(notes))
+
+
+def _plan(name: str, asked: Plan | Pair, values_k: tuple[int, ...]) -> Plan:
+    plan = Plan.uniform(asked, len(values_k), [bool(n) for n in values_k]) if isinstance(asked, Pair) else asked
+    if plan.n_layer != len(values_k):
         raise CalibrationError(
-            f"{what}: NaN at {np.isnan(kld).sum()} of {len(kld)} positions, where an f16 cache gives numbers. "
-            "Choose other types."
+            f"plan '{name}' has {plan.n_layer} layers, the model has {len(values_k)}. Use a plan of this model."
         )
-    return Quality(float(kld.mean()), float(np.quantile(kld, 0.999)), float(same_top.mean()), chunks.n_positions)
-
-
-def _blocks(logits: np.ndarray):
-    """Rows that stay in the processor's cache while they are worked on."""
-    size = max(1, 2**18 // logits.shape[1])
-    for start in range(0, len(logits), size):
-        yield logits[start : start + size]
+    return plan

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import CalibrationError
-from ..geometry import Geometry
-from ..pair import Pair
-from ..plan import Plan
-from ..report import Comparison
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.geometry import Geometry
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.plan import Plan
+from kvtuner_gguf.quality import Comparison
 
 DEFAULT_TYPES = ("f16", "q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q3_64", "q3_32", "q2_64", "q2_32")
 PAPER_TYPES = ("q8_0", "q4_0", "q2_64", "q2_32")  # KVTuner's 8, 4 and 2 bits

@@ -13,34 +13,36 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
-from .. import native
-from ..cache import scratch
-from ..codecs import codec
-from ..errors import CalibrationError
-from ..gguf_file import weights_hash
-from ..kvectors import KVectors, vector_bytes, where_quantized
-from ..pair import Pair
-from ..plan import Plan, Quality
-from ..runtime import Session
-from .additive import Additive, fit
-from .capture import capture
-from .checks import Shape, cheapest_bytes, check_budget, check_room, check_text, shape_of
-from .cluster import cluster
-from .condition import condition
-from .corpus import readable
-from .error import attention_scores, error_table, k_error
-from .evaluate import N_UBATCH, Chunks, Reference, make_reference, measure
-from .options import IN_PLACE_OF, PAPER_TRIALS, Options, Outcome, Point, Solved
-from .prices import N_FLOOR, floor_plans, price, price_ladders, replaced
-from .proof import HELDOUT_FLOOR, prove
-from .prune import pareto_menus
-from .results import Capture, Conditions, ErrorTable, Trial, Trials
-from .saved import EvaluationCache, claimed, work_dir
-from .search import nsga2
-from .sizes import Sizes
-from .solve import cheapest, fewest_bytes, front, kld_search, refine, solve, uniform_pairs
-from .text import Text, chunks_of, read_text, write_text
-from .weights import search_session
+from kvtuner_gguf import native
+from kvtuner_gguf.cache import scratch
+from kvtuner_gguf.calibrate.capture import capture
+from kvtuner_gguf.calibrate.checks import Shape, cheapest_bytes, check_budget, check_room, check_text, shape_of
+from kvtuner_gguf.calibrate.cluster import cluster
+from kvtuner_gguf.calibrate.condition import condition
+from kvtuner_gguf.calibrate.corpus import readable
+from kvtuner_gguf.calibrate.error import attention_scores, error_table, k_error
+from kvtuner_gguf.calibrate.kld import N_UBATCH, Chunks, Reference, make_reference, measure
+from kvtuner_gguf.calibrate.kld_model import KldModel, fit
+from kvtuner_gguf.calibrate.nsga2 import nsga2
+from kvtuner_gguf.calibrate.options import IN_PLACE_OF, PAPER_TRIALS, Options, Outcome, Point, Solved
+from kvtuner_gguf.calibrate.prices import N_FLOOR, floor_plans, price, price_ladders, replaced
+from kvtuner_gguf.calibrate.proof import HELDOUT_FLOOR, prove
+from kvtuner_gguf.calibrate.prune import pareto_menus
+from kvtuner_gguf.calibrate.results import Conditions, ErrorTable, Trial, Trials
+from kvtuner_gguf.calibrate.samples import Capture
+from kvtuner_gguf.calibrate.sizes import Sizes
+from kvtuner_gguf.calibrate.solve import cheapest, fewest_bytes, front, kld_search, refine, solve, uniform_pairs
+from kvtuner_gguf.calibrate.store import EvaluationCache, claimed, work_dir
+from kvtuner_gguf.calibrate.text import Text, chunks_of, read_text, write_text
+from kvtuner_gguf.calibrate.weights import search_session
+from kvtuner_gguf.codecs import codec
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.gguf_file import weights_hash
+from kvtuner_gguf.kvectors import KVectors, vector_bytes, where_quantized
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.plan import Plan
+from kvtuner_gguf.quality import Quality
+from kvtuner_gguf.runtime import Session
 
 STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
 JUDGED_BITS = (
@@ -300,7 +302,7 @@ class Run:
         self.k_vectors = self.affordable_vectors(text)
         errors = self.errors(text)
         shutil.rmtree(self.scratch / "capture", ignore_errors=True)  # large, and of no use from here on
-        model = Additive.of(errors, self.geometry)
+        model = KldModel.of(errors, self.geometry)
         self.affordable(model)
         reference = self.search_reference(text)
         quality = self.evaluate(reference, self.search)
@@ -323,7 +325,7 @@ class Run:
         reference.path.unlink(missing_ok=True)  # likewise
         return found, rivals
 
-    def fitted_search(self, model: Additive, uniform: list[tuple[Pair, ...]], kld: Callable) -> Trial:
+    def fitted_search(self, model: KldModel, uniform: list[tuple[Pair, ...]], kld: Callable) -> Trial:
         """The default: runs that price each layer's K and V, then the best plans by these prices, to correct them at
         the goal."""
         n_price, n_refine = 2 * len(model.il) + N_FLOOR, N_REFINE
@@ -383,7 +385,7 @@ class Run:
             )
         return self.choose(tried)
 
-    def affordable(self, model: Additive) -> None:
+    def affordable(self, model: KldModel) -> None:
         """Raises CalibrationError if no plan is within the goal's bytes, the vectors of K paid."""
         check_budget(self.options, self.geometry, cheapest(model) + vector_bytes(self.k_vectors))
 
@@ -391,7 +393,7 @@ class Run:
         """The plan of the goal by what was measured for this goal or others, and the whole front."""
         text = self.text()
         self.k_vectors = self.affordable_vectors(text)
-        model = Additive.of(self.errors(text), self.geometry)
+        model = KldModel.of(self.errors(text), self.geometry)
         self.affordable(model)
         by_search = {what: self.known(model, what) for what in (SEARCH, SEARCH_COPY)}
         what, known = max(by_search.items(), key=lambda item: len(item[1]))
@@ -419,7 +421,7 @@ class Run:
         predicted = floor + float(model.features(pairs) @ x)
         return Solved(self.final_plan(text, pairs, self.vectors_of(pairs)), predicted, tuple(rows), self.geometry)
 
-    def known(self, model: Additive, what: str) -> list[Trial]:
+    def known(self, model: KldModel, what: str) -> list[Trial]:
         """The runs of a search, of these types and vectors, that tell prices."""
         runs = self.cache.of(what + self.tag)
         trials = [
@@ -468,7 +470,7 @@ class Run:
         quality: Quality | None = None,
         rival: tuple[Quality, Trial] | None = None,
     ) -> Plan:
-        from .. import __version__
+        from kvtuner_gguf import __version__
 
         rotated = any(any(r) for r in self.session.rotation().values())
         return Plan(

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..geometry import Geometry
-from ..kvectors import KVectors
-from ..pair import Pair
-from ..plan import Plan, Quality
-from ..report import Comparison, Row
-from .evaluate import Reference, measure
-from .results import Trial
+from kvtuner_gguf.calibrate.kld import Reference, measure
+from kvtuner_gguf.calibrate.results import Trial
+from kvtuner_gguf.geometry import Geometry
+from kvtuner_gguf.kvectors import KVectors
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.plan import Plan
+from kvtuner_gguf.quality import Comparison, Quality, Row
 
 if TYPE_CHECKING:
-    from .pipeline import Run
+    from kvtuner_gguf.calibrate.pipeline import Run
 
 HELDOUT, HELDOUT_FLOOR = "heldout", "heldout-floor"  # runs in the records
 

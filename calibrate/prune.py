@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..codecs import codec
-from ..errors import CalibrationError
-from ..geometry import Geometry
-from ..pair import Pair
-from .results import ErrorTable, Menus, non_dominated
+from kvtuner_gguf.calibrate.results import ErrorTable, Menus, non_dominated
+from kvtuner_gguf.codecs import codec
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.geometry import Geometry
+from kvtuner_gguf.pair import Pair
 
 
 def pareto_pairs(pairs: Sequence[Pair], bits: Sequence[float], errors: Sequence[float]) -> list[int]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..atomic import atomic_file
-from ..errors import CalibrationError
-from ..reading import is_regular
-from ..room import write_errors
+from kvtuner_gguf.atomic import atomic_file
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.reading import is_regular
+from kvtuner_gguf.room import write_errors
 
 CURE = "Make room there, or set XDG_CACHE_HOME to a folder elsewhere."
 _SEAL_BYTES = 32

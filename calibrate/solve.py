@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..codecs import codec
-from ..errors import CalibrationError
-from ..geometry import Geometry
-from ..pair import Pair
-from .additive import F16, Additive, fit
-from .results import Trial, Trials
+from kvtuner_gguf.calibrate.kld_model import F16, KldModel, fit
+from kvtuner_gguf.calibrate.results import Trial, Trials
+from kvtuner_gguf.codecs import codec
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.geometry import Geometry
+from kvtuner_gguf.pair import Pair
 
 Evaluate = Callable[[tuple[Pair, ...]], float]
 
@@ -27,23 +27,23 @@ STEP, N_STEPS = (
 SPREAD = 0.3  # of the prices of a first refinement, as logarithms: one standard deviation
 
 
-def cheapest(model: Additive) -> int:
+def cheapest(kld_model: KldModel) -> int:
     """Fewest bytes that any plan can have."""
-    return int(np.where(np.isnan(model.sq_k), np.inf, model.n_bytes).min(axis=1).sum())
+    return int(np.where(np.isnan(kld_model.sq_k), np.inf, kld_model.n_bytes).min(axis=1).sum())
 
 
-def solve(model: Additive, prices: np.ndarray, max_bytes: int) -> tuple[Pair, ...]:
+def solve(kld_model: KldModel, prices: np.ndarray, max_bytes: int) -> tuple[Pair, ...]:
     """The plan of the lowest summed price within max_bytes, by integer programming (SciPy's HiGHS), to 0.01 %.
 
     prices  (n_il, n_pair), NaN where not allowed
     Raises CalibrationError if no plan fits.
     """
-    if cheapest(model) > max_bytes:
+    if cheapest(kld_model) > max_bytes:
         raise CalibrationError(
-            f"budget of {max_bytes} bytes: the cheapest plan of these types needs {cheapest(model)}. Allow more "
+            f"budget of {max_bytes} bytes: the cheapest plan of these types needs {cheapest(kld_model)}. Allow more "
             "bits, or cheaper types."
         )
-    plan = _program(model, prices, prices, model.n_bytes, max_bytes)
+    plan = _program(kld_model, prices, prices, kld_model.n_bytes, max_bytes)
     if plan is None:
         raise CalibrationError(
             f"budget of {max_bytes} bytes: the solver found no plan in {TIME_LIMIT:g} s. Allow more bits."
@@ -51,23 +51,23 @@ def solve(model: Additive, prices: np.ndarray, max_bytes: int) -> tuple[Pair, ..
     return plan
 
 
-def fewest_bytes(model: Additive, prices: np.ndarray, max_price: float) -> tuple[Pair, ...] | None:
+def fewest_bytes(kld_model: KldModel, prices: np.ndarray, max_price: float) -> tuple[Pair, ...] | None:
     """The plan of the fewest bytes whose summed price is within max_price, likewise; None if there is none. Shapes as
     in solve."""
-    return _program(model, prices, model.n_bytes, prices, max_price) if max_price > 0 else None
+    return _program(kld_model, prices, kld_model.n_bytes, prices, max_price) if max_price > 0 else None
 
 
 def _program(
-    model: Additive, prices: np.ndarray, cost: np.ndarray, size: np.ndarray, limit: float
+    kld_model: KldModel, prices: np.ndarray, cost: np.ndarray, size: np.ndarray, limit: float
 ) -> tuple[Pair, ...] | None:
     """One pair for each layer, of the lowest summed cost whose summed size is within the limit. cost, size (n_il,
     n_pair)"""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_array
 
-    rows, columns = np.nonzero(_undominated(prices, model.n_bytes))
+    rows, columns = np.nonzero(_undominated(prices, kld_model.n_bytes))
     of_each, size_of_each = cost[rows, columns], size[rows, columns]
-    one_each = coo_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(model.il), len(rows)))
+    one_each = coo_array((np.ones(len(rows)), (rows, np.arange(len(rows)))), shape=(len(kld_model.il), len(rows)))
     unit = limit / 1e3  # HiGHS' tolerances are absolute
     result = milp(
         of_each / max(float(of_each.max()), 1e-30),
@@ -81,9 +81,9 @@ def _program(
     )
     if result.x is None:
         return None
-    pairs = [Pair("", "")] * model.n_layer
+    pairs = [Pair("", "")] * kld_model.n_layer
     for i in np.nonzero(result.x > 0.5)[0]:
-        pairs[model.il[rows[i]]] = model.pairs[columns[i]]
+        pairs[kld_model.il[rows[i]]] = kld_model.pairs[columns[i]]
     return tuple(pairs)
 
 
@@ -106,18 +106,17 @@ def near(pairs: Sequence[Pair], bits: float) -> list[Pair]:
     ] or quantized
 
 
-def uniform_pairs(model: Additive, geometry: Geometry, max_bytes: int | None) -> list[tuple[Pair, ...]]:
+def uniform_pairs(kld_model: KldModel, geometry: Geometry, max_bytes: int | None) -> list[tuple[Pair, ...]]:
     """Uniform plans to compare with and to fit the model to: the likeliest within the budget; cheapest and best at the
     ends.
 
     max_bytes  None: no budget, and the plan of the most bytes is the last
     """
-    everywhere = [
-        p for i, p in enumerate(model.pairs) if not np.isnan(model.sq_k[:, i]).any() and p.type_k != "f16" != p.type_v
-    ]
-    plans = {p: tuple(p if il in model.il else Pair("", "") for il in range(model.n_layer)) for p in everywhere}
+    quantized = [(i, p) for i, p in enumerate(kld_model.pairs) if p.type_k != "f16" != p.type_v]
+    everywhere = [p for i, p in quantized if not np.isnan(kld_model.sq_k[:, i]).any()]
+    plans = {p: tuple(p if il in kld_model.il else Pair("", "") for il in range(kld_model.n_layer)) for p in everywhere}
     sizes = {p: geometry.bytes(plans[p]) for p in everywhere}
-    sums = {p: model.features(plans[p]).reshape(2, -1).sum(axis=1) for p in everywhere}
+    sums = {p: kld_model.features(plans[p]).reshape(2, -1).sum(axis=1) for p in everywhere}
     within = [p for p in everywhere if max_bytes is None or sizes[p] <= max_bytes]
     chosen: dict[Pair, None] = {}
     for weight in ((1, 1), (4, 1), (1, 4)):  # K may count for more than V, or less
@@ -133,7 +132,7 @@ def uniform_pairs(model: Additive, geometry: Geometry, max_bytes: int | None) ->
 
 
 def refine(
-    model: Additive,
+    kld_model: KldModel,
     known: Sequence[Trial],
     evaluate: Evaluate,
     geometry: Geometry,
@@ -162,18 +161,18 @@ def refine(
 
     stale = 0
     while len(tried) - n_known < n_trials - 1 and stale < 10:
-        x, _ = fit(model, list(tried.values()))
+        x, _ = fit(kld_model, list(tried.values()))
         spread = SPREAD * (1 - (len(tried) - n_known) / n_trials) + 0.1 * stale
-        plan = solve(model, model.prices(x * np.exp(spread * rng.standard_normal(len(x)))), max_bytes)
+        plan = solve(kld_model, kld_model.prices(x * np.exp(spread * rng.standard_normal(len(x)))), max_bytes)
         stale = stale + 1 if plan in tried else 0
         run(plan)
-    x, _ = fit(model, list(tried.values()))
-    best = run(solve(model, model.prices(x), max_bytes))
+    x, _ = fit(kld_model, list(tried.values()))
+    best = run(solve(kld_model, kld_model.prices(x), max_bytes))
     return Trials(tuple(tried.values())), best
 
 
 def kld_search(
-    model: Additive,
+    kld_model: KldModel,
     known: Sequence[Trial],
     evaluate: Evaluate,
     geometry: Geometry,
@@ -192,9 +191,11 @@ def kld_search(
     tried = {t.pairs: t for t in known}
     n_known = len(tried)
     while len(tried) - n_known < n_trials:
-        x, floor = fit(model, list(tried.values()))
-        prices = model.prices(x)
-        plans = (fewest_bytes(model, prices, (max_kld - floor) * STEP**i) or finest(model) for i in range(N_STEPS))
+        x, floor = fit(kld_model, list(tried.values()))
+        prices = kld_model.prices(x)
+        plans = (
+            fewest_bytes(kld_model, prices, (max_kld - floor) * STEP**i) or finest(kld_model) for i in range(N_STEPS)
+        )
         new = next((plan for plan in plans if plan not in tried), None)
         if new is None:
             break
@@ -205,16 +206,16 @@ def kld_search(
     return Trials(tuple(tried.values()))
 
 
-def finest(model: Additive) -> tuple[Pair, ...]:
+def finest(kld_model: KldModel) -> tuple[Pair, ...]:
     """The quantized plan that does least harm; f16 where a layer holds no quantized pair."""
-    return model.lowered({row: model.finest(row) or F16 for row in range(len(model.il))})
+    return kld_model.lowered({row: kld_model.finest(row) or F16 for row in range(len(kld_model.il))})
 
 
-def front(model: Additive, x: np.ndarray, floor: float, n_points: int = 20) -> list[tuple[tuple[Pair, ...], float]]:
+def front(kld_model: KldModel, x: np.ndarray, floor: float, n_points: int = 20) -> list[tuple[tuple[Pair, ...], float]]:
     """(plan, predicted KLD) of budgets from the cheapest plan to the best of quantized pairs; distinct, by ascending
     bytes."""
-    dearest = finest(model)
-    most = sum(model.n_bytes[row, model.column[dearest[il]]] for row, il in enumerate(model.il))
-    prices = model.prices(x)
-    plans = dict.fromkeys(solve(model, prices, int(b)) for b in np.linspace(cheapest(model), most, n_points))
-    return [(plan, floor + float(model.features(plan) @ x)) for plan in plans]
+    dearest = finest(kld_model)
+    most = sum(kld_model.n_bytes[row, kld_model.column[dearest[il]]] for row, il in enumerate(kld_model.il))
+    prices = kld_model.prices(x)
+    plans = dict.fromkeys(solve(kld_model, prices, int(b)) for b in np.linspace(cheapest(kld_model), most, n_points))
+    return [(plan, floor + float(kld_model.features(plan) @ x)) for plan in plans]

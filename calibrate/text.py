@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import CalibrationError, KvtunerError
-from ..printable import printable
-from ..runtime import Session
-from .corpus import Corpus, Document, Piece, file_sha256
-from .evaluate import Chunks, check_logits
-from .records import load_arrays, save_arrays
+from kvtuner_gguf.calibrate.corpus import Corpus, Document, Piece, file_sha256
+from kvtuner_gguf.calibrate.kld import Chunks, check_logits
+from kvtuner_gguf.calibrate.records import load_arrays, save_arrays
+from kvtuner_gguf.errors import CalibrationError, KvtunerError
+from kvtuner_gguf.printable import printable
+from kvtuner_gguf.runtime import Session
 
 # what the model is asked for when it writes its own text; ours, of several kinds
 SEED_PROMPTS = (

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import CalibrationError, NativeError
-from ..gguf_header import read_header
-from ..room import need, write_errors
-from ..runtime import Session, total_memory
-from .records import CURE, read_bytes, write_record
+from kvtuner_gguf.calibrate.records import CURE, read_bytes, write_record
+from kvtuner_gguf.errors import CalibrationError, NativeError
+from kvtuner_gguf.gguf_header import read_header
+from kvtuner_gguf.machine import total_memory
+from kvtuner_gguf.room import need, write_errors
+from kvtuner_gguf.runtime import Session
 
 GAIN = 1.5  # how many times as fast a copy must be, to be worth its disk and memory
 SHARE = 0.25  # of the machine's memory that a copy may take

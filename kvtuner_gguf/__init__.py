@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from .errors import CalibrationError, CodecError, KvtunerError, NativeError, PlanError
 from .geometry import Geometry
 from .pair import Pair
-from .plan import Plan, Quality
+from .plan import Plan
+from .quality import Quality
 
 if TYPE_CHECKING:
     from .llama import Llama

@@ -316,7 +316,7 @@ def evaluate(plans: tuple[str, ...], type_k: str | None, type_v: str | None, as_
     q8_0/q4_0.
     """
     pipeline = _pipeline()
-    from .calibrate.compare import compare
+    from .calibrate.evaluate import compare
     from .report import comparison_json, comparison_text
 
     named = {name: _plan_named(name, given["model"]) for name in plans}
@@ -452,7 +452,8 @@ def _open_llama(
 ) -> Any:
     from .in_force import asked_plan
     from .llama import Llama
-    from .runtime import Session, check_memory
+    from .machine import check_memory
+    from .runtime import Session
     from .template import TemplateError, template_error
     from .threads import default_threads
 

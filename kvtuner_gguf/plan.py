@@ -19,12 +19,12 @@ from .codecs import codec
 from .errors import PlanError
 from .kvectors import KVectors, joined, k_vectors_of, vector_bytes
 from .pair import Pair
+from .quality import QUALITY_FIELDS, Quality
 from .reading import opened
 from .room import write_errors
 from .values import blamed_on, brief, checked
 
 PREFIX = "kvtuner."
-_QUALITY = (("kld_mean", "f32"), ("kld_p999", "f32"), ("same_top", "f32"), ("n_positions", "u32"))
 # The one list of what a plan stores: key after PREFIX, kind of value, where it stands in a Plan.
 # calibration.* follows it, with the kind of each value's own type. JSON has the same keys, without PREFIX.
 _FIELDS = (
@@ -37,10 +37,10 @@ _FIELDS = (
     ("k_scale.n_values", "arr_u32", "k_scale_n_values"),
     ("checksum", "str", "checksum"),
     ("bits_per_value", "f32", "bits_per_value"),
-    *((key, kind, f"quality.{key}") for key, kind in _QUALITY),
+    *((key, kind, f"quality.{key}") for key, kind in QUALITY_FIELDS),
     ("rival", "str", "rival"),
     ("rival.bits_per_value", "f32", "rival_bits"),
-    *((f"rival.{key}", kind, f"rival_quality.{key}") for key, kind in _QUALITY),
+    *((f"rival.{key}", kind, f"rival_quality.{key}") for key, kind in QUALITY_FIELDS),
 )
 _CALIBRATION = "calibration."
 _CALIBRATION_KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
@@ -48,28 +48,6 @@ _LAYERS = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?:(\w+)", re.ASCII)
 _MAX_JSON_BYTES = (
     64 << 20
 )  # types of a thousand layers are 30 KB; vectors of 80 layers of 64 heads, 128 channels each, 16 MB
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How far the output is from that of an f16 cache, on held-out text.
-
-    kld_mean kld_p999  mean and 99.9 % quantile of the KL divergence, in nats, kept as f32 (as the file keeps them)
-    same_top           share of the positions whose most likely token is the same, 0 to 1
-    n_positions        positions measured; 0 = not recorded
-    Raises PlanError for a value that is no finite number, or out of its range.
-    """
-
-    kld_mean: float
-    kld_p999: float
-    same_top: float
-    n_positions: int = 0
-
-    def __post_init__(self) -> None:
-        for key, kind in _QUALITY:
-            object.__setattr__(self, key, checked(key, kind, getattr(self, key)))
-        if not 0 <= self.same_top <= 1:
-            raise PlanError(f"same_top: got {self.same_top}, need a share from 0 to 1. Measure again.")
 
 
 @dataclass(frozen=True)
@@ -334,7 +312,7 @@ def _pairs(type_k: list[str] | None, type_v: list[str] | None) -> tuple[Pair, ..
 
 def _quality(found: Mapping[str, object], name: str) -> Quality | None:
     values = {where[len(name) + 1 :]: value for where, value in found.items() if where.startswith(name + ".")}
-    missing = [key for key, kind in _QUALITY if kind == "f32" and key not in values]
+    missing = [key for key, kind in QUALITY_FIELDS if kind == "f32" and key not in values]
     if values and missing:
         raise PlanError(f"{name}: {', '.join(missing)} missing, need all figures or none. Calibrate again.")
     return Quality(**values) if values else None

@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from .geometry import Geometry
 from .pair import Pair
-from .plan import Plan, Quality
+from .plan import Plan
 from .printable import printable
+from .quality import Comparison
 
 MIB = 1024 * 1024
-
-
-@dataclass(frozen=True)
-class Row:
-    """One cache configuration: real bits per value, bytes at the context, quality on held-out text."""
-
-    name: str
-    bits_per_value: float
-    n_bytes: int
-    quality: Quality
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Configurations measured on the same text.
-
-    n_positions scored positions   chunk_ctx tokens of a chunk   n_ctx context at which n_bytes are counted
-    notes  what was wrong with a plan that was measured all the same
-    """
-
-    text: str
-    n_positions: int
-    chunk_ctx: int
-    n_ctx: int
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = ()
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

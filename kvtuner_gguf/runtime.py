@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -21,27 +20,11 @@ from .kvectors import KVectors
 from .pair import Pair
 from .plan import Plan
 from .printable import printable
+from .tap import Tap
 from .template import ChatTemplate
 from .threads import checked_threads, default_threads
 from .uses import check_context, check_positions, check_writes_text
 from .words import cut_long_words
-
-
-def total_memory() -> float:
-    """Bytes of the machine's memory; infinite where the system does not tell."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-
-
-def check_memory(n_bytes: int, n_ctx: int) -> None:
-    """Raises NativeError if a cache of n_bytes does not fit into the machine's memory, instead of being killed for
-    it."""
-    total = total_memory()
-    if n_bytes > total:
-        raise NativeError(
-            f"context of {n_ctx} tokens: its K/V cache needs {n_bytes / 2**30:.1f} GiB, the machine has "
-            f"{total / 2**30:.1f} GiB. "
-            "Use a smaller -c, or a plan of fewer bits."
-        )
 
 
 class _Log:
@@ -356,52 +339,3 @@ class Context:
             out = self.decode([(t, start + i, 0) for i, t in enumerate(part)], wanted)
             if len(out):
                 yield out
-
-
-class Tap:
-    """Hands every attention node to on_node(TapNode) while it is on. One Context at a time."""
-
-    def __init__(self, on_node: Callable[[native.TapNode], None], n_q_max: int) -> None:
-        self._error: BaseException | None = None
-
-        @called_from_c
-        def callback(node: ctypes._Pointer, _user: object) -> None:
-            if self._error is None:
-                try:
-                    on_node(node.contents)
-                except BaseException as e:
-                    self._error = e
-
-        from llama_cpp import llama_cpp
-
-        address = ctypes.cast(native.library().kvt_tap_eval, ctypes.c_void_p).value
-        self.eval_callback = llama_cpp.ggml_backend_sched_eval_callback(address)
-        self._callback = native.TapCallback(callback)
-        self.handle = native.library().kvt_tap_new(self._callback, None, n_q_max)
-        if not self.handle:
-            raise NativeError(native.last_error())
-
-    @contextmanager
-    def enabled(self) -> Iterator[None]:
-        """On inside the block. Raises what on_node raised, or NativeError if a node could not be handed over."""
-        lib = native.library()
-        lib.kvt_tap_enable(self.handle, True)
-        try:
-            yield
-        finally:
-            lib.kvt_tap_enable(self.handle, False)
-        if self._error is not None:
-            raise self._error
-        text = lib.kvt_tap_error(self.handle).decode()
-        if text:
-            raise NativeError(f"capture: {text}")
-
-    def share(self, il: int) -> float | None:
-        """|attention's branch|^2 / |residual stream after it|^2 of a layer, over the last batch; None if it was not
-        seen."""
-        value = ctypes.c_float()
-        return value.value if native.library().kvt_tap_share(self.handle, il, ctypes.byref(value)) == 0 else None
-
-    def close(self) -> None:
-        native.library().kvt_tap_free(self.handle)
-        self.handle = None

@@ -24,11 +24,11 @@ from typing import NamedTuple
 import scipy.optimize
 import scipy.sparse  # noqa: F401
 from fault import Fault, need
-from kvtuner_gguf.calibrate import pipeline
 
 import kvtuner_gguf.output
 import kvtuner_gguf.report  # noqa: F401
 from kvtuner_gguf import native
+from kvtuner_gguf.calibrate import pipeline
 from kvtuner_gguf.cli import main
 
 native.library()

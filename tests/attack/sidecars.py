@@ -17,7 +17,8 @@ from running import vectors
 from kvtuner_gguf.codecs import CODECS
 from kvtuner_gguf.errors import KvtunerError, PlanError
 from kvtuner_gguf.pair import Pair, allocated_pairs
-from kvtuner_gguf.plan import Plan, Quality
+from kvtuner_gguf.plan import Plan
+from kvtuner_gguf.quality import Quality
 from kvtuner_gguf.runtime import Session
 
 N_LAYER = 4

@@ -22,13 +22,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from kvtuner_gguf.calibrate.capture import capture
-from kvtuner_gguf.calibrate.error import attention_output, attention_scores, output_nrmse, rotate
-from kvtuner_gguf.calibrate.evaluate import Reference, make_reference, measure
-from kvtuner_gguf.calibrate.results import Capture, LayerSample
-from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
 
 from kvtuner_gguf import native
+from kvtuner_gguf.calibrate.capture import capture
+from kvtuner_gguf.calibrate.error import attention_output, attention_scores, output_nrmse, rotate
+from kvtuner_gguf.calibrate.kld import Reference, make_reference, measure
+from kvtuner_gguf.calibrate.samples import Capture, LayerSample
+from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
 from kvtuner_gguf.codecs import CODECS
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan

@@ -25,15 +25,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from kvtuner_gguf.calibrate.additive import Additive, fit
-from kvtuner_gguf.calibrate.evaluate import make_reference, measure
+
+from kvtuner_gguf.calibrate.kld import make_reference, measure
+from kvtuner_gguf.calibrate.kld_model import KldModel, fit
 from kvtuner_gguf.calibrate.options import Goal, Options
 from kvtuner_gguf.calibrate.pipeline import Run, shape
 from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.calibrate.solve import solve
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
 from kvtuner_gguf.calibrate.weights import search_session
-
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.runtime import Session
@@ -64,15 +64,15 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
     name = f"{bits:g} {way}"
     if way in ("no-layers", "error"):
         run.k_vectors = run.conditions(source).k_vectors
-        additive = Additive.of(run.errors(source), run.geometry)
+        kld_model = KldModel.of(run.errors(source), run.geometry)
         known = [(p, q.kld_mean) for p, q in run.cache.of(run.search + run.tag)]
         if way == "error":
-            pairs, said = solve(additive, additive.prices(np.ones(2 * len(additive.il))), run.budget), ""
+            pairs, said = solve(kld_model, kld_model.prices(np.ones(2 * len(kld_model.il))), run.budget), ""
         else:
             uniform = [
                 (k, p)
                 for p, k in known
-                if len({p[il] for il in additive.il}) == 1 and run.geometry.bytes(p) <= run.budget
+                if len({p[il] for il in kld_model.il}) == 1 and run.geometry.bytes(p) <= run.budget
             ]
             kld, pairs = min(uniform)
             said = f"search {kld:.4f}"
@@ -80,12 +80,12 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
     found, rivals = run.searched(source)
     said = f"search {found.kld:.4f}"
     if way != "paper":
-        additive = Additive.of(run.errors(source), run.geometry)
+        kld_model = KldModel.of(run.errors(source), run.geometry)
         trials = [
             Trial.of(p, q.kld_mean, run.geometry) for p, q in run.cache.of(run.search + run.tag) if p != found.pairs
         ]
-        x, floor = fit(additive, trials)
-        said = f"predicted {floor + float(additive.features(found.pairs) @ x):.4f} {said}"
+        x, floor = fit(kld_model, trials)
+        said = f"predicted {floor + float(kld_model.features(found.pairs) @ x):.4f} {said}"
     plans = [(name, found.pairs, run.vectors_of(found.pairs), said)]
     if way == "default":
         best = min((t for t in rivals if t.n_bytes <= run.max_bytes), key=lambda t: t.kld, default=None)

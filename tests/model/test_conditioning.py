@@ -5,13 +5,13 @@ from pydoc_data.topics import topics
 
 import numpy as np
 import pytest
+
+from kvtuner_gguf import native
 from kvtuner_gguf.calibrate.capture import capture
 from kvtuner_gguf.calibrate.condition import condition
 from kvtuner_gguf.calibrate.error import attention_scores, k_error
-from kvtuner_gguf.calibrate.evaluate import make_reference, measure
+from kvtuner_gguf.calibrate.kld import make_reference, measure
 from kvtuner_gguf.calibrate.text import chunks_of
-
-from kvtuner_gguf import native
 from kvtuner_gguf.pair import Pair
 
 pytestmark = [pytest.mark.native, pytest.mark.model]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kvtuner_gguf.calibrate.evaluate import Chunks, Reference, make_reference, measure
 
+from kvtuner_gguf.calibrate.kld import Chunks, Reference, make_reference, measure
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.runtime import Session
 

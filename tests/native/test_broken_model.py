@@ -8,9 +8,9 @@ import models
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from kvtuner_gguf.calibrate import pipeline
-from kvtuner_gguf.calibrate.evaluate import Chunks, make_reference, measure
 
+from kvtuner_gguf.calibrate import pipeline
+from kvtuner_gguf.calibrate.kld import Chunks, make_reference, measure
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.pair import Pair
@@ -74,8 +74,6 @@ def test_types_that_give_nan_are_named_and_not_the_plan(load, tiny, tmp_path, mo
     session = load(tiny("llama", n_layer=2))
     tokens = np.random.default_rng(0).integers(models.FIRST_BYTE, models.FIRST_BYTE + 256, (1, 64)).astype(np.int32)
     reference = make_reference(session, Chunks(tokens), tmp_path / "f16")
-    monkeypatch.setattr(
-        "kvtuner_gguf.calibrate.evaluate.kl_divergence", lambda base, logits: np.full(len(logits), np.nan)
-    )
+    monkeypatch.setattr("kvtuner_gguf.calibrate.kld.kl_divergence", lambda base, logits: np.full(len(logits), np.nan))
     with pytest.raises(CalibrationError, match="^q4_0/q4_0: NaN at 32 of 32 positions"):
         measure(session, [Pair("q4_0", "q4_0")] * 2, reference)

@@ -278,7 +278,6 @@ def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkey
 def test_a_search_on_a_copy_is_proved_on_the_model(tiny, tmp_path, text, monkeypatch, goal):
     """A KLD that is asked for is searched on the model itself, whose noise floor is its own."""
     from kvtuner_gguf.calibrate import pipeline, weights
-
     from kvtuner_gguf.runtime import Session
 
     model, seen = tmp_path / "q4_1.gguf", {}

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from kvtuner_gguf.calibrate.error import attention
-from kvtuner_gguf.calibrate.results import LayerSample
 from running import feed, prompt, uniform
 
+from kvtuner_gguf.calibrate.error import attention
+from kvtuner_gguf.calibrate.samples import LayerSample
 from kvtuner_gguf.errors import NativeError
-from kvtuner_gguf.runtime import Tap
+from kvtuner_gguf.tap import Tap
 
 pytestmark = pytest.mark.native
 

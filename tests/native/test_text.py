@@ -11,10 +11,10 @@ import models
 import numpy as np
 import pytest
 from gguf import GGUFValueType
-from kvtuner_gguf.calibrate import corpus
-from kvtuner_gguf.calibrate.text import read_text
 from models import BOS, EOS, FIRST_BYTE
 
+from kvtuner_gguf.calibrate import corpus
+from kvtuner_gguf.calibrate.text import read_text
 from kvtuner_gguf.errors import CalibrationError
 
 pytestmark = pytest.mark.native

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from gguf import GGUFValueType
-from kvtuner_gguf.calibrate import pipeline
 
 from kvtuner_gguf import native
+from kvtuner_gguf.calibrate import pipeline
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.errors import NativeError
 

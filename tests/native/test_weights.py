@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from kvtuner_gguf.calibrate import weights
-from kvtuner_gguf.calibrate.weights import COPY, OWN, search_session
 from running import feed, prompt
 
+from kvtuner_gguf.calibrate import weights
+from kvtuner_gguf.calibrate.weights import COPY, OWN, search_session
 from kvtuner_gguf.errors import NativeError
 from kvtuner_gguf.runtime import Session
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from kvtuner_gguf.calibrate.results import LayerSample
+
+from kvtuner_gguf.calibrate.samples import LayerSample
 
 
 def make_sample(seed=0, n_head=6, n_head_kv=2, n_q=5, n_kv=9, head_dim_k=64, head_dim_v=64, **fields):

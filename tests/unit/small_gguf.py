@@ -13,7 +13,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 
 from kvtuner_gguf.errors import PlanError
 from kvtuner_gguf.pair import Pair
-from kvtuner_gguf.plan import Plan, Quality
+from kvtuner_gguf.plan import Plan
+from kvtuner_gguf.quality import Quality
 
 PLAN = Plan(
     pairs=(Pair("q8_0", "q4_0"), Pair("", ""), Pair("q4_0", "iq4_nl")),

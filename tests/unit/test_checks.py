@@ -10,11 +10,11 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner
-from kvtuner_gguf.calibrate.checks import cheapest_bytes, check_goal, check_room, check_text
-from kvtuner_gguf.calibrate.options import Goal, Options
 
 from kvtuner_gguf import Geometry
 from kvtuner_gguf.arguments import Memory
+from kvtuner_gguf.calibrate.checks import cheapest_bytes, check_goal, check_room, check_text
+from kvtuner_gguf.calibrate.options import Goal, Options
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.errors import CalibrationError
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+
 from kvtuner_gguf.calibrate.cluster import cluster
 from kvtuner_gguf.calibrate.prune import pareto_menus
 from kvtuner_gguf.calibrate.results import ErrorTable, Groups, Menus
-
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.pair import Pair
 

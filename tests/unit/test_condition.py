@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from test_error import make_capture, make_sample, round_trip
+
 from kvtuner_gguf.calibrate.capture import _turns_of
 from kvtuner_gguf.calibrate.condition import Moments, balanced_scale, best_way, tied
 from kvtuner_gguf.calibrate.condition import condition as condition_by
 from kvtuner_gguf.calibrate.condition import vectors_of as vectors_of_moments
 from kvtuner_gguf.calibrate.error import after_codec, attention_scores, error_table, k_error
 from kvtuner_gguf.calibrate.results import Conditions
-from test_error import make_capture, make_sample, round_trip
-
 from kvtuner_gguf.kvectors import KVectors
 
 N_KV_HEAD, HEAD_DIM = 2, 64

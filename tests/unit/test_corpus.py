@@ -9,9 +9,9 @@ import threading
 from pathlib import Path
 
 import pytest
+
 from kvtuner_gguf.calibrate import corpus
 from kvtuner_gguf.calibrate.corpus import Corpus, Document, file_sha256, readable
-
 from kvtuner_gguf.errors import CalibrationError
 
 

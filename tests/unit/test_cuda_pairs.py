@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+
 from kvtuner_gguf.calibrate.options import DEFAULT_TYPES, PAPER_TYPES
 
 ROOT = Path(__file__).resolve().parents[2]

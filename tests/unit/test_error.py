@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from samples import make_sample
+
 from kvtuner_gguf.calibrate.error import (
     MEASURES,
     after_codec,
@@ -21,9 +23,8 @@ from kvtuner_gguf.calibrate.error import (
     score_error,
     value_error,
 )
-from kvtuner_gguf.calibrate.results import Capture, ErrorTable, save_sample
-from samples import make_sample
-
+from kvtuner_gguf.calibrate.results import ErrorTable
+from kvtuner_gguf.calibrate.samples import Capture, save_sample
 from kvtuner_gguf.pair import Pair
 
 TYPES = ("f16", "q8_0", "q5_0", "q4_0")

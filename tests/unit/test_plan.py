@@ -14,7 +14,8 @@ from kvtuner_gguf.atomic import atomic_file
 from kvtuner_gguf.errors import PlanError
 from kvtuner_gguf.kvectors import KVectors, where_quantized
 from kvtuner_gguf.pair import Pair
-from kvtuner_gguf.plan import PREFIX, Plan, Quality
+from kvtuner_gguf.plan import PREFIX, Plan
+from kvtuner_gguf.quality import Quality
 
 Q8, Q4, NONE = Pair("q8_0", "q4_0"), Pair("q4_0", "q4_0"), Pair("", "")
 QUALITY = Quality(kld_mean=0.0123, kld_p999=1.25, same_top=0.975, n_positions=4096)

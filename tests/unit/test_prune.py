@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+
 from kvtuner_gguf.calibrate.prune import pair_bits, pareto_menus, pareto_pairs
 from kvtuner_gguf.calibrate.results import ErrorTable
-
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from kvtuner_gguf import Pair
 from kvtuner_gguf.calibrate import records
 from kvtuner_gguf.calibrate.pipeline import Run
 from kvtuner_gguf.calibrate.records import (
@@ -24,14 +26,13 @@ from kvtuner_gguf.calibrate.records import (
     save_json,
     write_record,
 )
-from kvtuner_gguf.calibrate.results import Capture, Conditions, ErrorTable, Groups
-from kvtuner_gguf.calibrate.saved import EvaluationCache
+from kvtuner_gguf.calibrate.results import Conditions, ErrorTable, Groups
+from kvtuner_gguf.calibrate.samples import Capture
+from kvtuner_gguf.calibrate.store import EvaluationCache
 from kvtuner_gguf.calibrate.text import Text
-
-from kvtuner_gguf import Pair
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.kvectors import KVectors
-from kvtuner_gguf.plan import Quality
+from kvtuner_gguf.quality import Quality
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX modes")
 TABLE = ErrorTable((Pair("q8_0", "q8_0"),), (0, 2), *(np.array([[0.1], [1 / 3]]) for _ in ErrorTable.MEASURES))

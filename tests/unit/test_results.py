@@ -6,19 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import samples
-from kvtuner_gguf.calibrate import records
-from kvtuner_gguf.calibrate.results import (
-    Capture,
-    ErrorTable,
-    Groups,
-    Menus,
-    Trial,
-    Trials,
-    non_dominated,
-    sample_path,
-    save_sample,
-)
 
+from kvtuner_gguf.calibrate import records
+from kvtuner_gguf.calibrate.results import ErrorTable, Groups, Menus, Trial, Trials, non_dominated
+from kvtuner_gguf.calibrate.samples import Capture, sample_path, save_sample
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.pair import Pair
 

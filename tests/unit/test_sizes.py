@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from kvtuner_gguf.calibrate.sizes import Sizes
 
 

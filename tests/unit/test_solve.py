@@ -6,11 +6,11 @@ from itertools import product
 
 import numpy as np
 import pytest
-from kvtuner_gguf.calibrate.additive import Additive, fit, floor_shape
+
+from kvtuner_gguf.calibrate.kld_model import KldModel, fit, floor_shape
 from kvtuner_gguf.calibrate.prices import MOST, floor_plans, price, price_ladders, replaced
 from kvtuner_gguf.calibrate.results import ErrorTable, Trial
 from kvtuner_gguf.calibrate.solve import cheapest, fewest_bytes, front, kld_search, refine, solve
-
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair
@@ -23,17 +23,17 @@ X_K, X_V = np.array([4.0, 1.0, 0.5, 0.1]), np.array([0.4, 0.2, 0.2, 0.1])  # wha
 
 
 @pytest.fixture(scope="module")
-def model() -> Additive:
+def model() -> KldModel:
     pairs = tuple(Pair(k, v) for k, v in product(TYPES, TYPES))
     error = np.array([[np.hypot(ERROR[p.type_k], ERROR[p.type_v]) for p in pairs]] * 4)
-    return Additive.of(ErrorTable(pairs, (0, 1, 2, 3), *[error] * 6), GEOMETRY)
+    return KldModel.of(ErrorTable(pairs, (0, 1, 2, 3), *[error] * 6), GEOMETRY)
 
 
 def kld(pairs: tuple[Pair, ...]) -> float:
     return FLOOR + sum(x * ERROR[p.type_k] ** 2 + y * ERROR[p.type_v] ** 2 for x, y, p in zip(X_K, X_V, pairs))
 
 
-def best_by_brute_force(model: Additive, max_bytes: int) -> float:
+def best_by_brute_force(model: KldModel, max_bytes: int) -> float:
     return min(kld(plan) for plan in product(model.pairs, repeat=4) if GEOMETRY.bytes(plan) <= max_bytes)
 
 
@@ -64,7 +64,7 @@ def run(pairs: tuple[Pair, ...]) -> Trial:
     return Trial.of(pairs, kld(pairs), GEOMETRY)
 
 
-def known(model: Additive, n_runs: int = 8) -> list[Trial]:
+def known(model: KldModel, n_runs: int = 8) -> list[Trial]:
     uniform = [(Pair(*names),) * 4 for names in (("q5_0", "q5_0"), ("q4_0", "q5_0"), ("q4_0", "q4_0"))]
     return [run(p) for p in uniform] + [price(ladder, run) for ladder in price_ladders(model, n_runs)]
 
@@ -194,5 +194,5 @@ def test_one_tensor_for_k_and_v_has_one_type(model):
     pairs = tuple(Pair(t, t) for t in TYPES)
     error = np.array([[ERROR[t] for t in TYPES]])
     table = ErrorTable(pairs, (0,), *[error] * 6)
-    mla = Additive.of(table, Geometry((3200,), (0,), 100))
+    mla = KldModel.of(table, Geometry((3200,), (0,), 100))
     assert solve(mla, mla.prices(np.ones(2)), 3200 * 34 // 32) == (Pair("q8_0", "q8_0"),)

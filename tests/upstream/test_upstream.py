@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from kvtuner_gguf.calibrate.evaluate import kl_divergence, log_softmax
 
 from kvtuner_gguf import Pair, Plan
+from kvtuner_gguf.calibrate.kld import kl_divergence, log_softmax
 from kvtuner_gguf.gguf_file import write_plan
 
 pytestmark = [pytest.mark.upstream, pytest.mark.model]

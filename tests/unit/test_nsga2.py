@@ -4,9 +4,9 @@ import itertools
 
 import numpy as np
 import pytest
-from kvtuner_gguf.calibrate.results import Groups, Menus
-from kvtuner_gguf.calibrate.search import assign, nsga2
 
+from kvtuner_gguf.calibrate.nsga2 import assign, nsga2
+from kvtuner_gguf.calibrate.results import Groups, Menus
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .. import __version__, native
-from ..cache import cache_dir, lock
-from ..errors import CalibrationError, KvtunerError
-from ..identity import weights_sample
-from ..pair import Pair
-from ..plan import Quality
-from .corpus import file_sha256
-from .options import Options
-from .records import append_line, read_lines
+from kvtuner_gguf import __version__, native
+from kvtuner_gguf.cache import cache_dir, lock
+from kvtuner_gguf.calibrate.corpus import file_sha256
+from kvtuner_gguf.calibrate.options import Options
+from kvtuner_gguf.calibrate.records import append_line, read_lines
+from kvtuner_gguf.errors import CalibrationError, KvtunerError
+from kvtuner_gguf.identity import weights_sample
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.quality import Quality
 
 RECORDS = 3  # counted up when runs of the same options come to mean something else, so that old records are left alone
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from kvtuner_gguf.calibrate.evaluate import _blocks, kl_divergence, log_softmax
+
+from kvtuner_gguf.calibrate.kld import _blocks, kl_divergence, log_softmax
 
 
 def test_kl_divergence_of_two_coins():

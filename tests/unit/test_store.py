@@ -2,12 +2,12 @@ import subprocess
 import sys
 
 import pytest
-from kvtuner_gguf.calibrate.saved import claimed
 
+from kvtuner_gguf.calibrate.store import claimed
 from kvtuner_gguf.errors import CalibrationError
 
 CLAIM = (
-    "import sys; from pathlib import Path; from kvtuner_gguf.calibrate.saved import claimed\nwith "
+    "import sys; from pathlib import Path; from kvtuner_gguf.calibrate.store import claimed\nwith "
     "claimed(Path(sys.argv[1])): print('claimed')"
 )
 
@@ -39,32 +39,32 @@ def test_a_claim_ends_with_an_error_inside_it(tmp_path):
 def test_records_of_another_program_model_text_or_place_are_not_mixed(tmp_path, monkeypatch):
     from dataclasses import replace
 
-    from kvtuner_gguf.calibrate import saved
-    from kvtuner_gguf.calibrate.options import Goal, Options
     from small_gguf import PLAN, make_model
 
+    from kvtuner_gguf.calibrate import store
+    from kvtuner_gguf.calibrate.options import Goal, Options
     from kvtuner_gguf.gguf_file import write_plan
 
-    monkeypatch.setattr(saved.native, "build_id", lambda: "one")
+    monkeypatch.setattr(store.native, "build_id", lambda: "one")
     model, text = make_model(tmp_path / "m.gguf"), tmp_path / "t.txt"
     text.write_text("words")
     options = Options(model, Goal(bits=6), text=text)
-    first = saved.work_dir(options, 1, 2)
+    first = store.work_dir(options, 1, 2)
     write_plan(model, PLAN)
-    assert saved.work_dir(replace(options, goal=Goal(bits=5), resume=True), 1, 2) == first  # the same runs
+    assert store.work_dir(replace(options, goal=Goal(bits=5), resume=True), 1, 2) == first  # the same runs
     others = {
         first,
-        saved.work_dir(options, 1, 3),
-        saved.work_dir(replace(options, n_gpu_layers=9), 1, 2),
-        saved.work_dir(replace(options, seed=1), 1, 2),
+        store.work_dir(options, 1, 3),
+        store.work_dir(replace(options, n_gpu_layers=9), 1, 2),
+        store.work_dir(replace(options, seed=1), 1, 2),
     }
-    monkeypatch.setattr(saved.native, "build_id", lambda: "two")
-    others.add(saved.work_dir(options, 1, 2))
-    monkeypatch.setattr(saved, "__version__", "another")
-    others.add(saved.work_dir(options, 1, 2))
+    monkeypatch.setattr(store.native, "build_id", lambda: "two")
+    others.add(store.work_dir(options, 1, 2))
+    monkeypatch.setattr(store, "__version__", "another")
+    others.add(store.work_dir(options, 1, 2))
     monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
-    others.add(saved.work_dir(options, 1, 2))
+    others.add(store.work_dir(options, 1, 2))
     text.write_text("other words")
-    others.add(saved.work_dir(options, 1, 2))
-    others.add(saved.work_dir(replace(options, model=make_model(tmp_path / "n.gguf", n_layer=4)), 1, 2))
+    others.add(store.work_dir(options, 1, 2))
+    others.add(store.work_dir(replace(options, model=make_model(tmp_path / "n.gguf", n_layer=4)), 1, 2))
     assert len(others) == 9

@@ -16,9 +16,9 @@ from functools import cached_property
 
 import numpy as np
 
-from ..geometry import Geometry
-from ..pair import Pair
-from .results import ErrorTable, Trial
+from kvtuner_gguf.calibrate.results import ErrorTable, Trial
+from kvtuner_gguf.geometry import Geometry
+from kvtuner_gguf.pair import Pair
 
 F16 = Pair("f16", "f16")
 PRIOR_SPREAD = (
@@ -30,7 +30,7 @@ NOISE = 0.1  # how far a measured KLD may lie from the model, relative
 
 
 @dataclass(frozen=True, eq=False)
-class Additive:
+class KldModel:
     """Squared stream_error of each layer and pair, split by side, and the bytes they cost.
 
     il       (n_il,) layers that have KV
@@ -48,7 +48,7 @@ class Additive:
     n_layer: int
 
     @classmethod
-    def of(cls, errors: ErrorTable, geometry: Geometry) -> Additive:
+    def of(cls, errors: ErrorTable, geometry: Geometry) -> KldModel:
         column = {pair: i for i, pair in enumerate(errors.pairs)}
         error = errors.stream_error**2
         sq_k, sq_v = np.full(error.shape, np.nan), np.full(error.shape, np.nan)
@@ -106,7 +106,7 @@ def _layer_bytes(geometry: Geometry, il: int, pair: Pair) -> int:
     return one.bytes((pair,))
 
 
-def floor_shape(model: Additive, trials: Sequence[Trial]) -> np.ndarray:
+def floor_shape(kld_model: KldModel, trials: Sequence[Trial]) -> np.ndarray:
     """(n_il,) the floor of a plan by its first quantized layer, relative to that of one quantized from the first layer
     on.
 
@@ -114,17 +114,17 @@ def floor_shape(model: Additive, trials: Sequence[Trial]) -> np.ndarray:
     """
     known: dict[int, float] = {}
     for trial in trials:
-        row = model.first_quantized(trial.pairs)
-        if row is not None and trial.pairs == model.lowered({row: model.finest(row) or F16}):
+        row = kld_model.first_quantized(trial.pairs)
+        if row is not None and trial.pairs == kld_model.lowered({row: kld_model.finest(row) or F16}):
             known[row] = trial.kld
     if len(known) < 2 or not known[min(known)] > 0:
-        return np.ones(len(model.il))
+        return np.ones(len(kld_model.il))
     rows = sorted(known)
-    shape = np.interp(np.arange(len(model.il)), rows, [known[row] for row in rows])
+    shape = np.interp(np.arange(len(kld_model.il)), rows, [known[row] for row in rows])
     return np.minimum.accumulate(shape / shape[0])
 
 
-def fit(model: Additive, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
+def fit(kld_model: KldModel, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
     """x (2*n_il,) and the floor that explain the trials' KLDs best: ridge regression towards one x per side.
 
     What a layer's x departs from that by is expected to be much the same for its K and its V. The floor is that of a
@@ -132,11 +132,11 @@ def fit(model: Additive, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
     """
     from scipy.optimize import lsq_linear, nnls
 
-    a = np.array([model.features(t.pairs) for t in trials])
+    a = np.array([kld_model.features(t.pairs) for t in trials])
     y = np.array([t.kld for t in trials])
-    n = len(model.il)
-    shape = floor_shape(model, trials)
-    rows = [model.first_quantized(t.pairs) for t in trials]
+    n = len(kld_model.il)
+    shape = floor_shape(kld_model, trials)
+    rows = [kld_model.first_quantized(t.pairs) for t in trials]
     floor = np.array([0.0 if row is None else shape[row] for row in rows])
     weight = 1 / np.maximum(y, 1e-6)
     sides = np.column_stack([a[:, :n].sum(axis=1), a[:, n:].sum(axis=1), floor])

@@ -1,0 +1,187 @@
+"""Text + plan -> quality: the KL divergence of a real run on the real quantized cache from the run on an f16 cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvtuner_gguf.calibrate.records import CURE
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.kvectors import KVectors
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.quality import Quality
+from kvtuner_gguf.room import reserve, write_errors
+from kvtuner_gguf.runtime import Session
+
+N_UBATCH = 512  # of all runs that are compared
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A text as equal pieces, each run from an empty cache.
+
+    tokens    (n_chunk, n_ctx) int32
+    n_skip    positions at the start of each chunk that are not scored; by default half of it, as llama-perplexity does
+    """
+
+    tokens: np.ndarray
+    n_skip: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2 or self.tokens.shape[1] < 16:
+            raise CalibrationError(
+                f"chunks {self.tokens.shape}: need (n_chunk, n_ctx) with n_ctx of at least 16. Use a longer text."
+            )
+
+    @property
+    def n_ctx(self) -> int:
+        return self.tokens.shape[1]
+
+    @property
+    def first(self) -> int:
+        """Index in a chunk of the first position that is scored."""
+        return self.n_ctx // 2 if self.n_skip is None else self.n_skip
+
+    @property
+    def n_positions(self) -> int:
+        """Positions that are scored, all chunks together."""
+        return len(self.tokens) * (self.n_ctx - self.first)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """(n, n_vocab) float32 -> log-probabilities, same shape."""
+    x = logits - logits.max(axis=1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return x
+
+
+def check_logits(session: Session, logits: np.ndarray, tokens: Sequence[int]) -> None:
+    """Raises CalibrationError unless logits, of an f16 cache after the tokens, are numbers. -inf is one: a token that
+    never comes."""
+    if np.isfinite(logits.max(axis=1)).all():
+        return
+    session.set_plan(None)
+    with session.context(len(tokens), type_k="bf16", type_v="bf16") as ctx:
+        is_the_cache = all(np.isfinite(part.max(axis=1)).all() for part in ctx.logits(tokens, 0))
+    if is_the_cache:
+        raise CalibrationError(
+            f"model '{session.path}': its K or V is beyond the 65504 of f16, so that an f16 cache gives NaN, and "
+            "there is nothing to "
+            "measure a plan against. Run it with -ctk bf16 -ctv bf16."
+        )
+    raise CalibrationError(
+        f"model '{session.path}': gives NaN, whatever its cache. The file is damaged, or its quantization is. "
+        "Get it again, or take another quantization."
+    )
+
+
+def kl_divergence(base: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """KL(base || run) of each position, in nats.
+
+    base    (n, n_vocab) log-probabilities of the f16 cache, float16 or float32
+    logits  (n, n_vocab) float32 of the run
+    -> (n,) float64, >= 0
+    """
+    base = base.astype(np.float32)  # float16 log-probabilities do not sum to one
+    base -= base.max(axis=1, keepdims=True)
+    p = np.exp(base)
+    p /= (total := p.sum(axis=1, keepdims=True))
+    run = logits - logits.max(axis=1, keepdims=True)
+    base -= run
+    np.exp(run, out=run)
+    base += np.log(run.sum(axis=1, keepdims=True)) - np.log(total)
+    base *= p
+    return np.maximum(base.sum(axis=1, dtype=np.float64), 0.0)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Log-probabilities of the f16 cache on the scored positions: (n_positions, n_vocab) float16, on disk."""
+
+    chunks: Chunks
+    path: Path
+    n_vocab: int
+
+    def open(self) -> np.ndarray:
+        return np.memmap(self.path, np.float16, "r", shape=(self.chunks.n_positions, self.n_vocab))
+
+
+def make_reference(
+    session: Session, chunks: Chunks, path: Path, progress: Callable[[int], None] = lambda n: None
+) -> Reference:
+    """Run the text on an f16 cache and keep its log-probabilities in a file. progress gets positions done.
+
+    Raises CalibrationError if the disk has no room for it: seen before the run, and never by a write into a mapping.
+    """
+    session.set_plan(None)
+    n_bytes = 2 * chunks.n_positions * session.n_vocab
+    with write_errors(path, n_bytes, CURE, CalibrationError), open(path, "wb", opener=_private) as out:
+        reserve(out, path.parent, n_bytes)
+        with session.context(chunks.n_ctx, n_ubatch=N_UBATCH) as ctx:
+            for tokens in chunks.tokens.tolist():
+                for logits in ctx.logits(tokens, chunks.first):
+                    check_logits(session, logits, tokens)
+                    for block in _blocks(logits):
+                        out.write(log_softmax(block).astype(np.float16).tobytes())
+                    progress(len(logits))
+    return Reference(chunks, path, session.n_vocab)
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+def measure(
+    session: Session,
+    pairs: Sequence[Pair] | None,
+    reference: Reference,
+    *,
+    k_vectors: Sequence[KVectors] = (),
+    flash_attn: bool = True,
+    progress: Callable[[int], None] = lambda n: None,
+) -> Quality:
+    """Quality of a plan on the reference's text: a real run on the real cache.
+
+    pairs       one per layer; None = f16
+    k_vectors   how each layer's K is conditioned; () = none is
+    flash_attn  False with pairs=None: the noise floor. The same f16 cache by another attention kernel, so that the
+                difference is rounding alone, as the model's other roundings amplify it
+    Raises CalibrationError if the run time did not allocate what was asked for.
+    """
+    base, chunks = reference.open(), reference.chunks
+    kld, same_top = np.empty(chunks.n_positions), np.empty(chunks.n_positions, bool)
+    at = 0
+    session.set_plan(pairs, k_vectors)
+    with session.context(chunks.n_ctx, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
+        if pairs is not None and ctx.notes():
+            raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")
+        for tokens in chunks.tokens.tolist():
+            for logits in ctx.logits(tokens, chunks.first):
+                for block in _blocks(logits):
+                    rows = slice(at, at + len(block))
+                    kld[rows] = kl_divergence(base[rows], block)
+                    same_top[rows] = base[rows].argmax(axis=1) == block.argmax(axis=1)
+                    at += len(block)
+                progress(len(logits))
+    if not np.isfinite(kld).all():
+        what = (
+            ", ".join(sorted({str(p) for p in pairs if p.type_k}))
+            if pairs is not None
+            else "f16 without flash attention"
+        )
+        raise CalibrationError(
+            f"{what}: NaN at {np.isnan(kld).sum()} of {len(kld)} positions, where an f16 cache gives numbers. "
+            "Choose other types."
+        )
+    return Quality(float(kld.mean()), float(np.quantile(kld, 0.999)), float(same_top.mean()), chunks.n_positions)
+
+
+def _blocks(logits: np.ndarray):
+    """Rows that stay in the processor's cache while they are worked on."""
+    size = max(1, 2**18 // logits.shape[1])
+    for start in range(0, len(logits), size):
+        yield logits[start : start + size]
