@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from kvtuner_gguf import native
 from kvtuner_gguf.calibrate.kld import N_UBATCH, Chunks, check_logits
 from kvtuner_gguf.calibrate.samples import Capture, LayerSample, save_sample
 from kvtuner_gguf.errors import CalibrationError
@@ -31,7 +30,6 @@ def capture(
     """
     rotation = session.rotation()
     turns = _turns(session, chunks, n_ctx)
-    session.set_plan(None)
     seen: set[tuple[int, int]] = set()
     shares: dict[int, list[float]] = {il: [] for il in rotation}
     sample = 0
@@ -42,13 +40,13 @@ def capture(
             save_sample(
                 path,
                 sample,
-                _sample(node, rotation.get(node.il, (0, 0)), native.rope(session.model, node.il), turns.get(node.il)),
+                _sample(node, rotation.get(node.il, (0, 0)), session.rope(node.il), turns.get(node.il)),
             )
 
     tap = Tap(on_node, N_Q)
     try:
         # full-size sliding windows: the mask tells what a query sees
-        with session.context(chunks.n_ctx, n_ubatch=N_UBATCH, swa_full=True, tap=tap) as ctx:
+        with session.context(chunks.n_ctx, None, n_ubatch=N_UBATCH, swa_full=True, tap=tap) as ctx:
             for sample, tokens in enumerate(chunks.tokens):  # noqa: B007 - on_node reads it
                 ctx.clear()
                 rows = [(int(token), pos, 0) for pos, token in enumerate(tokens)]
@@ -82,14 +80,12 @@ def _turns(session: Session, chunks: Chunks, n_ctx: int) -> dict[int, np.ndarray
     and their scaling, the turn is the angle between K here and K there. Without RoPE it is none.
     """
     last = min(n_ctx, session.n_ctx_train) - chunks.n_ctx
-    if last <= 0 or not any(native.rope(session.model, il)[0] for il in range(session.n_layer)):
+    if last <= 0 or not any(session.rope(il)[0] for il in range(session.n_layer)):
         return {}  # without RoPE a place may be a row of a table, which ends
     # spread evenly, but at no even distance, which a frequency could share
     starts = [0, *(int(last * (j * 0.6180339887 % 1)) for j in range(1, N_PLACE))]
     seen: dict[int, list[LayerSample]] = {}
-    tap = Tap(
-        lambda node: seen.setdefault(node.il, []).append(_sample(node, (0, 0), native.rope(session.model, node.il))), 1
-    )
+    tap = Tap(lambda node: seen.setdefault(node.il, []).append(_sample(node, (0, 0), session.rope(node.il))), 1)
     session.set_plan(None)
     try:
         with session.context(max(256, N_PROBE), n_ubatch=N_UBATCH, swa_full=True, tap=tap) as ctx:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvtuner_gguf.calibrate.corpus import Corpus
+from kvtuner_gguf.calibrate.goals import Target
 from kvtuner_gguf.calibrate.options import Options
 from kvtuner_gguf.calibrate.sizes import Sizes
 from kvtuner_gguf.codecs import codec
@@ -23,22 +24,24 @@ Types = Mapping[int, tuple[tuple[str, ...], tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
-class Shape:
+class Plannable:
     """What is known of a calibration before it starts.
 
+    goal           at the geometry's context
     geometry       what the model caches at the context
     sizes          of the text that the stages work on
     types          il -> the K types and the V types to choose from that the layer can take
     scratch_bytes  of the largest file that is kept while it runs: captured K and V, or a reference
     """
 
+    goal: Target
     geometry: Geometry
     sizes: Sizes
     types: Types
     scratch_bytes: int
 
 
-def shape_of(options: Options, sizes: Sizes) -> Shape:
+def plannable_of(options: Options, sizes: Sizes) -> Plannable:
     """Of the model and the goal; sizes are made to fit the model.
 
     Raises CalibrationError if no plan can meet the goal, NativeError if the model cannot be loaded, or does not write
@@ -49,8 +52,10 @@ def shape_of(options: Options, sizes: Sizes) -> Shape:
         geometry, types = session.geometry(options.n_ctx), session.supported(options.candidate_types)
         sizes = sizes.fitting(session.fitting)
         captured = 2 * session.geometry(sizes.stream).n_values * sizes.n_captured
-        check_goal(options, geometry, types)
-        return Shape(geometry, sizes, types, max(captured, 2 * session.n_vocab * sizes.n_scored))
+        check_can_plan(options.model, geometry)
+        goal = options.goal.at(geometry)
+        goal.check(geometry, cheapest_bytes(geometry, types))
+        return Plannable(goal, geometry, sizes, types, max(captured, 2 * session.n_vocab * sizes.n_scored))
 
 
 def cheapest_bytes(geometry: Geometry, types: Types) -> int:
@@ -65,23 +70,10 @@ def cheapest_bytes(geometry: Geometry, types: Types) -> int:
     return total
 
 
-def check_goal(options: Options, geometry: Geometry, types: Types) -> None:
-    """Raises CalibrationError if there is nothing to plan, or no plan of these types is within the goal's bytes."""
+def check_can_plan(model: Path, geometry: Geometry) -> None:
+    """Raises CalibrationError if no layer of the model has a cache of its own."""
     if not any(geometry.values_k):
-        raise CalibrationError(
-            f"model '{options.model}' has no layer with a K/V cache of its own. There is nothing to plan."
-        )
-    check_budget(options, geometry, cheapest_bytes(geometry, types))
-
-
-def check_budget(options: Options, geometry: Geometry, cheapest: int) -> None:
-    """Raises CalibrationError if the cheapest plan is beyond the goal's bytes. A goal of a KLD has none."""
-    max_bytes = options.goal.max_bytes(geometry)
-    if max_bytes is not None and max_bytes < cheapest:
-        raise CalibrationError(
-            f"goal of {max_bytes} bytes at {geometry.n_ctx} tokens ({geometry.bits_of(max_bytes):.2f} bits): "
-            f"the cheapest plan needs {cheapest} ({geometry.bits_of(cheapest):.2f} bits). Allow more, or a smaller -c."
-        )
+        raise CalibrationError(f"model '{model}' has no layer with a K/V cache of its own. There is nothing to plan.")
 
 
 def check_text(path: Path | None, n_tokens: int) -> None:

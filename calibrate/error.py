@@ -63,9 +63,15 @@ def output_nrmse(o: np.ndarray, o_hat: np.ndarray) -> float:
     return float(np.sqrt(error / _not_zero(np.square(o).sum(dtype=np.float64))))
 
 
-# the first word of a name says what the measure compares: key, value, score or output
-MEASURES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    f.__name__: f for f in (key_error, value_error, score_error, output_error, output_nrmse)
+Measure = Callable[[np.ndarray, np.ndarray], float]
+
+# name -> (what is compared before and after: key, value, score or output; the measure)
+MEASURES: dict[str, tuple[str, Measure]] = {
+    "key_error": ("key", key_error),
+    "value_error": ("value", value_error),
+    "score_error": ("score", score_error),
+    "output_error": ("output", output_error),
+    "output_nrmse": ("output", output_nrmse),
 }
 
 
@@ -157,39 +163,36 @@ def after_codec(
 
 def error_table(
     capture: Capture,
-    types: Mapping[int, TypesOfLayer] | Callable[[int], TypesOfLayer],
+    types: Mapping[int, TypesOfLayer],
     round_trip: RoundTrip,
-    progress: Callable[[int, int], None] | None = None,
     k_vectors: Sequence[KVectors] = (),
+    *,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> ErrorTable:
-    """The errors of every pair that each captured layer may have, mean over samples.
+    """The errors of every pair that each captured layer may have, mean over samples: MEASURES, and
+
+    stream_error  output_nrmse times the root of attention's share: relative error of the residual stream, which tells
+                  what a layer does to the model better than output_nrmse does
 
     types       il -> (types of K, types of V) allowed in that layer; all combinations are measured, but equal ones
                 only where V lies in K's rows
     round_trip  (type name, float32 rows (n_kv, n_head_kv*head_dim)) -> the rows after quantize and dequantize
-    progress    called with (samples done, samples in all)
     k_vectors   how each layer of the model conditions a quantized K; () = none does
+    progress    gets samples done
     """
-    types_of_layer = types if callable(types) else types.__getitem__
-    n_total = len(capture.il) * capture.n_sample
     layers: list[dict[Pair, dict[str, float]]] = []
-    for row, il in enumerate(capture.il):
-        types_k, types_v = types_of_layer(il)
+    for il in capture.il:
+        vectors = k_vectors[il] if k_vectors else AS_IT_IS
         samples = []
         for i in range(capture.n_sample):
-            samples.append(
-                sample_errors(
-                    capture.sample(il, i), types_k, types_v, round_trip, k_vectors[il] if k_vectors else KVectors()
-                )
-            )
-            if progress:
-                progress(row * capture.n_sample + i + 1, n_total)
+            samples.append(sample_errors(capture.sample(il, i), *types[il], round_trip, vectors))
+            progress(1)
         layers.append({pair: _mean([errors[pair] for errors in samples]) for pair in samples[0]})
     pairs = tuple(dict.fromkeys(pair for layer in layers for pair in layer))
     nan = dict.fromkeys(MEASURES, np.nan)
     tables = {name: np.array([[layer.get(p, nan)[name] for p in pairs] for layer in layers]) for name in MEASURES}
-    stream_error = tables["output_nrmse"] * np.sqrt(capture.share)[:, None]
-    return ErrorTable(pairs, capture.il, **tables, stream_error=stream_error)
+    tables["stream_error"] = tables["output_nrmse"] * np.sqrt(capture.share)[:, None]
+    return ErrorTable(pairs, capture.il, tables)
 
 
 def sample_errors(
@@ -240,7 +243,7 @@ def _values_in_keys(sample: LayerSample, k_hat: np.ndarray, type_k: str) -> dict
 
 
 def _measures(of: str, x: np.ndarray, x_hat: np.ndarray) -> dict[str, float]:
-    return {name: measure(x, x_hat) for name, measure in MEASURES.items() if name.startswith(of)}
+    return {name: measure(x, x_hat) for name, (what, measure) in MEASURES.items() if what == of}
 
 
 def _mean(errors: list[dict[str, float]]) -> dict[str, float]:

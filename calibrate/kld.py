@@ -64,8 +64,7 @@ def check_logits(session: Session, logits: np.ndarray, tokens: Sequence[int]) ->
     never comes."""
     if np.isfinite(logits.max(axis=1)).all():
         return
-    session.set_plan(None)
-    with session.context(len(tokens), type_k="bf16", type_v="bf16") as ctx:
+    with session.context(len(tokens), None, type_k="bf16", type_v="bf16") as ctx:
         is_the_cache = all(np.isfinite(part.max(axis=1)).all() for part in ctx.logits(tokens, 0))
     if is_the_cache:
         raise CalibrationError(
@@ -117,11 +116,10 @@ def make_reference(
 
     Raises CalibrationError if the disk has no room for it: seen before the run, and never by a write into a mapping.
     """
-    session.set_plan(None)
     n_bytes = 2 * chunks.n_positions * session.n_vocab
     with write_errors(path, n_bytes, CURE, CalibrationError), open(path, "wb", opener=_private) as out:
         reserve(out, path.parent, n_bytes)
-        with session.context(chunks.n_ctx, n_ubatch=N_UBATCH) as ctx:
+        with session.context(chunks.n_ctx, None, n_ubatch=N_UBATCH) as ctx:
             for tokens in chunks.tokens.tolist():
                 for logits in ctx.logits(tokens, chunks.first):
                     check_logits(session, logits, tokens)
@@ -155,8 +153,7 @@ def measure(
     base, chunks = reference.open(), reference.chunks
     kld, same_top = np.empty(chunks.n_positions), np.empty(chunks.n_positions, bool)
     at = 0
-    session.set_plan(pairs, k_vectors)
-    with session.context(chunks.n_ctx, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
+    with session.context(chunks.n_ctx, pairs, k_vectors, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
         if pairs is not None and ctx.notes():
             raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")
         for tokens in chunks.tokens.tolist():

@@ -50,7 +50,7 @@ class KldModel:
     @classmethod
     def of(cls, errors: ErrorTable, geometry: Geometry) -> KldModel:
         column = {pair: i for i, pair in enumerate(errors.pairs)}
-        error = errors.stream_error**2
+        error = errors.measure("stream_error") ** 2
         sq_k, sq_v = np.full(error.shape, np.nan), np.full(error.shape, np.nan)
         for i, pair in enumerate(errors.pairs):
             k, v = column.get(Pair(pair.type_k, "f16")), column.get(Pair("f16", pair.type_v))

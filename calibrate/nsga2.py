@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
-from kvtuner_gguf.calibrate.results import Groups, Menus, Trial, Trials
+from kvtuner_gguf.calibrate.results import Evaluate, Groups, Menus, Trial, Trials
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair
-
-Evaluate = Callable[[tuple[Pair, ...]], float]
 
 
 def nsga2(

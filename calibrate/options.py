@@ -2,78 +2,112 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from kvtuner_gguf.calibrate.corpus import file_sha256
+from kvtuner_gguf.calibrate.goals import Goal, WithinBits, WithinKld
+from kvtuner_gguf.codecs import CODECS, codec
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
+from kvtuner_gguf.identity import weights_sample
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.quality import Comparison
 
-DEFAULT_TYPES = ("f16", "q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q3_64", "q3_32", "q2_64", "q2_32")
+DEFAULT_TYPES = tuple(c.name for c in CODECS.values() if c.in_menu)
 PAPER_TYPES = ("q8_0", "q4_0", "q2_64", "q2_32")  # KVTuner's 8, 4 and 2 bits
-IN_PLACE_OF = {"q3_32": "q3_64", "q2_32": "q2_64"}  # by default only where a head is no multiple of the wider block
-DEFAULT_BITS = 6.0
-MOST_BITS = 1e6  # far above any type
+DEFAULT_GOAL = WithinBits(6.0)
 PAPER_TRIALS = 100
+METHODS = ("fitted", "paper")
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What the user wants, in one unit: bits per value, bytes at the context, or a mean KLD. One of the three."""
+def _text_of(path: Path | None) -> str | None:
+    return path and file_sha256(path)
 
-    bits: float | None = None
-    memory_bytes: int | None = None
-    max_kld: float | None = None
 
-    def __post_init__(self) -> None:
-        given = [v for v in (self.bits, self.memory_bytes, self.max_kld) if v is not None]
-        if len(given) != 1 or not 0 < given[0] < math.inf:
-            raise CalibrationError(f"goal: got {self}, need one of bits, memory and max-kld, a number above 0.")
-
-    def max_bytes(self, geometry: Geometry) -> int | None:
-        """The byte budget at the geometry's context; None if the goal is a KLD."""
-        if self.memory_bytes is not None:
-            return self.memory_bytes
-        return int(min(self.bits, MOST_BITS) * geometry.n_values / 8 + 1e-6) if self.bits is not None else None
+# what of an option's value tells the runs of one calibration from those of another, so that records are not taken for
+# others; None = they mean the same whatever it is
+_VALUE: Any = {"identity": lambda value: value}
+_WEIGHTS: Any = {"identity": weights_sample}
+_TEXT: Any = {"identity": _text_of}
+_NOTHING: Any = {"identity": None}
 
 
 @dataclass(frozen=True)
 class Options:
-    """One calibration. n_ctx: context at which bytes are counted; n_chunk: pieces of text, which all stages scale
-    with."""
+    """One calibration. Raises CalibrationError, CodecError for a value that is none.
 
-    model: Path
-    goal: Goal
-    method: str = "fitted"
-    n_ctx: int = 8192
-    text: Path | None = None
-    n_chunk: int = 4
-    seed: int = 0
-    n_trials: int | None = None
-    n_threads: int | None = None
-    n_gpu_layers: int = 0
-    resume: bool = False
-    types: tuple[str, ...] = ()
-    k_mean: bool | None = None
-    k_scale: bool | None = None
+    model         the GGUF; of a split one the first shard
+    goal          what the plan is to reach
+    method        'fitted' is ours, 'paper' is KVTuner's
+    n_ctx         context at which bytes are counted, in tokens
+    text          a file or a pipe to measure on, .txt or .jsonl; None = the model writes its own
+    n_chunk       pieces of text, which all stages scale with
+    seed          of the text and of the search
+    n_trials      real runs of the search; None = two per layer and about 24 more, or PAPER_TRIALS
+    n_threads     None = the processors that this process may use
+    n_gpu_layers  layers of the model that are on the GPU
+    resume        go on with the records of a calibration that was stopped, or reuse them
+    types         cache types to choose from; () = the default ones
+    k_mean        whether K may be cached without its mean, where that helps; None = as the method has it
+    k_scale       whether K may be scaled per channel, likewise
+    """
+
+    model: Path = field(metadata=_WEIGHTS)
+    goal: Goal = field(default=DEFAULT_GOAL, metadata=_NOTHING)
+    method: str = field(default="fitted", metadata=_NOTHING)
+    n_ctx: int = field(default=8192, metadata=_NOTHING)
+    text: Path | None = field(default=None, metadata=_TEXT)
+    n_chunk: int = field(default=4, metadata=_VALUE)
+    seed: int = field(default=0, metadata=_VALUE)
+    n_trials: int | None = field(default=None, metadata=_NOTHING)
+    n_threads: int | None = field(default=None, metadata=_NOTHING)
+    n_gpu_layers: int = field(default=0, metadata=_VALUE)
+    resume: bool = field(default=False, metadata=_NOTHING)
+    types: tuple[str, ...] = field(default=(), metadata=_NOTHING)
+    k_mean: bool | None = field(default=None, metadata=_NOTHING)
+    k_scale: bool | None = field(default=None, metadata=_NOTHING)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", Path(self.model))
+        object.__setattr__(self, "text", self.text and Path(self.text))
+        if self.method not in METHODS:
+            raise CalibrationError(f"method '{self.method}' is not known. Use one of: {', '.join(METHODS)}.")
+        if self.method == "paper" and isinstance(self.goal, WithinKld):
+            raise CalibrationError("method 'paper' searches within bits or bytes, not for a KLD. Set another goal.")
+        for name in self.types:
+            codec(name)
 
     @property
     def conditioning(self) -> tuple[bool, bool]:
         """Whether K's mean may be taken off, and K scaled: the paper knows neither."""
         default = self.method != "paper"
-        return tuple(default if x is None else x for x in (self.k_mean, self.k_scale))
+        return default if self.k_mean is None else self.k_mean, default if self.k_scale is None else self.k_scale
 
     @property
     def candidate_types(self) -> tuple[str, ...]:
+        """The cache types to choose from."""
         return self.types or (PAPER_TYPES if self.method == "paper" else DEFAULT_TYPES)
+
+    def identity(self) -> list[Any]:
+        """What tells the runs of this calibration from those of others. Raises CalibrationError if the text cannot be
+        read, PlanError if the model cannot."""
+        named = [(f.name, f.metadata["identity"]) for f in fields(self) if f.metadata["identity"]]
+        return [(name, of(getattr(self, name))) for name, of in named]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """plan: to be written; comparison: the held-out table; searched: the plan found, which is not `plan` if it lost."""
+    """What a calibration found.
+
+    plan        to be written
+    searched    the plan found, which is not `plan` if it lost
+    won         whether it is at or below the best uniform pair of its bytes on held-out text
+    comparison  the held-out table
+    geometry    what the model caches at the context
+    """
 
     plan: Plan
     searched: tuple[Pair, ...]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,34 +16,23 @@ from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair
 
+Evaluate = Callable[[tuple[Pair, ...]], float]  # one pair per layer -> KLD against the f16 cache, nats
+
 
 @dataclass(frozen=True, eq=False)
 class ErrorTable:
     """What each pair does to each layer, mean over samples.
 
-    pairs  the pairs tried, in the order of the columns
-    il     the layers that have KV, ascending, in the order of the rows
-    Each measure is (len(il), len(pairs)), float64, >= 0, 0 means identical, NaN where a layer cannot hold the pair:
-    key_error     relative L1 norm, mean over KV heads; the same for every type_v
-    value_error   relative L1 norm, mean over KV heads; the same for every type_k
-    score_error   absolute, mean over the cells that a query sees; the same for every type_v
-    output_error  relative L1 norm, mean over heads: the paper's measure to prune and cluster by
-    output_nrmse  relative Frobenius norm over all heads, the root of the nmse
-    stream_error  output_nrmse times the root of attention's share: relative error of the residual stream, which tells
-                  what a layer does to the model better than output_nrmse does
+    pairs     the pairs tried, in the order of the columns
+    il        the layers that have KV, ascending, in the order of the rows
+    measures  name -> (len(il), len(pairs)) float64, >= 0, 0 means identical, NaN where a layer cannot hold the pair:
+              those of error.MEASURES, and stream_error
     Raises CalibrationError if a measure has another shape, or holds anything else.
     """
 
     pairs: tuple[Pair, ...]
     il: tuple[int, ...]
-    key_error: np.ndarray
-    value_error: np.ndarray
-    score_error: np.ndarray
-    output_error: np.ndarray
-    output_nrmse: np.ndarray
-    stream_error: np.ndarray
-
-    MEASURES = ("key_error", "value_error", "score_error", "output_error", "output_nrmse", "stream_error")
+    measures: Mapping[str, np.ndarray]
 
     def __post_init__(self) -> None:
         check_il("error table", self.il)
@@ -53,14 +41,14 @@ class ErrorTable:
                 f"error table: pairs {' '.join(map(str, self.pairs)) or 'none'}, need each once. Measure again."
             )
         shape = (len(self.il), len(self.pairs))
-        holes = np.isnan(self.output_error)
-        for name in self.MEASURES:
-            x = getattr(self, name)
+        first, *_ = self.measures
+        holes = np.isnan(self.measures[first])
+        for name, x in self.measures.items():
             if x.shape != shape:
                 raise CalibrationError(f"error table: {name} has shape {x.shape}, need {shape}. Measure again.")
             if (np.isnan(x) != holes).any() or not (np.isfinite(x) & (x >= 0) | holes).all():
                 raise CalibrationError(
-                    f"error table: {name} holds a value that is negative, infinite, or NaN where output_error is not; "
+                    f"error table: {name} holds a value that is negative, infinite, or NaN where {first} is not; "
                     "need finite errors >= 0. Capture again."
                 )
         if holes.all(axis=1).any():
@@ -70,15 +58,23 @@ class ErrorTable:
 
     def measure(self, name: str) -> np.ndarray:
         """(len(il), len(pairs)) of the measure of this name. Raises CalibrationError, which lists the names."""
-        if name not in self.MEASURES:
-            raise CalibrationError(f"measure '{name}' is not known. Use one of: {', '.join(self.MEASURES)}.")
-        return getattr(self, name)
+        if name not in self.measures:
+            raise CalibrationError(f"measure '{name}' is not known. Use one of: {', '.join(self.measures)}.")
+        return self.measures[name]
+
+    def of_types(self, types: Sequence[str]) -> ErrorTable:
+        """The same of the pairs of these types alone."""
+        only = [i for i, p in enumerate(self.pairs) if {p.type_k, p.type_v} <= {*types}]
+        measures = {name: x[:, only] for name, x in self.measures.items()}
+        return ErrorTable(tuple(self.pairs[i] for i in only), self.il, measures)
 
     def save(self, path: Path) -> None:
-        data: dict[str, Any] = {"pairs": _pairs_out(self.pairs), "il": list(self.il)}
-        for name in self.MEASURES:  # JSON has no NaN
-            data[name] = [[None if math.isnan(x) else x for x in row] for row in self.measure(name).tolist()]
-        save_json(path, "ErrorTable", data)
+        """As JSON."""
+        measures = {
+            name: [[None if math.isnan(x) else x for x in row] for row in table.tolist()]  # JSON has no NaN
+            for name, table in self.measures.items()
+        }
+        save_json(path, "ErrorTable", {"pairs": _pairs_out(self.pairs), "il": list(self.il), "measures": measures})
 
     @classmethod
     def load(cls, path: Path) -> ErrorTable:
@@ -89,7 +85,8 @@ class ErrorTable:
             lambda data: cls(
                 _pairs_in(data["pairs"]),
                 tuple(data["il"]),
-                *(np.array(data[name], dtype=np.float64) for name in cls.MEASURES),  # null becomes NaN
+                # null becomes NaN
+                {name: np.array(table, dtype=np.float64) for name, table in data["measures"].items()},
             ),
         )
 
@@ -151,16 +148,6 @@ class Menus:
             raise CalibrationError(f"layer {il}: has no menu, need one of layers {self.il}. Prune again.")
         return self.pairs[self.il.index(il)]
 
-    def save(self, path: Path) -> None:
-        save_json(path, "Menus", {"il": list(self.il), "pairs": [_pairs_out(menu) for menu in self.pairs]})
-
-    @classmethod
-    def load(cls, path: Path) -> Menus:
-        """Raises CalibrationError if the file holds something else."""
-        return load_json(
-            path, "Menus", lambda data: cls(tuple(data["il"]), tuple(_pairs_in(menu) for menu in data["pairs"]))
-        )
-
 
 @dataclass(frozen=True)
 class Groups:
@@ -177,16 +164,6 @@ class Groups:
         check_il("groups", self.il)
         if sorted(il for group in self.layers for il in group) != list(self.il) or not all(self.layers):
             raise CalibrationError(f"groups {self.layers}: not a partition of layers {self.il}. Cluster again.")
-
-    def save(self, path: Path) -> None:
-        save_json(path, "Groups", {"il": list(self.il), "layers": [list(group) for group in self.layers]})
-
-    @classmethod
-    def load(cls, path: Path) -> Groups:
-        """Raises CalibrationError if the file holds something else."""
-        return load_json(
-            path, "Groups", lambda data: cls(tuple(data["il"]), tuple(tuple(group) for group in data["layers"]))
-        )
 
 
 @dataclass(frozen=True)
@@ -232,23 +209,6 @@ class Trials:
         n_layer = {len(trial.pairs) for trial in self.trials}
         if len(n_layer) != 1:
             raise CalibrationError(f"trials: of models of {sorted(n_layer)} layers, need one model. Search again.")
-
-    def front(self) -> tuple[Trial, ...]:
-        """The trials that no other beats in both n_bytes and kld, by ascending bytes; the first of equals."""
-        keep = non_dominated([t.n_bytes for t in self.trials], [t.kld for t in self.trials])
-        return tuple(self.trials[i] for i in keep)
-
-    def save(self, path: Path) -> None:
-        save_json(path, "Trials", {"trials": [{**vars(t), "pairs": _pairs_out(t.pairs)} for t in self.trials]})
-
-    @classmethod
-    def load(cls, path: Path) -> Trials:
-        """Raises CalibrationError if the file holds something else."""
-
-        def trial(fields: dict[str, Any]) -> Trial:
-            return Trial(**{**fields, "pairs": _pairs_in(fields["pairs"])})
-
-        return load_json(path, "Trials", lambda data: cls(tuple(map(trial, data["trials"]))))
 
 
 def non_dominated(cost: Sequence[float], error: Sequence[float]) -> list[int]:

@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvtuner_gguf.calibrate.kld_model import F16, KldModel, fit
-from kvtuner_gguf.calibrate.results import Trial, Trials
+from kvtuner_gguf.calibrate.results import Evaluate, Trial, Trials
 from kvtuner_gguf.codecs import codec
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair
-
-Evaluate = Callable[[tuple[Pair, ...]], float]
 
 REACH = (
     2.75  # bits per value around the goal, within which uniform pairs are worth a run: far off, KLDs no longer add up

@@ -13,6 +13,7 @@ import numpy as np
 
 from kvtuner_gguf.calibrate.corpus import Corpus, Document, Piece, file_sha256
 from kvtuner_gguf.calibrate.kld import Chunks, check_logits
+from kvtuner_gguf.calibrate.progress import Progress
 from kvtuner_gguf.calibrate.records import load_arrays, save_arrays
 from kvtuner_gguf.errors import CalibrationError, KvtunerError
 from kvtuner_gguf.printable import printable
@@ -80,6 +81,23 @@ def chunks_of(tokens: np.ndarray, n_ctx: int, n_chunk: int, what: str, n_skip: i
             "Give a longer text with -f, or fewer --chunks."
         )
     return Chunks(tokens[: n_ctx * n_chunk].reshape(n_chunk, n_ctx), n_skip)
+
+
+def source_text(
+    session: Session,
+    path: Path | None,
+    n_calibration: int,
+    n_heldout: int,
+    *,
+    stream: int,
+    seed: int,
+    progress: Progress,
+) -> Text:
+    """Text of a file, or, without one, that the model writes itself. See read_text, write_text."""
+    if path is not None:
+        return read_text(session, path, n_calibration, n_heldout, progress.say)
+    with progress.bar("text: the model writes", n_calibration + n_heldout) as advance:
+        return write_text(session, n_calibration, n_heldout, stream=stream, seed=seed, progress=advance)
 
 
 def read_text(
@@ -184,12 +202,11 @@ class _Writer:
         return np.array(done, np.int32)
 
     def _write_batch(self, halves: Sequence[int], progress: Callable[[int], None]) -> list[list[int]]:
-        self.session.set_plan(None)
         n_seq = len(halves)
         pending = [next(self.prompts[half]) for half in halves]  # tokens to read before the next one is sampled
         texts: list[list[int]] = [[] for _ in halves]
         written = [0] * n_seq
-        with self.session.context(n_seq * self.stream, n_seq_max=n_seq) as ctx:
+        with self.session.context(n_seq * self.stream, None, n_seq_max=n_seq) as ctx:
             while any(len(t) < self.stream for t in texts):
                 rows, outputs, at = [], [], []
                 for i, text in enumerate(texts):

@@ -108,9 +108,8 @@ def _seconds(session: Session) -> float:
     n_tokens = session.fitting(N_TOKENS)
     rows = [(i % session.n_vocab, i, 0) for i in range(n_tokens)]
     outputs = [False] * (n_tokens - 1) + [True]
-    session.set_plan(None)
     times = []
-    with session.context(n_tokens) as ctx:
+    with session.context(n_tokens, None) as ctx:
         for _ in range(3):
             ctx.clear()
             start = time.perf_counter()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +12,17 @@ import click
 
 from . import __version__
 from .arguments import FILE, MODEL, FiniteFloat, shared
-from .errors import MOST_CHARACTERS, CalibrationError, KvtunerError, PlanError
+from .errors import MOST_CHARACTERS, KvtunerError, PlanError
 from .interrupts import orderly
-from .pair import Pair, allocated_pairs
+from .pair import Pair
 from .plan import Plan
 from .printable import printable
 from .room import NO_ROOM
 from .terminal import Terminal, note, print_json, show, show_json, show_path
 
 if TYPE_CHECKING:
+    from .api import Options
+    from .llama import Llama
     from .output import Output
 
 
@@ -93,16 +93,19 @@ def calibrate(ctx: click.Context, model: Path, output: Path | None, force: bool,
     One goal: --bits, --memory or --max-kld. The default is 6 bits: three eighths of f16's memory, well below
     q8_0's 8.5, and above the 4.5 to 5.5 at which many models lose more than they save.
     """
+    from . import api
     from .output import output as place
+    from .report import outcome_json, outcome_text
 
+    api.check_packages()
     options = _options(model, **given)
     to = place(model, output, reads=_texts(options), force=force)
-    outcome = _pipeline().calibrate(options, Terminal())
+    outcome = api.calibrate(options, Terminal())
     written = _written(to, outcome.plan, _recovery(ctx))
     if as_json:
-        print_json(_outcome_json(outcome, written))
+        print_json(outcome_json(outcome, written))
     else:
-        show(_outcome_text(outcome, written))
+        show(outcome_text(outcome, written))
 
 
 @main.command()
@@ -117,67 +120,41 @@ def solve(model: Path, output: Path | None, force: bool, as_json: bool, **given:
     The goal is as in `calibrate`; the other options must be as they were there. The KLDs are predicted, on the text of
     the search: `kvtuner-gguf evaluate` measures them.
     """
+    from . import api
     from .output import output as place
+    from .report import solved_json, solved_text
 
-    n_ctx, options = given["n_ctx"], _options(model, **given)
+    api.check_packages()
+    options = _options(model, **given)
     to = None if output is None else place(model, output, reads=_texts(options), force=force)
-    solved = _pipeline().solve_saved(options, Terminal())
+    solved = api.solve(options, Terminal())
     written = to and _written(to, solved.plan)
     if as_json:
-        print_json(
-            {
-                "written": written and str(written),
-                "plan": json.loads(solved.plan.to_json()),
-                "kld": solved.kld,
-                "front": [vars(p) for p in solved.front],
-            }
-        )
+        print_json(solved_json(solved, written))
     else:
-        from .report import front_text, layers_text, memory_text
-
-        plan = solved.plan
-        show(f"{layers_text(plan.pairs)}\n\n{memory_text(plan.pairs, solved.geometry, plan.vector_bytes)}")
-        show(f"\n{front_text([(p.bits_per_value, p.n_bytes, p.kld) for p in solved.front], n_ctx)}")
-        show(f"\npredicted mean KLD of the plan: {solved.kld:.5f}; not proved")
-        if written:
-            show(f"Written to {written}")
+        show(solved_text(solved, written))
 
 
-def _pipeline() -> Any:
-    """The calibration, which needs more packages than running a plan does."""
-    missing = [
-        name for name in ("gguf", "optuna", "scipy", "sklearn") if find_spec(name) is None
-    ]  # stages import them when they need them
-    if missing:
-        raise CalibrationError(
-            f"calibration needs the package {missing[0]}. Install with: pip install 'kvtuner-gguf[calibrate]'"
-        )
-    from .calibrate import pipeline
-
-    return pipeline
-
-
-def _options(model: Path, **given: Any) -> Any:
-    from .calibrate.options import DEFAULT_BITS, Goal, Options
+def _options(model: Path, **given: Any) -> Options:
+    from .api import Options, WithinBits, WithinBytes, WithinKld
     from .codecs import codec
 
-    goals = {"bits": given.pop("bits"), "memory_bytes": given.pop("memory"), "max_kld": given.pop("max_kld")}
-    named = [name for name, value in goals.items() if value is not None]
-    if len(named) > 1:
+    kinds = {"bits": WithinBits, "memory": WithinBytes, "max_kld": WithinKld}
+    asked = [kind(value) for name, kind in kinds.items() if (value := given.pop(name, None)) is not None]
+    if len(asked) > 1:
         raise click.UsageError("give one goal: --bits, --memory or --max-kld.")
-    if not named:
-        goals["bits"] = DEFAULT_BITS
-    if goals["max_kld"] is not None and given.get("method") == "paper":
+    if asked:
+        given["goal"] = asked[0]
+    if given.get("method") == "paper" and isinstance(given.get("goal"), WithinKld):
         raise click.UsageError("--method paper searches within --bits or --memory, not for --max-kld.")
-    names = given.pop("types")
+    names = given.pop("types", None)
     types = tuple(codec(t.strip()).name for t in (names or "").split(",") if t.strip())
     if names is not None and not types:
         raise click.BadParameter("names no type. Write for example q8_0,q4_0.", param_hint="--types")
-    given["n_threads"], given["types"] = given.pop("threads", None), types
-    return Options(model, Goal(**goals), **given)
+    return Options(model, types=types, n_threads=given.pop("threads", None), **given)
 
 
-def _texts(options: Any) -> list[Path]:
+def _texts(options: Options) -> list[Path]:
     return [options.text] if options.text else []
 
 
@@ -196,42 +173,6 @@ def _recovery(ctx: click.Context) -> str:
     return f"What was measured is kept: this writes the plan elsewhere without measuring again: {command}"
 
 
-def _outcome_text(outcome: Any, written: Path) -> str:
-    from .report import comparison_text, layers_text, memory_text
-
-    verdict = (
-        "The plan is at or below the best uniform pair at the same bytes."
-        if outcome.won
-        else f"The plan lost to the best uniform pair on held-out text: {outcome.plan.rival} was written instead."
-    )
-    parts = (
-        layers_text(outcome.plan.pairs)
-        + _conditions_line([(il, bool(v.mean), bool(v.scale)) for il, v in enumerate(outcome.plan.k_vectors)]),
-        memory_text(outcome.plan.pairs, outcome.geometry, outcome.plan.vector_bytes),
-        comparison_text(outcome.comparison),
-        f"{verdict}\nWritten to {written}",
-    )
-    return "\n\n".join(parts)
-
-
-def _conditions_line(layers: list[tuple[int, bool, bool]]) -> str:
-    from .report import conditions_text
-
-    text = conditions_text(layers)
-    return f"\nK conditioned: {text}" if text else ""
-
-
-def _outcome_json(outcome: Any, written: Path) -> dict[str, Any]:
-    from .report import comparison_json
-
-    return {
-        "written": str(written),
-        "won": outcome.won,
-        "plan": json.loads(outcome.plan.to_json()),
-        "comparison": comparison_json(outcome.comparison),
-    }
-
-
 @main.command("show")
 @click.argument("model", type=MODEL)
 @click.option(
@@ -240,68 +181,14 @@ def _outcome_json(outcome: Any, written: Path) -> dict[str, Any]:
 @shared("c", "ngl", "json")
 def show_plan(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int, as_json: bool) -> None:
     """Show the plan of MODEL as the run time resolves it, and its memory at a context."""
-    from . import native
-    from .in_force import asked_plan
-    from .report import layers_text, memory_rows, memory_text
-    from .runtime import Session
+    from .report import shown_json, shown_text
+    from .shown import shown
 
-    given = asked_plan(plan_file)
-    with Session(model, no_alloc=True, n_gpu_layers=n_gpu_layers) as session:
-        session.put_in_force(given)
-        source = "sidecar" if given else native.plan_source(session.model)
-        plan = given or (_plan_if_sound(model) if source == "file" else None)
-        notes = native.plan_notes(session.model)
-        with session.context(n_ctx) as ctx:
-            allocated = ctx.layers()
-            notes += ctx.notes()
-        pairs = allocated_pairs(allocated, session.n_layer)
-        geometry = session.geometry(n_ctx)
-    conditioned = {layer.il: {"k_mean": layer.k_mean, "k_scale": layer.k_scale} for layer in allocated}
-    vectors = sum(4 * n * (layer.k_mean + layer.k_scale) for layer in allocated for n in [_k_values(layer)])
+    found = shown(model, plan_file, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers)
     if as_json:
-        memory = [
-            {"name": n, "bytes": b, "bits_per_value": bits, "of_f16": share}
-            for n, b, bits, share in memory_rows(pairs, geometry, vectors)
-        ]
-        layers = [
-            {"il": il, "type_k": p.type_k, "type_v": p.type_v, **conditioned.get(il, {})} for il, p in enumerate(pairs)
-        ]
-        print_json(
-            {
-                "source": source,
-                "layers": layers,
-                "n_ctx": n_ctx,
-                "memory": memory,
-                "notes": notes,
-                "plan": plan and json.loads(plan.to_json()),
-            }
-        )
-        return
-    line = _conditions_line([(layer.il, layer.k_mean, layer.k_scale) for layer in allocated])
-    show(f"plan from: {source}\n\n{layers_text(pairs)}{line}\n\n{memory_text(pairs, geometry, vectors)}")
-    if plan and plan.quality:
-        rival = f"; best uniform pair {plan.rival}: {plan.rival_quality.kld_mean:.5f}" if plan.rival_quality else ""
-        show(f"\nmean KLD when calibrated: {plan.quality.kld_mean:.5f}{rival}")
-    for text in notes:
-        show(f"note: {text}")
-
-
-def _k_values(layer: Any) -> int:
-    """Values of K that the layer caches of one token: its vectors are as long."""
-    from .codecs import codec
-
-    k = codec(layer.type_k)
-    return layer.bytes_k * k.block_size // (k.type_size * layer.n_cells)
-
-
-def _plan_if_sound(model: Path) -> Plan | None:
-    """The plan's record in a file; None if there is none, or a faulty one: the run time tells what is wrong with it."""
-    from .gguf_file import read_plan
-
-    try:
-        return read_plan(model)
-    except PlanError:
-        return None
+        print_json(shown_json(found))
+    else:
+        show(shown_text(found))
 
 
 @main.command()
@@ -315,15 +202,16 @@ def evaluate(plans: tuple[str, ...], type_k: str | None, type_v: str | None, as_
     Each of PLANS is 'file' (the plan in the model), a sidecar (.json), another GGUF's plan, or a uniform pair such as
     q8_0/q4_0.
     """
-    pipeline = _pipeline()
-    from .calibrate.evaluate import compare
+    from . import api
     from .report import comparison_json, comparison_text
 
-    named = {name: _plan_named(name, given["model"]) for name in plans}
+    api.check_packages()
+    model, n_threads = given.pop("model"), given.pop("threads")
+    named = {name: _plan_named(name, model) for name in plans}
     if type_k or type_v:
         pair = Pair(type_k or "f16", type_v or "f16")
         named[str(pair)] = pair
-    comparison = compare(named=named, progress=Terminal(), stream=pipeline.STREAM, **given)
+    comparison = api.evaluate(model, named, Terminal(), n_threads=n_threads, **given)
     if as_json:
         print_json(comparison_json(comparison))
     else:
@@ -331,17 +219,20 @@ def evaluate(plans: tuple[str, ...], type_k: str | None, type_v: str | None, as_
 
 
 def _plan_named(name: str, model: Path) -> Plan | Pair:
-    from .gguf_file import read_plan
-
     if name == "file" or name.endswith(".gguf"):
-        path = model if name == "file" else Path(name)
-        plan = read_plan(path)
-        if plan is None:
-            raise PlanError(f"{path}: holds no plan. Make one with: kvtuner-gguf calibrate {path}")
-        return plan
+        return _plan_in(model if name == "file" else Path(name))
     if name.endswith(".json"):
         return Plan.load(name)
     return Pair.parse(name)
+
+
+def _plan_in(model: Path) -> Plan:
+    from .gguf_file import read_plan
+
+    plan = read_plan(model)
+    if plan is None:
+        raise PlanError(f"{model}: holds no plan. Make one with: kvtuner-gguf calibrate {model}")
+    return plan
 
 
 @main.command()
@@ -376,7 +267,7 @@ def export(model: Path, output: Path | None, force: bool) -> None:
     """Copy the plan of MODEL into a sidecar."""
     from .output import sidecar
 
-    plan = _plan_named("file", model)
+    plan = _plan_in(model)
     if output is None:
         show_json(plan.to_json())
     else:
@@ -449,7 +340,7 @@ def _open_llama(
     n_gpu_layers: int = 0,
     type_k: str | None = None,
     type_v: str | None = None,
-) -> Any:
+) -> Llama:
     from .in_force import asked_plan
     from .llama import Llama
     from .machine import check_memory
@@ -480,7 +371,7 @@ def _open_llama(
         raise KvtunerError(f"model '{model}' at {n_ctx} tokens: {error}. Check the file, the types, and -c.") from None
 
 
-def _memory_line(llm: Any) -> str:
+def _memory_line(llm: Llama) -> str:
     from .report import MIB
 
     pairs = sorted({str(p) for p in llm.plan.pairs if p.type_k})
@@ -500,7 +391,11 @@ def _read_line() -> str | None:
 
 @main.command()
 @click.option(
-    "--trials", "n_trials", default=None, type=click.IntRange(8, 10000), help="Real runs of the search. [default: 32]"
+    "--trials",
+    "n_trials",
+    default=None,
+    type=click.IntRange(8, 10000),
+    help="Real runs of the search. [default: two per layer and about 24 more]",
 )
 @click.option(
     "-o", "--output", type=FILE, default="SmolLM2-135M-Instruct.kvtuner.gguf", show_default=True, help="GGUF to write."
@@ -508,18 +403,17 @@ def _read_line() -> str | None:
 @shared("seed", "t", "force")
 def demo(n_trials: int | None, output: Path, seed: int, threads: int | None, force: bool) -> None:
     """Do it all on the default small model: fetch, calibrate, write, and chat under the plan."""
+    from . import api
     from .default_model import default_model
+    from .output import gguf
+    from .report import outcome_text
 
     start = time.monotonic()
-    pipeline = _pipeline()
-    from .calibrate.options import DEFAULT_BITS, Goal, Options
-    from .output import gguf
-
+    api.check_packages()
     model = default_model()
     to = gguf(model, output, force=force)
-    options = Options(model, Goal(bits=DEFAULT_BITS), seed=seed, n_trials=n_trials, n_threads=threads)
-    outcome = pipeline.calibrate(options, Terminal())
-    show(_outcome_text(outcome, _written(to, outcome.plan)))
+    outcome = api.calibrate(_options(model, seed=seed, n_trials=n_trials, threads=threads), Terminal())
+    show(outcome_text(outcome, _written(to, outcome.plan)))
     question = "What is a key-value cache good for? Answer in two sentences."
     llm = _open_llama(output, threads=threads)
     from .chat import answer

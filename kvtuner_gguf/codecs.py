@@ -13,11 +13,15 @@ class Codec:
 
     block_size  values in a block
     type_size   bytes of a block, scales included
+    in_menu     whether a calibration chooses from it by default
+    wider       the type of as many bits in wider blocks, which takes its place there where a head allows
     """
 
     name: str
     block_size: int
     type_size: int
+    in_menu: bool = True
+    wider: str = ""
 
     @property
     def bits_per_value(self) -> float:
@@ -38,9 +42,9 @@ class Codec:
 CODECS: dict[str, Codec] = {
     c.name: c
     for c in (
-        Codec("f32", 1, 4),
+        Codec("f32", 1, 4, in_menu=False),
         Codec("f16", 1, 2),
-        Codec("bf16", 1, 2),
+        Codec("bf16", 1, 2, in_menu=False),
         Codec("q8_0", 32, 34),
         Codec("q6_32", 32, 26),
         Codec("q5_1", 32, 24),
@@ -48,9 +52,9 @@ CODECS: dict[str, Codec] = {
         Codec("q4_1", 32, 20),
         Codec("q4_0", 32, 18),
         Codec("iq4_nl", 32, 18),
-        Codec("q3_32", 32, 14),
+        Codec("q3_32", 32, 14, wider="q3_64"),
         Codec("q3_64", 64, 26),
-        Codec("q2_32", 32, 10),
+        Codec("q2_32", 32, 10, wider="q2_64"),
         Codec("q2_64", 64, 18),
     )
 }

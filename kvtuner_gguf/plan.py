@@ -44,7 +44,6 @@ _FIELDS = (
 )
 _CALIBRATION = "calibration."
 _CALIBRATION_KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
-_LAYERS = re.compile(r"(\d{1,9})(?:-(\d{1,9}))?:(\w+)", re.ASCII)
 _MAX_JSON_BYTES = (
     64 << 20
 )  # types of a thousand layers are 30 KB; vectors of 80 layers of 64 heads, 128 channels each, 16 MB
@@ -160,30 +159,6 @@ class Plan:
         if len(flags) != n_layer:
             raise PlanError(f"has_kv: got {len(flags)} flags, need {n_layer}, one per layer. Pass block_count flags.")
         return cls(tuple(pair if flag else Pair("", "") for flag in flags))
-
-    @staticmethod
-    def parse_layers(text: str, n_layer: int) -> tuple[str, ...]:
-        """'0-1:q8_0,2-25:q4_0' -> the type names of one side, one per layer; f16 where no range names the layer.
-
-        Ranges include both ends. Raises PlanError for anything else, with the faulty part.
-        """
-        types: dict[int, str] = {}
-        for part in text.split(","):
-            match = _LAYERS.fullmatch(part.strip())
-            if not match:
-                raise PlanError(f"layers '{part}': need FIRST-LAST:TYPE or LAYER:TYPE, for example 0-1:q8_0,2-25:q4_0.")
-            first, last = int(match[1]), int(match[2] or match[1])
-            if first > last:
-                raise PlanError(f"layers '{part}': starts at {first}, after its end {last}. Write {last}-{first}.")
-            if last >= n_layer:
-                raise PlanError(f"layers '{part}': the model has {n_layer} layers. Use 0 to {n_layer - 1}.")
-            with blamed_on(f"layers '{part}'"):
-                codec(match[3])
-            for il in range(first, last + 1):
-                if il in types:
-                    raise PlanError(f"layers '{part}': layer {il} is already {types[il]}. Give each layer once.")
-                types[il] = match[3]
-        return tuple(types.get(il, "f16") for il in range(n_layer))
 
     def runs(self) -> list[tuple[int, int, Pair]]:
         """Neighbours with equal pairs as (first layer, last layer, pair), in layer order."""

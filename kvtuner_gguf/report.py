@@ -1,15 +1,21 @@
-"""Tables from saved results: text for a terminal, plain values for JSON. No model here."""
+"""What was found, as text for a terminal and as plain values for JSON. No model here."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .geometry import Geometry
 from .pair import Pair
 from .plan import Plan
 from .printable import printable
 from .quality import Comparison
+
+if TYPE_CHECKING:
+    from .calibrate.options import Outcome, Solved
+    from .shown import Shown
 
 MIB = 1024 * 1024
 
@@ -106,3 +112,90 @@ def memory_text(pairs: Sequence[Pair], geometry: Geometry, vector_bytes: int = 0
         for name, n, bits, share in memory_rows(pairs, geometry, vector_bytes)
     ]
     return table(("cache", "bits", f"MiB at {geometry.n_ctx}", "of f16"), rows)
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """As in a sidecar."""
+    return json.loads(plan.to_json())
+
+
+def outcome_text(outcome: Outcome, written: Path) -> str:
+    """What a calibration found, and where it was written."""
+    verdict = (
+        "The plan is at or below the best uniform pair at the same bytes."
+        if outcome.won
+        else f"The plan lost to the best uniform pair on held-out text: {outcome.plan.rival} was written instead."
+    )
+    plan = outcome.plan
+    parts = (
+        layers_text(plan.pairs)
+        + _conditions_line([(il, bool(v.mean), bool(v.scale)) for il, v in enumerate(plan.k_vectors)]),
+        memory_text(plan.pairs, outcome.geometry, plan.vector_bytes),
+        comparison_text(outcome.comparison),
+        f"{verdict}\nWritten to {written}",
+    )
+    return "\n\n".join(parts)
+
+
+def outcome_json(outcome: Outcome, written: Path) -> dict[str, Any]:
+    """The same for a program."""
+    comparison = comparison_json(outcome.comparison)
+    return {"written": str(written), "won": outcome.won, "plan": plan_json(outcome.plan), "comparison": comparison}
+
+
+def solved_text(solved: Solved, written: Path | None) -> str:
+    """A plan by what was measured, the front, and where it was written."""
+    plan = solved.plan
+    points = [(p.bits_per_value, p.n_bytes, p.kld) for p in solved.front]
+    parts = (
+        layers_text(plan.pairs),
+        memory_text(plan.pairs, solved.geometry, plan.vector_bytes),
+        front_text(points, solved.geometry.n_ctx),
+        f"predicted mean KLD of the plan: {solved.kld:.5f}; not proved"
+        + (f"\nWritten to {written}" if written else ""),
+    )
+    return "\n\n".join(parts)
+
+
+def solved_json(solved: Solved, written: Path | None) -> dict[str, Any]:
+    """The same for a program."""
+    front = [vars(p) for p in solved.front]
+    return {"written": written and str(written), "plan": plan_json(solved.plan), "kld": solved.kld, "front": front}
+
+
+def shown_text(shown: Shown) -> str:
+    """A plan as the run time resolves it."""
+    line = _conditions_line([(layer.il, layer.k_mean, layer.k_scale) for layer in shown.layers])
+    memory = memory_text(shown.pairs, shown.geometry, shown.vector_bytes)
+    text = f"plan from: {shown.source}\n\n{layers_text(shown.pairs)}{line}\n\n{memory}"
+    if shown.plan and shown.plan.quality:
+        rival = shown.plan.rival_quality
+        beside = f"; best uniform pair {shown.plan.rival}: {rival.kld_mean:.5f}" if rival else ""
+        text += f"\n\nmean KLD when calibrated: {shown.plan.quality.kld_mean:.5f}{beside}"
+    return "\n".join((text, *(f"note: {note}" for note in shown.notes)))
+
+
+def shown_json(shown: Shown) -> dict[str, Any]:
+    """The same for a program."""
+    conditioned = {layer.il: {"k_mean": layer.k_mean, "k_scale": layer.k_scale} for layer in shown.layers}
+    layers = [
+        {"il": il, "type_k": p.type_k, "type_v": p.type_v, **conditioned.get(il, {})}
+        for il, p in enumerate(shown.pairs)
+    ]
+    memory = [
+        {"name": name, "bytes": n_bytes, "bits_per_value": bits, "of_f16": share}
+        for name, n_bytes, bits, share in memory_rows(shown.pairs, shown.geometry, shown.vector_bytes)
+    ]
+    return {
+        "source": shown.source,
+        "layers": layers,
+        "n_ctx": shown.geometry.n_ctx,
+        "memory": memory,
+        "notes": list(shown.notes),
+        "plan": shown.plan and plan_json(shown.plan),
+    }
+
+
+def _conditions_line(layers: Sequence[tuple[int, bool, bool]]) -> str:
+    text = conditions_text(layers)
+    return f"\nK conditioned: {text}" if text else ""

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
+from types import EllipsisType
+from typing import Any
 
 import numpy as np
 
@@ -109,16 +111,42 @@ class Session:
         self.close()
 
     def set_plan(self, pairs: Sequence[Pair] | None, k_vectors: Sequence[KVectors] = ()) -> None:
-        """The plan of contexts opened from now on, and how its K is conditioned; None = all f16."""
+        """The plan in force from now on, and how its K is conditioned; None = all f16."""
         put_pairs_in_force(self.model, pairs, k_vectors)
 
     def put_in_force(self, plan: Plan | bool | None) -> None:
-        """A plan as a user asks for it, of contexts opened from now on: see in_force.put_in_force."""
+        """A plan as a user asks for it, in force from now on: see in_force.put_in_force."""
         put_in_force(self.model, plan)
 
+    @property
+    def plan_source(self) -> str:
+        """Where the plan in force is from: 'file', 'override', 'api', or 'none'."""
+        return native.plan_source(self.model)
+
+    @property
+    def plan_notes(self) -> list[str]:
+        """What was wrong with the plan in force, one line each."""
+        return native.plan_notes(self.model)
+
+    def rope(self, il: int) -> tuple[int, bool]:
+        """(channels of a head that RoPE turns, whether a pair is half of them apart; else neighbours)."""
+        return native.rope(self.model, il)
+
     @contextmanager
-    def context(self, n_ctx: int, **kwargs: object) -> Iterator[Context]:
-        """A Context, closed at the end of the block."""
+    def context(
+        self,
+        n_ctx: int,
+        pairs: Sequence[Pair] | EllipsisType | None = ...,
+        k_vectors: Sequence[KVectors] = (),
+        **kwargs: Any,
+    ) -> Iterator[Context]:
+        """A Context under a plan, which stays in force; closed at the end of the block.
+
+        pairs      one per layer; None = all f16; left out: what is in force, at first the plan in the file
+        k_vectors  how each layer's K is conditioned; () = none is
+        """
+        if not isinstance(pairs, EllipsisType):
+            self.set_plan(pairs, k_vectors)
         ctx = Context(self, n_ctx, **kwargs)
         try:
             yield ctx
@@ -225,8 +253,7 @@ class Session:
 
     def _layers_with(self, n_ctx: int, type_name: str) -> list[native.LayerCache]:
         """The layers of a context with one type everywhere. Changes the plan."""
-        self.set_plan([Pair(type_name, type_name)] * self.n_layer)
-        with self.context(n_ctx) as ctx:
+        with self.context(n_ctx, [Pair(type_name, type_name)] * self.n_layer) as ctx:
             return ctx.layers()
 
 

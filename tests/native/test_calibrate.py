@@ -191,10 +191,10 @@ def test_a_text_too_short_names_the_tokens(tiny, tmp_path):
 
 
 def test_resume_measures_nothing_twice(tiny, tmp_path, text, monkeypatch):
-    from kvtuner_gguf.calibrate import pipeline
+    from kvtuner_gguf.calibrate import runs
 
     measured = []
-    real = pipeline.measure
+    real = runs.measure
 
     def stopped(session, pairs, reference, **kwargs):
         if len(measured) == 5:
@@ -206,7 +206,7 @@ def test_resume_measures_nothing_twice(tiny, tmp_path, text, monkeypatch):
         """What a run was of: the same pairs are measured with K conditioned, and without as rivals."""
         return pairs and (pairs, tuple(kwargs.get("k_vectors", ())))
 
-    monkeypatch.setattr(pipeline, "measure", stopped)
+    monkeypatch.setattr(runs, "measure", stopped)
     args = [
         "calibrate",
         str(tiny("llama")),
@@ -222,26 +222,27 @@ def test_resume_measures_nothing_twice(tiny, tmp_path, text, monkeypatch):
         "1024",
     ]
     assert CliRunner().invoke(main, [*args, "-o", str(tmp_path / "a.json")]).exit_code != 0
-    monkeypatch.setattr(pipeline, "measure", lambda s, p, r, **k: (measured.append(ran(p, k)), real(s, p, r, **k))[1])
+    monkeypatch.setattr(runs, "measure", lambda s, p, r, **k: (measured.append(ran(p, k)), real(s, p, r, **k))[1])
     run(*args, "--resume", "-o", tmp_path / "a.json")
     search = measured[: -(1 + 1)]
     first, later = measured[:5], search[5:]
     assert not {p for p in first if p} & {p for p in later[: 12 - 5] if p}
-    monkeypatch.setattr(pipeline, "measure", real)
+    monkeypatch.setattr(runs, "measure", real)
     run(*args, "-o", tmp_path / "b.json")
     assert Plan.load(tmp_path / "a.json") == Plan.load(tmp_path / "b.json")
 
 
 def test_another_goal_reuses_what_was_measured(tiny, tmp_path, text, monkeypatch):
     """--resume on a file that has its plan by now: text, errors and the runs of equal plans are there."""
-    from kvtuner_gguf.calibrate import pipeline
+    from kvtuner_gguf.calibrate import measured as measured_model
+    from kvtuner_gguf.calibrate import runs
 
     model = copy_of(tiny("llama"), tmp_path)
     calibrate(model, "-f", text, "--bits", 6.0)
     measured = []
-    real = pipeline.measure
-    monkeypatch.setattr(pipeline, "measure", lambda s, p, r, **k: (measured.append(p), real(s, p, r, **k))[1])
-    monkeypatch.setattr(pipeline, "error_table", None)
+    real = runs.measure
+    monkeypatch.setattr(runs, "measure", lambda s, p, r, **k: (measured.append(p), real(s, p, r, **k))[1])
+    monkeypatch.setattr(measured_model, "error_table", None)
     calibrate(model, "-f", text, "--bits", 6.0, "--resume")
     assert [p for p in measured if p is not None] == []
     calibrate(model, "-f", text, "--bits", 7.0, "--resume")
@@ -249,7 +250,7 @@ def test_another_goal_reuses_what_was_measured(tiny, tmp_path, text, monkeypatch
 
 
 def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkeypatch):
-    from kvtuner_gguf.calibrate import pipeline
+    from kvtuner_gguf.calibrate import runs
 
     model = copy_of(tiny("llama"), tmp_path)
     same = ("--chunks", 2, "-c", 1024, "-f", text)
@@ -260,7 +261,7 @@ def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkey
     def no_run(*args: object, **kwargs: object) -> None:
         raise AssertionError("solve measured a plan")
 
-    monkeypatch.setattr(pipeline, "measure", no_run)
+    monkeypatch.setattr(runs, "measure", no_run)
     result = json.loads(run("solve", model, *same, "--bits", 4.6, "-o", tmp_path / "less.json", "--json").stdout)
     plan = Plan.load(tmp_path / "less.json")
     assert 4.0 < plan.bits_per_value <= 4.6 and plan.quality is None
@@ -277,16 +278,16 @@ def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkey
 @pytest.mark.parametrize("goal", [("--bits", 6.0), ("--max-kld", 0.02)])
 def test_a_search_on_a_copy_is_proved_on_the_model(tiny, tmp_path, text, monkeypatch, goal):
     """A KLD that is asked for is searched on the model itself, whose noise floor is its own."""
-    from kvtuner_gguf.calibrate import pipeline, weights
+    from kvtuner_gguf.calibrate import measured, weights
     from kvtuner_gguf.runtime import Session
 
     model, seen = tmp_path / "q4_1.gguf", {}
     with Session(tiny("llama")) as session:
         session.save_as(model, "q4_1")
-    real = pipeline.make_reference
+    real = measured.make_reference
     monkeypatch.setattr(weights, "GAIN", 0.0)
     monkeypatch.setattr(
-        pipeline,
+        measured,
         "make_reference",
         lambda session, chunks, path, advance: (
             seen.setdefault(path.stem, session.path) and real(session, chunks, path, advance)

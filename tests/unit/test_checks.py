@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from kvtuner_gguf import Geometry
 from kvtuner_gguf.arguments import Memory
-from kvtuner_gguf.calibrate.checks import cheapest_bytes, check_goal, check_room, check_text
-from kvtuner_gguf.calibrate.options import Goal, Options
+from kvtuner_gguf.calibrate.checks import cheapest_bytes, check_can_plan, check_room, check_text
+from kvtuner_gguf.calibrate.goals import WithinBits, WithinBytes, WithinKld
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.errors import CalibrationError
 
@@ -24,37 +24,34 @@ TYPES = {0: (("f16", "q8_0", "q4_0"), ("f16", "q8_0")), 2: (("f16",), ())}
 CHEAPEST = 8192 // 32 * 18 + 8192 // 32 * 34 + 2 * 8192 + 2 * 4096
 
 
-def options(**goal: float) -> Options:
-    return Options(Path("m.gguf"), Goal(**goal), n_ctx=64)
-
-
 def test_the_cheapest_plan_worked_by_hand():
     assert cheapest_bytes(GEOMETRY, TYPES) == CHEAPEST
 
 
 def test_a_goal_below_the_cheapest_plan_names_what_is_needed():
-    check_goal(options(memory_bytes=CHEAPEST), GEOMETRY, TYPES)
-    check_goal(options(max_kld=1e-9), GEOMETRY, TYPES)
+    WithinBytes(CHEAPEST).check(GEOMETRY, CHEAPEST)
+    WithinKld(1e-9).check(GEOMETRY, CHEAPEST)
     with pytest.raises(CalibrationError, match=f"goal of {CHEAPEST - 1} bytes.*the cheapest plan needs {CHEAPEST} "):
-        check_goal(options(memory_bytes=CHEAPEST - 1), GEOMETRY, TYPES)
+        WithinBytes(CHEAPEST - 1).check(GEOMETRY, CHEAPEST)
     with pytest.raises(CalibrationError, match="the cheapest plan needs"):
-        check_goal(options(bits=2), GEOMETRY, TYPES)
+        WithinBits(2).at(GEOMETRY).check(GEOMETRY, CHEAPEST)
 
 
 def test_a_model_without_a_cache_has_nothing_to_plan():
+    check_can_plan(Path("m.gguf"), GEOMETRY)
     with pytest.raises(CalibrationError, match="nothing to plan"):
-        check_goal(options(bits=6), Geometry((0, 0), (0, 0), 64), {})
+        check_can_plan(Path("m.gguf"), Geometry((0, 0), (0, 0), 64))
 
 
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["bits", "memory_bytes", "max_kld"])
-def test_a_goal_that_is_no_number_above_0_is_refused(name, value):
+@pytest.mark.parametrize("goal", [WithinBits, WithinBytes, WithinKld])
+def test_a_goal_that_is_no_number_above_0_is_refused(goal, value):
     with pytest.raises(CalibrationError, match="a number above 0"):
-        Goal(**{name: value})
+        goal(value)
 
 
 def test_a_huge_goal_is_one_that_everything_meets():
-    assert Goal(bits=1e308).max_bytes(GEOMETRY) > GEOMETRY.n_values * 4
+    assert WithinBits(1e308).at(GEOMETRY).allows(GEOMETRY.n_values * 4)
 
 
 @pytest.mark.parametrize("text", ["9" * 400, "1e400", "9" * 40 + "T" * 2, "nan", "inf"])

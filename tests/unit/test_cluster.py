@@ -15,7 +15,7 @@ KEY_FIRST, VALUE_FIRST = (PAIRS[3], PAIRS[1], PAIRS[0]), (PAIRS[3], PAIRS[2], PA
 
 def make_table(rows, il=None):
     rows = np.array(rows, dtype=np.float64)
-    return ErrorTable(PAIRS, il or tuple(range(len(rows))), **dict.fromkeys(ErrorTable.MEASURES, rows))
+    return ErrorTable(PAIRS, il or tuple(range(len(rows))), dict.fromkeys(("output_error", "score_error"), rows))
 
 
 def test_groups_worked_by_hand():

@@ -205,8 +205,8 @@ def test_the_error_table_measures_with_the_vectors(tmp_path):
     (sample,) = samples_of(1, lambda s: with_offset(s, offset_of(1)))
     capture = make_capture(tmp_path, {0: [sample]})
     types = {0: (("q4_0",), ("f16",))}
-    plain = error_table(capture, types, round_trip).output_nrmse
-    centred = error_table(capture, types, round_trip, k_vectors=[vectors_of([sample], True, False)]).output_nrmse
+    plain = error_table(capture, types, round_trip).measure("output_nrmse")
+    centred = error_table(capture, types, round_trip, [vectors_of([sample], True, False)]).measure("output_nrmse")
     assert centred < 0.6 * plain
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvtuner_gguf.calibrate.nsga2 import assign, nsga2
-from kvtuner_gguf.calibrate.results import Groups, Menus
+from kvtuner_gguf.calibrate.results import Groups, Menus, non_dominated
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair
@@ -35,6 +35,11 @@ def search(model, n_trials=120, seed=1, **options):
     return nsga2(GROUPS, MENUS, model, GEOMETRY, n_trials=n_trials, seed=seed, **options)
 
 
+def front(trials):
+    points = [(t.n_bytes, t.kld) for t in trials.trials]
+    return [points[i] for i in non_dominated(*zip(*points, strict=True))]
+
+
 def dominates(a, b):
     return a != b and a[0] <= b[0] and a[1] <= b[1]
 
@@ -44,8 +49,7 @@ def test_search_never_leaves_the_front_it_claims(seed):
     trials = search(Model(), seed=seed)
     points = [(t.n_bytes, t.kld) for t in trials.trials]
     best = {p for p in points if not any(dominates(q, p) for q in points)}
-    assert [(t.n_bytes, t.kld) for t in trials.front()] == sorted(best)
-    assert set(trials.front()) <= set(trials.trials)
+    assert front(trials) == sorted(best)
 
 
 def test_search_is_the_same_for_a_seed():
@@ -84,7 +88,7 @@ def test_search_finds_most_of_the_true_front():
     every = [assign(GROUPS, chosen, 12) for chosen in itertools.product(MENU, repeat=5)]
     model = Model()
     truth = [(GEOMETRY.bytes(pairs), model(pairs)) for pairs in every]
-    found = [(t.n_bytes, t.kld) for t in trials.front()]
+    found = front(trials)
     # mean over budgets of how much more than the best possible; measured 0.035 to 0.088 over seeds 0 to 5
     budgets = sorted({n_bytes for n_bytes, _ in truth})
     best = np.array([min(kld for n, kld in truth if n <= budget) for budget in budgets])

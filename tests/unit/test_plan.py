@@ -137,31 +137,6 @@ def test_runs_join_equal_neighbours():
     assert Plan((Q8,)).runs() == [(0, 0, Q8)]
 
 
-def test_parse_layers_fills_gaps_with_f16():
-    assert Plan.parse_layers("0-1:q8_0, 3:q4_0", 5) == ("q8_0", "q8_0", "f16", "q4_0", "f16")
-    assert Plan.parse_layers("0-25:iq4_nl", 26) == ("iq4_nl",) * 26
-
-
-@pytest.mark.parametrize(
-    ("text", "part"),
-    [
-        ("3-1:q8_0", "starts at 3"),
-        ("0-1:q8_0,1-2:q4_0", "layer 1 is already q8_0"),
-        ("0-4:q8_0", "the model has 4 layers"),
-        ("999999999:q8_0", "the model has 4 layers"),
-        ("0:q9_9", "q9_9"),
-        ("", "''"),
-        ("0:", "'0:'"),
-        ("q8_0", "'q8_0'"),
-        ("-1:q8_0", "'-1:q8_0'"),
-        ("0-1:q8_0,", "''"),
-        ("٣:q8_0", "٣"),
-    ],
-)
-def test_parse_layers_says_what_is_wrong(text, part):
-    fault(lambda: Plan.parse_layers(text, 4), "layers", part)
-
-
 @pytest.mark.parametrize(
     ("make", "parts"),
     [

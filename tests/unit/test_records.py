@@ -16,7 +16,6 @@ import pytest
 
 from kvtuner_gguf import Pair
 from kvtuner_gguf.calibrate import records
-from kvtuner_gguf.calibrate.pipeline import Run
 from kvtuner_gguf.calibrate.records import (
     append_line,
     load_arrays,
@@ -26,29 +25,29 @@ from kvtuner_gguf.calibrate.records import (
     save_json,
     write_record,
 )
-from kvtuner_gguf.calibrate.results import Conditions, ErrorTable, Groups
+from kvtuner_gguf.calibrate.results import Conditions, ErrorTable
 from kvtuner_gguf.calibrate.samples import Capture
-from kvtuner_gguf.calibrate.store import EvaluationCache
+from kvtuner_gguf.calibrate.store import Evaluations, Store
 from kvtuner_gguf.calibrate.text import Text
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.quality import Quality
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX modes")
-TABLE = ErrorTable((Pair("q8_0", "q8_0"),), (0, 2), *(np.array([[0.1], [1 / 3]]) for _ in ErrorTable.MEASURES))
+TABLE = ErrorTable((Pair("q8_0", "q8_0"),), (0, 2), {"key_error": np.array([[0.1], [1 / 3]])})
 KINDS = [
     Text("a.txt", "0" * 64, np.arange(7, dtype=np.int32), np.arange(3, dtype=np.int32)),
     Conditions((KVectors(), KVectors((0.5,), (2.0,))), {1: {"none": 0.1, "mean": 0.05}}),
     TABLE,
-    Groups((0, 1), ((0, 1),)),
 ]
 
 
 def same(a: object, b: object) -> bool:
-    return all(
-        np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y
-        for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
-    )
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return all(map(same, vars(a).values(), vars(b).values())) if isinstance(a, ErrorTable | Text) else a == b
 
 
 def pickled(path: Path) -> None:
@@ -104,13 +103,6 @@ def test_what_is_no_record_is_an_error_of_one_kind(record, make, tmp_path):
         type(record).load(path)
 
 
-def run_in(work: Path, scratch: Path | None) -> Run:
-    run = object.__new__(Run)
-    run.work, run.scratch = work, scratch
-    run.options = namedtuple("Options", "model")("m.gguf")
-    return run
-
-
 def test_a_record_that_does_not_read_is_made_again(tmp_path):
     record, made = KINDS[0], []
 
@@ -121,7 +113,7 @@ def test_a_record_that_does_not_read_is_made_again(tmp_path):
     for n_made, data in ((1, None), (1, None), (2, b"PK\x03\x04 cut"), (2, None)):
         if data is not None:
             (tmp_path / "text.npz").write_bytes(data)
-        assert same(run_in(tmp_path, tmp_path).record(Text, "text.npz", make), record)
+        assert same(Store(tmp_path).get(Text, "text.npz", make), record)
         assert len(made) == n_made
 
 
@@ -130,7 +122,7 @@ def test_where_records_are_only_read_a_damaged_one_was_not_measured(data, tmp_pa
     if data is not None:
         (tmp_path / "text.npz").write_bytes(data)
     with pytest.raises(CalibrationError, match="was not measured.*kvtuner-gguf calibrate m.gguf"):
-        run_in(tmp_path, None).record(Text, "text.npz", lambda: pytest.fail("measured"))
+        Store(tmp_path, read_only_of=Path("m.gguf")).get(Text, "text.npz", lambda: pytest.fail("measured"))
 
 
 def test_a_damaged_sample_of_a_capture_is_named(tmp_path):
@@ -155,7 +147,7 @@ def test_a_damaged_sample_of_a_capture_is_named(tmp_path):
 def test_what_stands_in_a_records_place_goes(make, tmp_path):
     for name in ("text.npz", "lines"):
         make(tmp_path / name)
-    assert same(run_in(tmp_path, tmp_path).record(Text, "text.npz", lambda: KINDS[0]), KINDS[0])
+    assert same(Store(tmp_path).get(Text, "text.npz", lambda: KINDS[0]), KINDS[0])
     assert read_lines(tmp_path / "lines") == []
     append_line(tmp_path / "lines", {"a": 1})
     assert same(Text.load(tmp_path / "text.npz"), KINDS[0]) and read_lines(tmp_path / "lines") == [{"a": 1}]
@@ -197,8 +189,8 @@ def quality(i: int) -> Quality:
     return Quality(0.25 * i, 1.5, 0.5, 10)
 
 
-def filled(path: Path) -> EvaluationCache:
-    cache = EvaluationCache(path)
+def filled(path: Path) -> Evaluations:
+    cache = Evaluations(path)
     for i, pairs in enumerate(PAIRS):
         cache.get("search", lambda _, i=i: quality(i), pairs)
     return cache
@@ -206,7 +198,7 @@ def filled(path: Path) -> EvaluationCache:
 
 def test_what_was_measured_is_read_again(tmp_path):
     filled(tmp_path / "e.jsonl")
-    assert EvaluationCache(tmp_path / "e.jsonl").of("search") == [(pairs, quality(i)) for i, pairs in enumerate(PAIRS)]
+    assert Evaluations(tmp_path / "e.jsonl").of("search") == [(pairs, quality(i)) for i, pairs in enumerate(PAIRS)]
 
 
 def test_a_cut_line_takes_no_other_with_it(tmp_path):
@@ -215,11 +207,11 @@ def test_a_cut_line_takes_no_other_with_it(tmp_path):
     whole = path.read_bytes()
     for cut in range(len(whole.splitlines(keepends=True)[0]) + 1, len(whole), 5):
         path.write_bytes(whole[:cut])
-        cache = EvaluationCache(path)
+        cache = Evaluations(path)
         n_before = len(cache.of("search"))
         assert n_before in (whole[:cut].count(b"\n"), whole[:cut].count(b"\n") + 1)
         cache.get("search", lambda _: quality(9), (Pair("q4_0", "q4_0"),))
-        assert EvaluationCache(path).of("search") == [
+        assert Evaluations(path).of("search") == [
             *cache.of("search")[:n_before],
             ((Pair("q4_0", "q4_0"),), quality(9)),
         ]
@@ -231,7 +223,7 @@ def test_lines_that_are_not_as_they_were_written_are_left_out(tmp_path):
     data = path.read_bytes()
     for _ in range(300):
         path.write_bytes(damaged(data, rng))
-        assert all(right[pairs] == found for pairs, found in EvaluationCache(path).of("search"))
+        assert all(right[pairs] == found for pairs, found in Evaluations(path).of("search"))
 
 
 @pytest.mark.parametrize(
@@ -260,9 +252,9 @@ def test_arrays_come_back_as_they_were(tmp_path):
 
 
 def test_json_is_readable_by_others(tmp_path):
-    KINDS[3].save(tmp_path / "groups.json")
-    assert json.loads((tmp_path / "groups.json").read_text())["layers"] == [[0, 1]]
-    assert load_json(tmp_path / "groups.json", "Groups", lambda data: data["il"]) == [0, 1]
+    TABLE.save(tmp_path / "errors.json")
+    assert json.loads((tmp_path / "errors.json").read_text())["measures"]["key_error"] == [[0.1], [1 / 3]]
+    assert load_json(tmp_path / "errors.json", "ErrorTable", lambda data: data["il"]) == [0, 2]
 
 
 def test_free_room_is_told_where_a_write_fails(tmp_path, monkeypatch):

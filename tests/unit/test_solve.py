@@ -26,7 +26,7 @@ X_K, X_V = np.array([4.0, 1.0, 0.5, 0.1]), np.array([0.4, 0.2, 0.2, 0.1])  # wha
 def model() -> KldModel:
     pairs = tuple(Pair(k, v) for k, v in product(TYPES, TYPES))
     error = np.array([[np.hypot(ERROR[p.type_k], ERROR[p.type_v]) for p in pairs]] * 4)
-    return KldModel.of(ErrorTable(pairs, (0, 1, 2, 3), *[error] * 6), GEOMETRY)
+    return KldModel.of(ErrorTable(pairs, (0, 1, 2, 3), {"stream_error": error}), GEOMETRY)
 
 
 def kld(pairs: tuple[Pair, ...]) -> float:
@@ -193,6 +193,6 @@ def test_one_tensor_for_k_and_v_has_one_type(model):
     """Where V lies in K's rows (MLA), the table holds equal pairs only."""
     pairs = tuple(Pair(t, t) for t in TYPES)
     error = np.array([[ERROR[t] for t in TYPES]])
-    table = ErrorTable(pairs, (0,), *[error] * 6)
+    table = ErrorTable(pairs, (0,), {"stream_error": error})
     mla = KldModel.of(table, Geometry((3200,), (0,), 100))
     assert solve(mla, mla.prices(np.ones(2)), 3200 * 34 // 32) == (Pair("q8_0", "q8_0"),)

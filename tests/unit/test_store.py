@@ -3,8 +3,10 @@ import sys
 
 import pytest
 
-from kvtuner_gguf.calibrate.store import claimed
+from kvtuner_gguf import Pair
+from kvtuner_gguf.calibrate.store import Store, claimed
 from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.quality import Quality
 
 CLAIM = (
     "import sys; from pathlib import Path; from kvtuner_gguf.calibrate.store import claimed\nwith "
@@ -42,16 +44,17 @@ def test_records_of_another_program_model_text_or_place_are_not_mixed(tmp_path, 
     from small_gguf import PLAN, make_model
 
     from kvtuner_gguf.calibrate import store
-    from kvtuner_gguf.calibrate.options import Goal, Options
+    from kvtuner_gguf.calibrate.goals import WithinBits, WithinBytes
+    from kvtuner_gguf.calibrate.options import Options
     from kvtuner_gguf.gguf_file import write_plan
 
     monkeypatch.setattr(store.native, "build_id", lambda: "one")
     model, text = make_model(tmp_path / "m.gguf"), tmp_path / "t.txt"
     text.write_text("words")
-    options = Options(model, Goal(bits=6), text=text)
+    options = Options(model, WithinBits(6), text=text)
     first = store.work_dir(options, 1, 2)
     write_plan(model, PLAN)
-    assert store.work_dir(replace(options, goal=Goal(bits=5), resume=True), 1, 2) == first  # the same runs
+    assert store.work_dir(replace(options, goal=WithinBytes(5), resume=True), 1, 2) == first  # the same runs
     others = {
         first,
         store.work_dir(options, 1, 3),
@@ -68,3 +71,26 @@ def test_records_of_another_program_model_text_or_place_are_not_mixed(tmp_path, 
     others.add(store.work_dir(options, 1, 2))
     others.add(store.work_dir(replace(options, model=make_model(tmp_path / "n.gguf", n_layer=4)), 1, 2))
     assert len(others) == 9
+
+
+def test_every_option_says_whether_it_names_the_runs():
+    """A new option that changes what runs mean, and does not say so, would have old records taken for its own."""
+    from dataclasses import fields
+
+    from kvtuner_gguf.calibrate.options import Options
+
+    assert not [field.name for field in fields(Options) if "identity" not in field.metadata]
+
+
+def test_what_is_measured_is_measured_once(tmp_path):
+    measured = []
+
+    def measure(pairs):
+        measured.append(pairs)
+        return Quality(0.1 * len(measured), 0.2, 0.9)
+
+    pairs = (Pair.parse("q8_0/q4_0"), Pair("", ""))
+    first = Store(tmp_path).evaluations.get("search", measure, pairs)
+    again = Store(tmp_path).evaluations
+    assert again.get("search", measure, pairs) == first and again.of("search") == [(pairs, first)]
+    assert again.get("heldout", measure, pairs) != first and len(measured) == 2

@@ -1,0 +1,168 @@
+"""The stages before the search, in order: text, capture, condition, error. Each is made once, and kept."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from kvtuner_gguf import native
+from kvtuner_gguf.calibrate.capture import capture
+from kvtuner_gguf.calibrate.checks import Plannable, Types, cheapest_bytes
+from kvtuner_gguf.calibrate.condition import condition
+from kvtuner_gguf.calibrate.error import attention_scores, error_table, k_error
+from kvtuner_gguf.calibrate.kld import Reference, make_reference
+from kvtuner_gguf.calibrate.options import Options
+from kvtuner_gguf.calibrate.progress import Progress
+from kvtuner_gguf.calibrate.results import Conditions, ErrorTable
+from kvtuner_gguf.calibrate.runs import tag
+from kvtuner_gguf.calibrate.samples import Capture
+from kvtuner_gguf.calibrate.store import Store
+from kvtuner_gguf.calibrate.text import Text, chunks_of, source_text
+from kvtuner_gguf.codecs import CODECS, codec
+from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.kvectors import KVectors, vector_bytes
+from kvtuner_gguf.runtime import Session
+
+JUDGED_BITS = 4.5  # of the type of K that conditioning is judged with: an error of a rotated type has the same shape
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What stages work with.
+
+    session   the model, or a copy of it to search on
+    store     what is kept: records
+    scratch   folder of what is not: captured tensors, references. Nothing is written there if the store is read-only
+    """
+
+    session: Session
+    store: Store
+    scratch: Path
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of a model before the search.
+
+    k_vectors  of each layer, where conditioning helps and the goal has room for it; () = nowhere
+    errors     of each pair in each layer, K conditioned so
+    """
+
+    text: Text
+    k_vectors: tuple[KVectors, ...]
+    errors: ErrorTable
+
+
+def measure_model(options: Options, plannable: Plannable, bench: Bench) -> Measured:
+    """Text, vectors of K, and errors: from the records, or made. Raises CalibrationError where a stage does."""
+    types = types_of_layers(options, bench.session)
+    text = text_of(options, plannable, bench)
+    k_vectors = affordable_vectors(plannable, conditions(options, plannable, types, text, bench), bench)
+    errors = errors_of(plannable, types, text, k_vectors, bench)
+    shutil.rmtree(bench.scratch / "capture", ignore_errors=True)  # large, and of no use from here on
+    return Measured(text, k_vectors, errors)
+
+
+def types_of_layers(options: Options, session: Session) -> Types:
+    """il -> K types and V types to choose from. Those that were not asked for by name are dropped where a cheaper one
+    does."""
+    types = session.supported(tuple(dict.fromkeys(("f16", *options.candidate_types))))
+    if options.types:
+        return types
+
+    def kept(side: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(t for t in side if CODECS[t].wider not in side)
+
+    return {il: (kept(k), kept(v)) for il, (k, v) in types.items()}
+
+
+def text_of(options: Options, plannable: Plannable, bench: Bench) -> Text:
+    """The text to measure on: the user's, or the model's own."""
+    sizes = plannable.sizes
+    make = partial(
+        source_text,
+        bench.session,
+        options.text,
+        sizes.n_calibration,
+        sizes.n_heldout,
+        stream=sizes.stream,
+        seed=options.seed,
+        progress=bench.progress,
+    )
+    return bench.store.get(Text, "text.npz", make)
+
+
+def conditions(options: Options, plannable: Plannable, types: Types, text: Text, bench: Bench) -> Conditions:
+    """How each layer's K is conditioned, by what it does to a type of about JUDGED_BITS, whatever the goal."""
+    mean, scale = options.conditioning
+    if not (mean or scale):
+        return Conditions((KVectors(),) * bench.session.n_layer, {})
+    quantized = {il: [t for t in k if codec(t).block_size > 1] for il, (k, _) in types.items()}
+    judged = {il: min(k, key=lambda t: abs(codec(t).bits_per_value - JUDGED_BITS)) for il, k in quantized.items() if k}
+
+    def make() -> Conditions:
+        captured = _captured(plannable, text, bench)
+        error = partial(k_error, round_trip=native.round_trip)
+        with bench.progress.bar("condition: K without its mean, scaled", len(captured.il)) as advance:
+            return condition(
+                captured, error, lambda s: attention_scores(s, s.k), judged, mean=mean, scale=scale, progress=advance
+            )
+
+    name = f"conditions-{options.n_ctx}-{mean:d}{scale:d}-{'-'.join(dict.fromkeys(judged.values()))}.json"
+    return bench.store.get(Conditions, name, make)
+
+
+def affordable_vectors(plannable: Plannable, found: Conditions, bench: Bench) -> tuple[KVectors, ...]:
+    """The vectors of K; none where the goal has no room for them beside the cheapest plan."""
+    n_bytes = vector_bytes(found.k_vectors)
+    if plannable.goal.allows(n_bytes + cheapest_bytes(plannable.geometry, plannable.types)):
+        return found.k_vectors
+    bench.progress.say(
+        f"K is cached as it is: the vectors that condition it take {n_bytes} bytes, which this goal does not have"
+    )
+    return ()
+
+
+def errors_of(
+    plannable: Plannable, types: Types, text: Text, k_vectors: tuple[KVectors, ...], bench: Bench
+) -> ErrorTable:
+    """What each pair does to each layer. Raises CalibrationError if a layer cannot be at f16."""
+
+    def make() -> ErrorTable:
+        captured = _captured(plannable, text, bench)
+        if any("f16" not in k or "f16" not in v for k, v in types.values()):
+            raise CalibrationError("some layers cannot be set to f16. This model is not supported.")
+        with bench.progress.bar("error: K and V after each type", len(captured.il) * captured.n_sample) as advance:
+            return error_table(captured, types, native.round_trip, k_vectors, progress=advance)
+
+    names = dict.fromkeys(name for sides in types.values() for side in sides for name in side)
+    return bench.store.get(ErrorTable, f"errors-{'-'.join(names)}{tag(k_vectors)}.json", make)
+
+
+def search_reference(plannable: Plannable, text: Text, bench: Bench) -> Reference:
+    """The f16 cache on what plans are tried on: of the second half of the calibration text."""
+    sizes, tail = plannable.sizes, text.calibration[len(text.calibration) // 2 :]
+    chunks = chunks_of(tail, sizes.search_ctx, sizes.n_searched, "calibration text", sizes.search_skip)
+    with bench.progress.bar("search: f16 reference", chunks.n_positions) as advance:
+        return make_reference(bench.session, chunks, bench.scratch / "search.f16", advance)
+
+
+def heldout_reference(plannable: Plannable, text: Text, bench: Bench) -> Reference:
+    """The f16 cache on the text that no stage has seen."""
+    stream = plannable.sizes.stream
+    chunks = chunks_of(text.heldout, stream, len(text.heldout) // stream, "held-out text")
+    with bench.progress.bar("heldout: f16 reference", chunks.n_positions) as advance:
+        return make_reference(bench.session, chunks, bench.scratch / "heldout.f16", advance)
+
+
+def _captured(plannable: Plannable, text: Text, bench: Bench) -> Capture:
+    path = bench.scratch / "capture"
+    if (path / Capture.INDEX).exists():  # of an earlier stage of this run
+        return Capture.load(path)
+    sizes = plannable.sizes
+    chunks = chunks_of(text.calibration, sizes.stream, sizes.n_captured, "calibration text")
+    with bench.progress.bar("capture: Q, K, V on an f16 cache", chunks.tokens.size) as advance:
+        return capture(bench.session, chunks, path, advance, n_ctx=plannable.geometry.n_ctx)

@@ -1,0 +1,72 @@
+"""Real runs on one text: what a search, a proof, and an answer from records ask for."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvtuner_gguf.calibrate.kld import Reference, measure
+from kvtuner_gguf.calibrate.store import Evaluations, Pairs
+from kvtuner_gguf.kvectors import KVectors, where_quantized
+from kvtuner_gguf.quality import Quality
+from kvtuner_gguf.runtime import Session
+
+SEARCH, SEARCH_COPY = "search", "search-copy"  # runs in the records: on the model itself, and on a copy of it
+HELDOUT, HELDOUT_FLOOR = "heldout", "heldout-floor"
+
+
+def search_name(session: Session, model: Path) -> str:
+    """Of the runs of a search in the records: those on a copy of the model stand apart."""
+    return SEARCH if session.path == model else SEARCH_COPY
+
+
+def tag(k_vectors: Sequence[KVectors]) -> str:
+    """Names the vectors of K in records; "" without any."""
+    text = "".join(f"{il}{v.mean}{v.scale}" for il, v in enumerate(k_vectors) if v)
+    return "-" + hashlib.sha256(text.encode()).hexdigest()[:12] if text else ""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The quality of plans on a reference's text, each run once and kept.
+
+    name       of these runs in the records
+    k_vectors  of every layer whose K a plan quantizes; () = K is cached as it is
+    """
+
+    session: Session
+    reference: Reference
+    evaluations: Evaluations
+    name: str
+    k_vectors: tuple[KVectors, ...] = ()
+
+    def vectors_of(self, pairs: Pairs) -> tuple[KVectors, ...]:
+        """The vectors of a plan of these pairs."""
+        return where_quantized(self.k_vectors, pairs)
+
+    def of_plan(self, pairs: Pairs) -> Quality:
+        """With K conditioned."""
+        return self.evaluations.get(self.name + tag(self.k_vectors), self._measure_plan, pairs)
+
+    def of_stock(self, pairs: Pairs) -> Quality:
+        """With K as it is, as llama.cpp caches it without a plan."""
+        return self.evaluations.get(self.name, self._measure_stock, pairs)
+
+    def of_floor(self, f16: Pairs) -> Quality:
+        """Of the f16 cache itself, by another attention kernel: what rounding alone makes of the model."""
+        return self.evaluations.get(f"{self.name}-floor", self._measure_floor, f16)
+
+    def kld(self, pairs: Pairs) -> float:
+        """Mean KLD of a plan."""
+        return self.of_plan(pairs).kld_mean
+
+    def _measure_plan(self, pairs: Pairs) -> Quality:
+        return measure(self.session, pairs, self.reference, k_vectors=self.vectors_of(pairs))
+
+    def _measure_stock(self, pairs: Pairs) -> Quality:
+        return measure(self.session, pairs, self.reference)
+
+    def _measure_floor(self, _: Pairs) -> Quality:
+        return measure(self.session, None, self.reference, flash_attn=False)

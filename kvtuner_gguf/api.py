@@ -1,0 +1,139 @@
+"""What the commands do, for a program: calibrate, solve, evaluate, read_plan, write_plan.
+
+    from kvtuner_gguf.api import Options, WithinBits, calibrate, write_plan
+
+    outcome = calibrate(Options("model.gguf", WithinBits(4.5)))
+    write_plan("model.gguf", outcome.plan, "tuned.gguf")
+
+All raise KvtunerError, whose text says what was got, what is needed, and what to do. `kvtuner_gguf.Llama` runs a plan.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from . import gguf_file, output
+from .calibrate.goals import Goal, WithinBits, WithinBytes, WithinKld
+from .calibrate.options import Options, Outcome, Point, Solved
+from .calibrate.progress import Progress, Silent
+from .errors import CalibrationError
+from .pair import Pair
+from .plan import Plan
+from .quality import Comparison, Quality, Row
+
+__all__ = [
+    "Comparison",
+    "Goal",
+    "Options",
+    "Outcome",
+    "Pair",
+    "Plan",
+    "Point",
+    "Progress",
+    "Quality",
+    "Row",
+    "Solved",
+    "WithinBits",
+    "WithinBytes",
+    "WithinKld",
+    "calibrate",
+    "evaluate",
+    "read_plan",
+    "solve",
+    "write_plan",
+]
+
+StrPath = str | os.PathLike[str]
+
+
+def calibrate(options: Options, progress: Progress | None = None) -> Outcome:
+    """Measure a model, find a plan for the goal, and prove it on held-out text.
+
+    Takes minutes to hours. Nothing is written but records in the cache folder, which options.resume goes on with.
+
+    progress  None: nothing is shown
+    Raises CalibrationError if the goal cannot be met, the text is too short, there is no room, the same is being
+    calibrated already, or a package of kvtuner-gguf[calibrate] is missing; NativeError for a model that cannot be run.
+    """
+    check_packages()
+    from .calibrate import pipeline
+
+    return pipeline.calibrate(options, progress or Silent())
+
+
+def solve(options: Options, progress: Progress | None = None) -> Solved:
+    """A plan for another goal, and the front of all, by what `calibrate` measured with the same options. Seconds, no
+    run; the KLDs are predicted.
+
+    Raises CalibrationError if nothing was measured, or the goal cannot be met.
+    """
+    check_packages()
+    from .calibrate import pipeline
+
+    return pipeline.solve_saved(options, progress or Silent())
+
+
+def evaluate(
+    model: StrPath,
+    plans: Mapping[str, Plan | Pair],
+    progress: Progress | None = None,
+    *,
+    n_ctx: int = 8192,
+    text: StrPath | None = None,
+    n_chunk: int = 4,
+    seed: int = 0,
+    n_threads: int | None = None,
+    n_gpu_layers: int = 0,
+) -> Comparison:
+    """The KLD of each plan, or uniform pair, against an f16 cache, beside the f16 noise floor.
+
+    plans    the rows, by name
+    n_ctx    context at which bytes are counted
+    text     a file or a pipe to measure on, .txt or .jsonl; None = the model writes its own
+    n_chunk  pieces of text, of 1024 tokens or as many as the model can read
+    Raises CalibrationError if a plan does not fit the model, or the text cannot be read or is too short.
+    """
+    check_packages()
+    from .calibrate import evaluate as stage
+    from .calibrate.pipeline import STREAM
+
+    return stage.evaluate(
+        Path(model),
+        plans,
+        progress or Silent(),
+        stream=STREAM,
+        n_ctx=n_ctx,
+        text=text if text is None else Path(text),
+        n_chunk=n_chunk,
+        seed=seed,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+    )
+
+
+def read_plan(path: StrPath) -> Plan | None:
+    """The plan in a GGUF, or in a sidecar (.json); None if the GGUF has none. Raises PlanError for a fault in it."""
+    path = Path(path)
+    return Plan.load(path) if path.suffix.lower() == ".json" else gguf_file.read_plan(path)
+
+
+def write_plan(model: StrPath, plan: Plan | None, path: StrPath | None = None, *, force: bool = False) -> Path:
+    """Write a plan where it can be found, and return where it stands: a copy of the model, a sidecar if path ends in
+    .json, or, without a path, the model itself, in place. plan None: the model without one.
+
+    force  replace the file at path, whatever it holds; without it only a sidecar by a sidecar, and the same model
+    Raises PlanError if it must not or cannot be written there; what stands there stays.
+    """
+    return output.output(Path(model), None if path is None else Path(path), force=force).write(plan)
+
+
+def check_packages() -> None:
+    """Raises CalibrationError if a package that a calibration needs is missing: running a plan needs fewer."""
+    missing = [name for name in ("gguf", "optuna", "scipy", "sklearn") if find_spec(name) is None]
+    if missing:
+        raise CalibrationError(
+            f"calibration needs the package {missing[0]}. Install with: pip install 'kvtuner-gguf[calibrate]'"
+        )
