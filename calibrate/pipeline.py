@@ -51,7 +51,7 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
     Raises CalibrationError if the goal cannot be met, the text is too short, there is no room, or the same is being
     calibrated already; all that can be known before the first stage is looked at before it.
     """
-    plannable = plannable_of(options, _sizes(options))
+    plannable = plannable_of(options, sizes_of(options))
     with readable(options.text) as text, scratch() as folder:
         options = replace(options, text=text)
         check_text(options.text, plannable.sizes.n_calibration + plannable.sizes.n_heldout)
@@ -134,7 +134,7 @@ def solve_saved(options: Options, progress: Progress) -> Solved:
 
     Raises CalibrationError if nothing was measured, or the goal cannot be met.
     """
-    plannable = plannable_of(options, _sizes(options))
+    plannable = plannable_of(options, sizes_of(options))
     with readable(options.text) as text, Session(options.model, no_alloc=True) as session:
         options = replace(options, text=text)
         store = Store(_work(options), read_only_of=options.model)
@@ -165,7 +165,8 @@ def solved(options: Options, plannable: Plannable, measured: Measured, store: St
     return Solved(plan, predicted, tuple(rows), geometry)
 
 
-def _sizes(options: Options) -> Sizes:
+def sizes_of(options: Options) -> Sizes:
+    """Of the text that the stages work on, before they are made to fit the model."""
     return Sizes(options.n_chunk, STREAM, SEARCH_CTX, SEARCH_SKIP)
 
 

@@ -26,15 +26,20 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from kvtuner_gguf.calibrate.checks import plannable_of
+from kvtuner_gguf.calibrate.goals import WithinBits
 from kvtuner_gguf.calibrate.kld import make_reference, measure
 from kvtuner_gguf.calibrate.kld_model import KldModel, fit
-from kvtuner_gguf.calibrate.options import Goal, Options
-from kvtuner_gguf.calibrate.pipeline import Run, shape
-from kvtuner_gguf.calibrate.results import Trial
+from kvtuner_gguf.calibrate.measured import Bench, measure_model
+from kvtuner_gguf.calibrate.methods import known_trials
+from kvtuner_gguf.calibrate.options import Options
+from kvtuner_gguf.calibrate.pipeline import search, sizes_of
+from kvtuner_gguf.calibrate.runs import search_name, tag
 from kvtuner_gguf.calibrate.solve import solve
+from kvtuner_gguf.calibrate.store import Store
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
 from kvtuner_gguf.calibrate.weights import search_session
-from kvtuner_gguf.kvectors import KVectors
+from kvtuner_gguf.kvectors import KVectors, vector_bytes, where_quantized
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.runtime import Session
 
@@ -43,8 +48,8 @@ STOCK = ("q8_0/q8_0", "q5_1/q5_1", "iq4_nl/iq4_nl", "q4_0/q4_0")
 FIXED = {"no-mean": {"k_mean": False}, "no-scale": {"k_scale": False}, "paper": {"method": "paper"}}
 
 
-class Silent:
-    """Progress that says what takes how long."""
+class Shown:
+    """Progress: what takes how long."""
 
     @contextmanager
     def bar(self, title: str, total: int):
@@ -58,37 +63,33 @@ class Silent:
 
 def plans_of(way: str, bits: float, options: argparse.Namespace, session: Session, work: Path) -> list[Plan]:
     """The plan of this way, and with it the best uniform pair as stock caches K if the way is the default."""
-    asked = Options(options.model, Goal(bits=bits), n_chunk=options.chunks, resume=True, **FIXED.get(way, {}))
-    run = Run(asked, session, Silent(), shape(asked), work, work)
-    source = run.text()
-    name = f"{bits:g} {way}"
-    if way in ("no-layers", "error"):
-        run.k_vectors = run.conditions(source).k_vectors
-        kld_model = KldModel.of(run.errors(source), run.geometry)
-        known = [(p, q.kld_mean) for p, q in run.cache.of(run.search + run.tag)]
-        if way == "error":
-            pairs, said = solve(kld_model, kld_model.prices(np.ones(2 * len(kld_model.il))), run.budget), ""
-        else:
-            uniform = [
-                (k, p)
-                for p, k in known
-                if len({p[il] for il in kld_model.il}) == 1 and run.geometry.bytes(p) <= run.budget
-            ]
-            kld, pairs = min(uniform)
-            said = f"search {kld:.4f}"
-        return [(name, pairs, run.vectors_of(pairs), said)]
-    found, rivals = run.searched(source)
-    said = f"search {found.kld:.4f}"
+    asked = Options(options.model, WithinBits(bits), n_chunk=options.chunks, resume=True, **FIXED.get(way, {}))
+    known = plannable_of(asked, sizes_of(asked))
+    store, geometry = Store(work), known.geometry
+    bench = Bench(session, store, work, Shown())
+    measured = measure_model(asked, known, bench)
+    k_vectors, name = measured.k_vectors, f"{bits:g} {way}"
+    kld_model, what = KldModel.of(measured.errors, geometry), search_name(session, asked.model) + tag(k_vectors)
+    budget = known.goal.n_bytes - vector_bytes(k_vectors)
+
+    def plan(pairs: tuple[Pair, ...], said: str) -> Plan:
+        return name, pairs, where_quantized(k_vectors, pairs), said
+
+    if way == "error":
+        return [plan(solve(kld_model, kld_model.prices(np.ones(2 * len(kld_model.il))), budget), "")]
+    if way == "no-layers":
+        uniform = [(p, q) for p, q in store.evaluations.of(what) if len({p[il] for il in kld_model.il}) == 1]
+        kld, pairs = min((q.kld_mean, p) for p, q in uniform if geometry.bytes(p) <= budget)
+        return [plan(pairs, f"search {kld:.4f}")]
+    found = search(asked, known, measured, bench)
+    said = f"search {found.best.kld:.4f}"
     if way != "paper":
-        kld_model = KldModel.of(run.errors(source), run.geometry)
-        trials = [
-            Trial.of(p, q.kld_mean, run.geometry) for p, q in run.cache.of(run.search + run.tag) if p != found.pairs
-        ]
-        x, floor = fit(kld_model, trials)
-        said = f"predicted {floor + float(kld_model.features(found.pairs) @ x):.4f} {said}"
-    plans = [(name, found.pairs, run.vectors_of(found.pairs), said)]
+        of_others = [t for t in known_trials(kld_model, store.evaluations.of(what), geometry) if t != found.best]
+        x, floor = fit(kld_model, of_others)
+        said = f"predicted {floor + float(kld_model.features(found.best.pairs) @ x):.4f} {said}"
+    plans = [plan(found.best.pairs, said)]
     if way == "default":
-        best = min((t for t in rivals if t.n_bytes <= run.max_bytes), key=lambda t: t.kld, default=None)
+        best = min((t for t in found.uniform if known.goal.allows(t.n_bytes)), key=lambda t: t.kld, default=None)
         if best:
             plans.append((f"{bits:g} best uniform, {best.uniform_pair}", best.pairs, (), f"search {best.kld:.4f}"))
     return plans
@@ -137,7 +138,7 @@ def searched(options: argparse.Namespace, session: Session, work: Path) -> list[
 
 def prove(options: argparse.Namespace, session: Session, work: Path, plans: list[Plan]) -> None:
     """A table of the plans for each context."""
-    geometry = session.geometry(Options(options.model, Goal(bits=4.5)).n_ctx)
+    geometry = session.geometry(Options(options.model).n_ctx)
     for context in options.contexts.split(","):
         n_ctx, n_chunk = map(int, context.split("x"))
         if options.file:
