@@ -21,18 +21,24 @@ PAGE = ROOT / "docs" / "architecture.md"
 FLOORS = (
     "__main__",
     "cli",
-    "calibrate.compare calibrate.pipeline",
-    "calibrate.capture calibrate.proof calibrate.saved calibrate.text output",
-    "__init__ calibrate.checks calibrate.evaluate calibrate.prices calibrate.solve calibrate.weights identity",
-    "calibrate.additive calibrate.cluster calibrate.condition calibrate.error calibrate.options calibrate.prune "
-    "calibrate.search gguf_file llama runtime",
+    "api",
+    "calibrate.pipeline",
+    "calibrate.measured",
+    "calibrate.evaluate calibrate.runs",
+    "calibrate.checks calibrate.methods calibrate.store calibrate.write",
+    "calibrate.options",
+    "calibrate.capture calibrate.goals calibrate.text output",
+    "__init__ calibrate.condition calibrate.error calibrate.kld calibrate.prices calibrate.solve "
+    "calibrate.weights identity shown",
+    "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples "
+    "gguf_file llama runtime",
     "calibrate.results gguf_header in_force report",
-    "calibrate.corpus geometry held plan uses",
-    "arguments calibrate.records chat default_model kvectors native target",
-    "cache pair reading room template terminal threads values",
-    "codecs",
+    "geometry plan",
+    "calibrate.corpus held kvectors tap uses",
+    "arguments calibrate.records chat default_model native pair quality target",
+    "cache codecs machine reading room template terminal threads values",
     "errors",
-    "atomic calibrate calibrate.sizes interrupts printable words",
+    "atomic calibrate calibrate.progress calibrate.sizes interrupts printable words",
 )
 NOT_DRAWN = frozenset(" ".join(FLOORS[-2:]).split())  # nearly all import them, they import next to nothing
 MAY_CALIBRATE = {"cli", "api"}  # of the modules beside calibrate/: to run a plan takes nothing of what makes one
