@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -62,13 +62,13 @@ def capture(
                 progress(len(rows))
     finally:
         tap.close()
-    il = tuple(sorted(rotation))
-    missing = [i for i in il if any((i, s) not in seen for s in range(len(chunks.tokens)))]
+    layers = tuple(sorted(rotation))
+    missing = [il for il in layers if any((il, s) not in seen for s in range(len(chunks.tokens)))]
     if missing:
         raise CalibrationError(
             f"capture: layers {missing} have KV of their own but no attention was seen. This model is not supported."
         )
-    result = Capture(path, session.n_layer, il, len(chunks.tokens), _share(il, shares))
+    result = Capture(path, session.n_layer, layers, len(chunks.tokens), _share(layers, shares))
     result.save()
     return result
 
@@ -124,13 +124,11 @@ def _sample(
 ) -> LayerSample:
     """A copy of the node's data, which lives during the callback only."""
 
-    def copy(pointer: ctypes._Pointer, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray | None:
-        if not pointer:
-            return None
+    def copy(pointer: Any, shape: tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
         return np.ctypeslib.as_array(pointer, shape).view(dtype).astype(np.float32)
 
     n_rot = rope[0] if rope[0] % 2 == 0 and rope[0] <= node.head_dim_k else 0
-    mask = copy(node.mask, (node.n_q, node.n_kv))
+    mask = copy(node.mask, (node.n_q, node.n_kv)) if node.mask else None
     return LayerSample(
         il=node.il,
         q=copy(node.q, (node.n_head, node.n_q, node.head_dim_k)),
@@ -140,11 +138,11 @@ def _sample(
         scale=node.scale,
         logit_softcap=node.logit_softcap,
         max_bias=node.max_bias,
-        sinks=copy(node.sinks, (node.n_head,)),
+        sinks=copy(node.sinks, (node.n_head,)) if node.sinks else None,
         rot_k=rotation[0],
         rot_v=rotation[1],
         n_rot=n_rot,
         far_pairs=rope[1],
         turns=turns,
-        output=copy(node.out, (node.n_head, node.n_q, node.head_dim_v)),
+        output=copy(node.out, (node.n_head, node.n_q, node.head_dim_v)) if node.out else None,
     )

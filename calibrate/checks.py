@@ -79,7 +79,9 @@ def check_can_plan(model: Path, geometry: Geometry) -> None:
 def check_text(path: Path | None, n_tokens: int) -> None:
     """Raises CalibrationError if a file of text has fewer bytes than it needs tokens; what is wrong in it is said
     before that."""
-    n_bytes = n_tokens if path is None else path.stat().st_size
+    if path is None:
+        return
+    n_bytes = path.stat().st_size
     if n_bytes + _SPECIAL_TOKENS < n_tokens:
         with Corpus(path) as corpus:
             deque(corpus.front(), 0)  # as short as it is

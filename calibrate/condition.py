@@ -31,11 +31,12 @@ N_JUDGED = 3  # places at which a sample is measured
 WAYS = {"none": (False, False), "mean": (True, False), "scale": (False, True), "both": (True, True)}
 
 Scores = Callable[[LayerSample], np.ndarray]
+Error = Callable[[LayerSample, str], Callable[[KVectors], float]]
 
 
 def condition(
     capture: Capture,
-    error: Callable[[LayerSample, str], Callable[[KVectors], float]],
+    error: Error,
     scores: Scores,
     type_k: Mapping[int, str],
     *,
@@ -60,10 +61,14 @@ def condition(
             allowed = {name: way for name, way in ways.items() if not (way[0] and mean_matters(samples[0]))}
             if not samples[0].v_in_k:
                 moments = [Moments.of(sample, scores(sample)) for sample in samples]
-                errors[il] = _errors(samples, moments, allowed, lambda sample, type_k=type_k[il]: error(sample, type_k))
+                errors[il] = _errors(samples, moments, allowed, partial(_error_in, error, type_k[il]))
                 k_vectors[il] = vectors_of(moments, *WAYS[best_way(errors[il])])
         progress(1)
     return Conditions(tuple(k_vectors), errors)
+
+
+def _error_in(error: Error, type_k: str, sample: LayerSample) -> Callable[[KVectors], float]:
+    return error(sample, type_k)
 
 
 def mean_matters(sample: LayerSample) -> bool:
@@ -96,7 +101,7 @@ def _errors(
     return {name: float(np.mean(errors)) for name, errors in each.items()}
 
 
-def _judged(sample: LayerSample, i: int) -> list[int | None]:
+def _judged(sample: LayerSample, i: int) -> Sequence[int | None]:
     """Places at which sample i is measured: others than the next sample's."""
     if sample.turns is None or not sample.n_rot:
         return [None]

@@ -10,13 +10,13 @@ from kvtuner_gguf.calibrate.checks import check_room, check_text
 from kvtuner_gguf.calibrate.corpus import readable
 from kvtuner_gguf.calibrate.kld import make_reference, measure
 from kvtuner_gguf.calibrate.progress import Progress
-from kvtuner_gguf.calibrate.proof import floor_row
+from kvtuner_gguf.calibrate.proof import floor_row, row_of
 from kvtuner_gguf.calibrate.text import Text, chunks_of, source_text
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
-from kvtuner_gguf.quality import Comparison, Row
+from kvtuner_gguf.quality import Comparison
 from kvtuner_gguf.runtime import Session
 
 
@@ -74,8 +74,7 @@ def _measured(
             session.put_in_force(plan)
             notes += [f"{name}: {note}" for note in session.plan_notes]
             quality = measure(session, plan.pairs, reference, k_vectors=plan.k_vectors)
-            bits, n_bytes = (f(plan.pairs, plan.k_vectors) for f in (geometry.bits_per_value, geometry.bytes))
-            rows.append(Row(name, bits, n_bytes, quality))
+            rows.append(row_of(geometry, name, plan.pairs, quality, plan.k_vectors))
             advance(1)
     return Comparison(source.name, chunks.n_positions, chunks.n_ctx, geometry.n_ctx, tuple(rows), tuple(notes))
 

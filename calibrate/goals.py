@@ -85,8 +85,7 @@ class WithinBytes:
     ) -> Trial:
         """The best plan after n_trials more runs around the goal."""
         budget = self.n_bytes - spent
-        sizes = {"n_trials": n_trials, "seed": seed, "progress": progress}
-        return refine(kld_model, known, evaluate, geometry, budget, **sizes)[1]
+        return refine(kld_model, known, evaluate, geometry, budget, n_trials=n_trials, seed=seed, progress=progress)[1]
 
 
 @dataclass(frozen=True)
@@ -167,8 +166,8 @@ class WithinKld:
         progress: Advance,
     ) -> Trial:
         """The best plan after n_trials more runs around the goal. Raises CalibrationError if none is within it."""
-        sizes = {"n_trials": n_trials, "progress": progress}
-        return self.choose(kld_search(kld_model, known, evaluate, geometry, self.max_kld, **sizes), spent)
+        tried = kld_search(kld_model, known, evaluate, geometry, self.max_kld, n_trials=n_trials, progress=progress)
+        return self.choose(tried, spent)
 
 
 Goal = WithinBits | WithinBytes | WithinKld  # as it is asked for

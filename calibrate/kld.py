@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,7 +177,7 @@ def measure(
     return Quality(float(kld.mean()), float(np.quantile(kld, 0.999)), float(same_top.mean()), chunks.n_positions)
 
 
-def _blocks(logits: np.ndarray):
+def _blocks(logits: np.ndarray) -> Iterator[np.ndarray]:
     """Rows that stay in the processor's cache while they are worked on."""
     size = max(1, 2**18 // logits.shape[1])
     for start in range(0, len(logits), size):

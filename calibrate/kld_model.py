@@ -149,9 +149,9 @@ def fit(kld_model: KldModel, trials: Sequence[Trial]) -> tuple[np.ndarray, float
     found = center
     for _ in range(N_REWEIGHT):
         spread = PRIOR_SPREAD * np.maximum(center, found)
-        # unknowns: those of the data, in units of their spread
-        rows = np.vstack([data * spread, alike])
-        found = lsq_linear(rows, np.concatenate([target, alike @ (center / spread)]), bounds=(0, np.inf)).x * spread
+        # of the data, in units of their spread
+        unknowns = np.vstack([data * spread, alike])
+        found = lsq_linear(unknowns, np.concatenate([target, alike @ (center / spread)]), bounds=(0, np.inf)).x * spread
     return found[:-1], float(found[-1])
 
 

@@ -24,7 +24,7 @@ METHODS = ("fitted", "paper")
 
 
 def _text_of(path: Path | None) -> str | None:
-    return path and file_sha256(path)
+    return None if path is None else file_sha256(path)
 
 
 # what of an option's value tells the runs of one calibration from those of another, so that records are not taken for
@@ -72,7 +72,7 @@ class Options:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))
-        object.__setattr__(self, "text", self.text and Path(self.text))
+        object.__setattr__(self, "text", None if self.text is None else Path(self.text))
         if self.method not in METHODS:
             raise CalibrationError(f"method '{self.method}' is not known. Use one of: {', '.join(METHODS)}.")
         if self.method == "paper" and isinstance(self.goal, WithinKld):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kvtuner_gguf.cache import scratch
 from kvtuner_gguf.calibrate.checks import Plannable, check_room, check_text, plannable_of
@@ -64,7 +65,7 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
 
 
 def _calibrate(options: Options, plannable: Plannable, store: Store, folder: Path, progress: Progress) -> Outcome:
-    threads = {"n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers}
+    threads: dict[str, Any] = {"n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers}
     may_copy = plannable.goal.on_copy
     with search_session(
         options.model, store.folder, **threads, may_copy=may_copy, say=progress.say, scratch=folder
@@ -88,7 +89,12 @@ def search(options: Options, plannable: Plannable, measured: Measured, bench: Be
     reference = search_reference(plannable, measured.text, bench)
     name = search_name(bench.session, options.model)
     runs = Runs(bench.session, reference, bench.store.evaluations, name, measured.k_vectors)
-    how = {"spent": spent, "n_trials": options.n_trials, "seed": options.seed, "progress": bench.progress}
+    how: dict[str, Any] = {
+        "spent": spent,
+        "n_trials": options.n_trials,
+        "seed": options.seed,
+        "progress": bench.progress,
+    }
     if options.method == "paper":
         best = paper(measured.errors, options.candidate_types, runs.kld, goal, geometry, **how)
     else:

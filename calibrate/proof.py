@@ -89,7 +89,7 @@ def prove(
         of_rivals = [(quality_of(t.pairs), t) for t in rivals]
         of_named = {name: quality_of(pairs) for name, pairs in uniform.items()}
         of_shuffled = quality_of(shuffled, judge.of_plan)
-    row = partial(_row, geometry)
+    row = partial(row_of, geometry)
     best = min(of_rivals, key=lambda r: r[0].kld_mean) if of_rivals else None
     rows = [floor_row(geometry, floor), row("plan", found.pairs, of_plan, vectors)]
     rows += [row("plan, K not conditioned", found.pairs, of_plain)] if of_plain else []
@@ -126,5 +126,6 @@ def _shuffled(pairs: Pairs, has_kv: Sequence[bool], seed: int) -> Pairs:
     return tuple(result)
 
 
-def _row(geometry: Geometry, name: str, pairs: Pairs, quality: Quality, k_vectors: Sequence[KVectors] = ()) -> Row:
+def row_of(geometry: Geometry, name: str, pairs: Pairs, quality: Quality, k_vectors: Sequence[KVectors] = ()) -> Row:
+    """The row of a plan."""
     return Row(name, geometry.bits_per_value(pairs, k_vectors), geometry.bytes(pairs, k_vectors), quality)

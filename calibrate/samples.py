@@ -92,6 +92,8 @@ class LayerSample:
 
     def turned(self, place: int) -> LayerSample:
         """The same text at another place of the context: K and Q of every token turned alike, so the same attention."""
+        if self.turns is None:
+            return self
         first, second = self.rope_pairs
         cos, sin = self.turns[place, :, 0], self.turns[place, :, 1]
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from kvtuner_gguf.calibrate.records import CURE, read_bytes, write_record
 from kvtuner_gguf.errors import CalibrationError, NativeError
@@ -43,7 +44,7 @@ def search_session(
     scratch  keeps the copy, while the session lives; folder by default
     """
     choice, copy = folder / CHOICE, (scratch or folder) / COPY
-    sizes = {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
+    sizes: dict[str, Any] = {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
     may_copy = may_copy and not n_gpu_layers
     copy.unlink(missing_ok=True)  # of a run that was killed
     try:
@@ -56,7 +57,7 @@ def search_session(
                         "proof on the model itself"
                     )
                 write_record(choice, kind.encode())
-            kind = _chosen(choice) if may_copy else OWN
+            kind = _chosen(choice) or OWN if may_copy else OWN
             if kind == OWN:
                 copy.unlink(missing_ok=True)  # it was tried, and was no faster
                 yield own
@@ -69,7 +70,7 @@ def search_session(
         copy.unlink(missing_ok=True)
 
 
-def _faster(own: Session, copy: Path, sizes: dict) -> tuple[str, float]:
+def _faster(own: Session, copy: Path, sizes: dict[str, Any]) -> tuple[str, float]:
     """The type of a copy that is worth making, and what it gains; OWN if none is. Leaves the copy on disk."""
     matrices = {t.type_name for t in read_header(own.path).tensors if len(t.shape) > 1}
     n_bytes = 2 * own.n_params
@@ -92,7 +93,7 @@ def _faster(own: Session, copy: Path, sizes: dict) -> tuple[str, float]:
 def _chosen(choice: Path) -> str | None:
     """What was chosen before; None if nothing was, or the record is damaged."""
     kinds = {kind.encode(): kind for kind in (OWN, *KINDS)}
-    return kinds.get(read_bytes(choice))
+    return kinds.get(read_bytes(choice) or b"")
 
 
 def _make(own: Session, copy: Path, kind: str) -> None:

@@ -6,11 +6,13 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from .values import brief
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
@@ -26,7 +28,7 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
-class Memory(click.ParamType):
+class Memory(click.ParamType):  # type: ignore[type-arg] # generic in click 8.5 alone
     """Bytes: 96M, 1.5GiB, 300000000. K, M and G are powers of 1024."""
 
     name = "bytes"
@@ -34,15 +36,17 @@ class Memory(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?B)?", str(value), re.IGNORECASE)
         try:
+            if match is None:
+                raise ValueError
             n_bytes = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
-        except (TypeError, ValueError, OverflowError):
+        except (ValueError, OverflowError):
             n_bytes = 0
         if not 0 < n_bytes < 2**63:
             self.fail(f"{brief(value)} is not a size. Write for example 96M or 1.5G.", param, ctx)
         return n_bytes
 
 
-def shared(*names: str) -> Callable:
+def shared(*names: str) -> Callable[[Command], Command]:
     """The options of these names, in this order."""
     options = {
         "m": click.option("-m", "--model", required=True, type=MODEL, help="GGUF model."),
@@ -119,7 +123,7 @@ def shared(*names: str) -> Callable:
         "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     }
 
-    def decorate(function: Callable) -> Callable:
+    def decorate(function: Command) -> Command:
         for name in reversed(names):
             function = options[name](function)
         return function

@@ -11,20 +11,20 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO
 
 try:
     import fcntl
 except ImportError:  # Windows, where a file that is open cannot be removed
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _TEMP = re.compile(r".{0,50}\.[0-9a-f]{16}\.kvtuner-tmp", re.DOTALL)
 _XATTRS = re.compile(r"user\..*|system\.posix_acl_access|security\.selinux")  # others vouch for the old content
 
 
 @contextmanager
-def atomic_file(target: Path, like: os.stat_result | None = None, *, private: bool = False) -> Iterator[BinaryIO]:
+def atomic_file(target: Path, like: os.stat_result | None = None, *, private: bool = False) -> Iterator[BufferedRandom]:
     """A file to write that becomes target when the block ends, and leaves no trace if it does not end well.
 
     Where the system can, it has no name until it is whole, so that even a killed process leaves nothing. Else it lies

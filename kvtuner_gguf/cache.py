@@ -15,7 +15,7 @@ from .errors import KvtunerError
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _SCRATCH = "scratch-"
 

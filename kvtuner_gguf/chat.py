@@ -191,6 +191,6 @@ class _Interruption:
             signal.signal(signal.SIGINT, self._before)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self.is_held:
+        if (self.asked or not self.is_held) and callable(self._before):
             self._before(number, frame)
         self.asked = True

@@ -44,7 +44,7 @@ class Commands(click.Group):
         except KvtunerError as error:
             raise click.ClickException(printable(error, MOST_CHARACTERS)) from None
         except click.ClickException as error:
-            error.message = printable(error.message, MOST_CHARACTERS, keep="\n")
+            error.message = printable(error.message, MOST_CHARACTERS, keep="\n")  # type: ignore[misc] # no other way
             raise
         except OSError as error:  # every write says more than this; a disk can fill up at any other place, too
             if error.errno not in NO_ROOM:
@@ -87,7 +87,9 @@ def main() -> None:
 )
 @shared("c", "f", "chunks", "seed", "t", "ngl", "force", "json")
 @click.pass_context
-def calibrate(ctx: click.Context, model: Path, output: Path | None, force: bool, as_json: bool, **given: Any) -> None:
+def calibrate(
+    ctx: click.Context, /, model: Path, output: Path | None, force: bool, as_json: bool, **given: Any
+) -> None:
     """Measure MODEL, find its plan, prove it on held-out text, and write it into the file.
 
     One goal: --bits, --memory or --max-kld. The default is 6 bits: three eighths of f16's memory, well below
@@ -128,7 +130,7 @@ def solve(model: Path, output: Path | None, force: bool, as_json: bool, **given:
     options = _options(model, **given)
     to = None if output is None else place(model, output, reads=_texts(options), force=force)
     solved = api.solve(options, Terminal())
-    written = to and _written(to, solved.plan)
+    written = None if to is None else _written(to, solved.plan)
     if as_json:
         print_json(solved_json(solved, written))
     else:
@@ -356,7 +358,7 @@ def _open_llama(
                 check_memory(sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers()), n_ctx)
     try:
         return Llama(
-            model,
+            str(model),
             plan=plan,
             n_ctx=n_ctx,
             n_threads=threads or default_threads(),

@@ -8,7 +8,7 @@ import struct
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from .atomic import atomic_file
 from .errors import PlanError
@@ -66,10 +66,10 @@ def write_plan(src: StrPath, plan: Plan | None, dst: StrPath | None = None, *, o
             if not in_place or plan is not None or any(_is_ours(key) for key, _, _ in header.keys):
                 need(target.parent, _n_bytes(parts))
                 with atomic_file(target, like=os.fstat(file.fileno())) as out:
-                    _copy(
-                        file, parts, out.raw
-                    )  # what is written by hand and by the kernel must not overtake each other
-                    _check_copy(out.raw, header, plan)
+                    # past the buffer: what is written by hand and by the kernel must not overtake each other
+                    raw = cast("BinaryIO", out.raw)
+                    _copy(file, parts, raw)
+                    _check_copy(raw, header, plan)
                     file.close()  # Windows cannot rename over an open file
     return target
 
@@ -166,6 +166,7 @@ def _spliced(header: Header, plan: Plan | None) -> list[bytes | tuple[int, int]]
     """The new file in order: bytes, or (first byte, end) of what is taken over from the old one."""
     new = [_encoded(*row) for row in plan.to_metadata()] if plan is not None else []
     kept = [(start, end) for key, start, end in header.keys if not _is_ours(key)]
+    parts: list[bytes | tuple[int, int]]
     parts = [(0, 16), struct.pack("<Q", len(kept) + len(new)), *kept, *new, header.infos]  # magic, version, n_tensors
     if header.tensors:
         parts.append(bytes(-_n_bytes(parts) % header.alignment))
@@ -176,7 +177,7 @@ def _n_bytes(parts: list[bytes | tuple[int, int]]) -> int:
     return sum(len(part) if isinstance(part, bytes) else part[1] - part[0] for part in parts)
 
 
-def _encoded(key: str, kind: str, value: object) -> bytes:
+def _encoded(key: str, kind: str, value: Any) -> bytes:
     if kind == "arr_str":
         body = struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_encoded_str, value))
     elif kind.startswith("arr_"):

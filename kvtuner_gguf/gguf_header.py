@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import PlanError
 from .plan import PREFIX
@@ -107,8 +107,8 @@ class Parser:
         return Header(
             arch=arch if isinstance(arch, str) else "",
             block_count=_whole(values, f"{arch}.block_count", None),
-            split_no=_whole(values, "split.no", 0),
-            split_count=_whole(values, "split.count", 1),
+            split_no=_whole(values, "split.no", 0) or 0,
+            split_count=_whole(values, "split.count", 1) or 0,
             alignment=alignment,
             keys=keys,
             infos=(table, self.pos),
@@ -154,7 +154,10 @@ class Parser:
         if kind in SCALARS:
             return self._unpack(SCALARS[kind])
         if kind == STRING:
-            return self._string() if wanted else self._skip(self._unpack("Q"))
+            if wanted:
+                return self._string()
+            self._skip(self._unpack("Q"))
+            return None
         if kind == ARRAY:
             return self._array(self._unpack("I"), self._unpack("Q"), wanted)
         raise PlanError(f"{self.what} has the value type {kind}, need 0 to 12. Get the file again.")
@@ -166,7 +169,8 @@ class Parser:
         n_bytes = n * struct.calcsize("<" + code)
         self._need(n_bytes)
         if kind != STRING and not wanted:
-            return self._skip(n_bytes)
+            self._skip(n_bytes)
+            return None
         self._spend(8 * n)
         if kind != STRING:
             return list(struct.unpack(f"<{n}{code}", self._bytes(n_bytes)))
@@ -222,7 +226,7 @@ class Parser:
         else:
             self.file.seek(self.pos)
 
-    def _unpack(self, code: str) -> int | float | bool:
+    def _unpack(self, code: str) -> Any:
         return struct.unpack("<" + code, self._bytes(struct.calcsize("<" + code)))[0]
 
     def _string(self) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 from . import native
 from .errors import KvtunerError, NativeError, StateError
@@ -107,7 +108,7 @@ class HeldLlama(llama_cpp.Llama):
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def save_state(self) -> LlamaState:
-        state = super().save_state()
+        state: Any = super().save_state()
         state.identity, state.n_read = self._identity, self._n_read
         return state
 
@@ -124,7 +125,7 @@ class HeldLlama(llama_cpp.Llama):
                 f"state: refused ({error}): it is damaged, or was saved under another plan. Give the prompt again."
             ) from error
 
-    def _take(self, state: LlamaState) -> None:
+    def _take(self, state: Any) -> None:
         n_tokens, n_ctx = state.n_tokens, len(self.input_ids)
         if getattr(state, "identity", None) != self._identity:
             raise StateError(

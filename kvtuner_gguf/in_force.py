@@ -37,7 +37,7 @@ def put_in_force(model: int, plan: Plan | bool | None) -> None:
     """
     if plan is None:
         return
-    if plan is False:
+    if isinstance(plan, bool):  # False
         put_pairs_in_force(model, None)
         return
     n_layer = native.n_layer(model)

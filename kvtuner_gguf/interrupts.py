@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-Function = TypeVar("Function", bound=Callable)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _CALLBACKS: set[CodeType] = set()
 _AGAIN_S = 0.05
@@ -58,8 +58,9 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 def _send(number: int) -> None:
     """The signal to the main thread, which may be asleep."""
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident, number)
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, number)
     else:
         signal.raise_signal(number)
 

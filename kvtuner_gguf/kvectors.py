@@ -63,12 +63,13 @@ def k_vectors_of(found: Mapping[str, Any]) -> tuple[KVectors, ...]:
         values, n_values = found.get(key), found.get(f"{key}_n_values")
         if (values is None) != (n_values is None):
             raise PlanError(f"{key}: got it without its n_values or the other way round, need both. Calibrate again.")
-        if values is not None and sum(n_values) != len(values):
+        values, n_values = values or [], n_values or []
+        if sum(n_values) != len(values):
             raise PlanError(
                 f"{key}: got {len(values)} values, {key}.n_values adds up to {sum(n_values)}. Calibrate again."
             )
-        ends = list(accumulate(n_values or ()))
-        sides.append([values[end - n : end] for n, end in zip(n_values or (), ends)])
+        ends = list(accumulate(n_values))
+        sides.append([values[end - n : end] for n, end in zip(n_values, ends)])
     mean, scale = sides
     if mean and scale and len(mean) != len(scale):
         raise PlanError(

@@ -182,7 +182,7 @@ def check(code: int) -> int:
     raise (CodecError if code == _KVT_E_TYPE else NativeError)(last_error())
 
 
-def _text(call: Callable, handle: int) -> list[str]:
+def _text(call: Callable[..., int], handle: int) -> list[str]:
     """The lines that a kvt_*_notes function writes."""
     size = call(handle, None, 0) + 1
     buf = ctypes.create_string_buffer(size)
@@ -334,7 +334,7 @@ def plan_layers(model: int) -> list[tuple[str, str]] | None:
     for il in range(n_layer(model)):
         if library().kvt_model_plan_layer(model, il, ctypes.byref(k), ctypes.byref(v)) == _KVT_E_NONE:
             return None
-        layers.append((k.value.decode(), v.value.decode()))
+        layers.append(((k.value or b"").decode(), (v.value or b"").decode()))
     return layers
 
 

@@ -40,10 +40,12 @@ class Output:
     def write(self, plan: Plan | None, recovery: str = "") -> Path:
         """Write the plan there (None = the model without one). Raises PlanError, which ends with `recovery`."""
         try:
-            if self.model is None:
-                plan.save(self.path)
-            else:
+            if self.model is not None:
                 write_plan(self.model, plan, None if self.path == self.model else self.path, overwrite=True)
+            elif plan is None:
+                raise PlanError(f"{self.path}: a sidecar holds a plan, got none. Give a plan, or another name.")
+            else:
+                plan.save(self.path)
         except PlanError as error:
             raise PlanError(f"{error} {recovery}".strip()) from error
         return self.path

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .atomic import atomic_file
 from .codecs import codec
@@ -144,7 +144,7 @@ class Plan:
         them."""
         names = "".join(f"{name}\0" for name in (*self.type_k, *self.type_v)).encode()
         sides = ((self.k_mean, self.k_mean_n_values), (self.k_scale, self.k_scale_n_values))
-        numbers = (struct.pack(f"<{len(x)}f{len(n)}I", *x, *n) for x, n in sides if x)
+        numbers = (struct.pack(f"<{len(x)}f{len(n)}I", *x, *n) for x, n in sides if x and n)
         return f"{zlib.crc32(b''.join((names, *numbers))):08x}"
 
     @property
@@ -165,11 +165,11 @@ class Plan:
         groups = (list(group) for _, group in groupby(enumerate(self.pairs), key=lambda item: item[1]))
         return [(group[0][0], group[-1][0], group[0][1]) for group in groups]
 
-    def to_metadata(self) -> list[tuple[str, str, object]]:
+    def to_metadata(self) -> list[tuple[str, str, Any]]:
         """The plan as GGUF metadata: (key, kind, value), kind one of u32, f32, str, arr_str, arr_f32, arr_u32."""
         rows = []
         for key, kind, where in _FIELDS:
-            value: object = self
+            value: Any = self
             for name in where.split("."):
                 value = getattr(value, name, None)
             if value is not None:
@@ -187,12 +187,12 @@ class Plan:
         """
         values = {key[len(PREFIX) :]: value for key, value in metadata.items() if key.startswith(PREFIX)}
         for side in ("type_k", "type_v"):  # the run time reads a name up to its first NUL
-            if isinstance(values.get(side), list):
-                values[side] = [name.split("\0")[0] if isinstance(name, str) else name for name in values[side]]
+            if isinstance(names := values.get(side), list):
+                values[side] = [name.split("\0")[0] if isinstance(name, str) else name for name in names]
         return cls._from_values(values) if "type_k" in values or "type_v" in values else None
 
     @classmethod
-    def _from_values(cls, values: Mapping[str, object]) -> Plan:
+    def _from_values(cls, values: Mapping[str, Any]) -> Plan:
         if values.get("schema_version") != cls.schema_version:
             raise PlanError(
                 f"schema_version: got {brief(values.get('schema_version'))}, this version reads {cls.schema_version}. "
@@ -274,9 +274,10 @@ def is_gguf(path: Path) -> bool:
 
 
 def _pairs(type_k: list[str] | None, type_v: list[str] | None) -> tuple[Pair, ...]:
+    if type_k is None or type_v is None:
+        key = "type_k" if type_k is None else "type_v"
+        raise PlanError(f"{key}: is missing, need one type name per layer. Calibrate again.")
     for key, names in (("type_k", type_k), ("type_v", type_v)):
-        if names is None:
-            raise PlanError(f"{key}: is missing, need one type name per layer. Calibrate again.")
         for il, name in enumerate(names):
             with blamed_on(f"{key}: layer {il}"):
                 codec(name[:32] or "f16")  # a known name is shorter; none is a layer without KV of its own
@@ -285,7 +286,7 @@ def _pairs(type_k: list[str] | None, type_v: list[str] | None) -> tuple[Pair, ..
     return tuple(map(Pair, type_k, type_v))
 
 
-def _quality(found: Mapping[str, object], name: str) -> Quality | None:
+def _quality(found: Mapping[str, Any], name: str) -> Quality | None:
     values = {where[len(name) + 1 :]: value for where, value in found.items() if where.startswith(name + ".")}
     missing = [key for key, kind in QUALITY_FIELDS if kind == "f32" and key not in values]
     if values and missing:

@@ -257,7 +257,7 @@ class Session:
             return ctx.layers()
 
 
-def _override_array(llama_cpp: object, overrides: dict[str, str | bool]) -> ctypes.Array:
+def _override_array(llama_cpp: Any, overrides: dict[str, str | bool]) -> ctypes.Array[Any]:
     """llama_model_kv_override[], ended by an empty key."""
     array = (llama_cpp.llama_model_kv_override * (len(overrides) + 1))()
     for item, (key, value) in zip(array, overrides.items()):
@@ -301,7 +301,7 @@ class Context:
         self.ctx = lc.llama_init_from_model(session.model, params)
         if not self.ctx:
             raise NativeError(f"a context of {n_ctx} tokens cannot be made: {session._log.reason()}")
-        self._batch = None
+        self._batch: Any = None
         self.n_ctx, self.n_seq_max = n_ctx, n_seq_max
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from . import native
 from .errors import NativeError
@@ -18,7 +19,7 @@ class Tap:
         self._error: BaseException | None = None
 
         @called_from_c
-        def callback(node: ctypes._Pointer, _user: object) -> None:
+        def callback(node: Any, _user: object) -> None:
             if self._error is None:
                 try:
                     on_node(node.contents)
@@ -28,7 +29,7 @@ class Tap:
         from llama_cpp import llama_cpp
 
         address = ctypes.cast(native.library().kvt_tap_eval, ctypes.c_void_p).value
-        self.eval_callback = llama_cpp.ggml_backend_sched_eval_callback(address)
+        self.eval_callback = llama_cpp.ggml_backend_sched_eval_callback(address or 0)
         self._callback = native.TapCallback(callback)
         self.handle = native.library().kvt_tap_new(self._callback, None, n_q_max)
         if not self.handle:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError as TemplateError
 
 from .errors import KvtunerError
 
@@ -47,7 +47,7 @@ class ChatTemplate:
         """A conversation as the model reads it, special tokens written out. Raises KvtunerError if the template cannot
         take it."""
         try:
-            return self._formatter(messages=list(messages)).prompt
+            return self._formatter(messages=cast("Any", list(messages))).prompt
         except TEMPLATE_ERRORS as error:
             again = folded(messages)
             if again is None:

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from numbers import Integral, Real
+from typing import Any
 
 from .errors import CodecError, PlanError
 
@@ -23,7 +24,7 @@ def blamed_on(where: object) -> Iterator[None]:
         raise PlanError(f"{where}: {err}") from err
 
 
-def checked(key: str, kind: str, value: object) -> object:
+def checked(key: str, kind: str, value: Any) -> Any:
     """The value as it is stored, or PlanError if it is not of this kind."""
     if kind == "arr_str" and isinstance(value, (list, tuple)) and all(map(_is_text, value)):
         return list(value)
@@ -33,7 +34,7 @@ def checked(key: str, kind: str, value: object) -> object:
         return [checked(key, "u32", x) for x in value]
     if kind == "str" and _is_text(value):
         return value
-    if kind == "u32" and isinstance(value, Integral) and not isinstance(value, bool) and 0 <= value < 1 << 32:
+    if kind == "u32" and isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < 1 << 32:
         return int(value)
     if kind == "f32" and isinstance(value, Real) and not isinstance(value, bool):
         with suppress(OverflowError):
