@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import re
 from itertools import product
@@ -39,6 +41,28 @@ def test_links_lead_somewhere(page):
             if not to.exists() or (anchor and anchor not in anchors(to)):
                 broken.append(link)
     assert broken == []
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if "```python" in page.read_text()], ids=lambda page: page.name
+)
+def test_python_takes_names_that_are_public(page):
+    for code in re.findall(r"```python\n(.+?)```", page.read_text(), flags=re.DOTALL):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                assert {alias.name for alias in node.names} <= {*importlib.import_module(str(node.module)).__all__}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_files_that_are_named_are_there(page):
+    """In `code`: paths from the top of the repository, and bare names of files of code. * stands for any of them."""
+    tops = [path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in ("build", "dist")]
+    named = re.findall(r"(?<!`)`([\w./*-]+)`", page.read_text())
+    paths = [name for name in named if "/" in name and name.split("/")[0] in tops]
+    bare = [name for name in named if "/" not in name and Path(name).suffix in file_map.CODE and name != "llama.cpp"]
+    lost = [name for name in paths if not any(ROOT.glob(name.rstrip("/")))]
+    lost += [name for name in bare if not any(any((ROOT / top).rglob(name)) for top in ("tests", *file_map.FOLDERS))]
+    assert lost == []
 
 
 def test_the_page_of_the_commands_is_what_help_says():
