@@ -14,6 +14,7 @@ FEWEST_TOKENS, FEWEST_LINES = 50, 5  # less is grammar: a head, a call with its 
 SILENT = (Comment.Single, Comment.Multiline, Comment.Hashbang, String.Doc)
 MEANT = {  # two files, or one -> why what they say twice is meant
     frozenset({"tests/models.py"}): "each tiny model is told whole",
+    frozenset({"native/ggml-cpu/kvt-attn.cpp", "native/ggml-cpu/kvt-attn-ref.cpp"}): "a reference shares no code",
     frozenset({"tests/native/test_tap.py", "calibrate/capture.py"}): "a test copies what it checks the copies with",
 }
 
