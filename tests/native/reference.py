@@ -1,4 +1,5 @@
-"""Our types in plain numpy, from the words of native/kvt-types.h and native/kvt-codec.h: what their bytes must be."""
+"""Our types in plain numpy, from the words of kvt-types.h and kvt-blocks.h (native/ggml-base): what their bytes must
+be."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ def dequantize(name: str, data: np.ndarray) -> np.ndarray:
 
 
 def _sum(values: np.ndarray) -> np.ndarray:
-    """(n_blocks, n) -> (n_blocks, 1) float32 in the order of native/kvt-codec.h: halves onto halves."""
+    """(n_blocks, n) -> (n_blocks, 1) float32 in the order of native/ggml-base/kvt-blocks.h: halves onto halves."""
     while values.shape[1] > 1:
         half = values.shape[1] // 2
         values = values[:, :half] + values[:, half:]

@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def generate(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """What CMakeLists.txt makes of native/kvt-cuda.cmake: a header with the pairs, and files of instances."""
+    """What CMakeLists.txt makes of native/ggml-cuda/kvt-cuda.cmake: a header with the pairs, and files of instances."""
     cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if cmake is None:
         pytest.skip("cmake is missing: pip install 'kvtuner-gguf[test]'")
     script = folder / "pairs.cmake"
     script.write_text(
-        f"cmake_minimum_required(VERSION 3.21)\ninclude({ROOT}/native/kvt-cuda.cmake)\n"
+        f"cmake_minimum_required(VERSION 3.21)\ninclude({ROOT}/native/ggml-cuda/kvt-cuda.cmake)\n"
         f'kvt_cuda_pairs()\nkvt_cuda_instances({folder} sources)\nmessage(STATUS "stock ${{GGML_CUDA_FA_QUANTS}}")\n'
     )
     return subprocess.run([cmake, *options, "-P", str(script)], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-// kvt-codec.cpp - the CPU's own codec of each cache type, for the calibration
+// kvt-abi-types.cpp - the CPU's own codec of each cache type, for the calibration
 #include "kvt.h"
 #include "kvt-plan.h"
 

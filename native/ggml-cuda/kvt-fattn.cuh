@@ -6,7 +6,7 @@
 #define kvt_get_dequantize_V get_dequantize_V
 template <ggml_type type_k, ggml_type type_v> constexpr __host__ __device__ int kvt_unroll(int n_row) { return n_row; }
 #else
-#include "kvt-codec.cuh"
+#include "kvt-blocks.cuh"
 
 template <ggml_type type, int D, int nthreads>
 static __device__ __forceinline__ float kvt_vec_dot_KQ(const char * __restrict__ K, const void * __restrict__ Q_v, const int * __restrict__ Q_q8, const void * __restrict__ Q_ds) {

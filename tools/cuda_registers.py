@@ -15,7 +15,8 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+NATIVE = Path(__file__).resolve().parents[1] / "native"
+OURS = (NATIVE / "ggml-base", NATIVE / "ggml-cuda")
 ARCHS = ("75", "80", "86", "89", "90", "120a")
 FLAGS = ("-cubin", "-O3", "-std=c++17", "-DNDEBUG", "-use_fast_math", "-extended-lambda", "-Xptxas", "-v")
 EXACT = ("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")  # as CMakeLists.txt compiles kvt-cuda.cu
@@ -36,7 +37,7 @@ def pairs_of(build: Path) -> list[tuple[str, str]]:
 def type_names() -> dict[int, str]:
     """ggml's numbers of the types that a cache may hold."""
     names = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}
-    ours = re.findall(r"X\(\w+, (\w+), (\d+),", (ROOT / "native" / "kvt-types.h").read_text())
+    ours = re.findall(r"X\(\w+, (\w+), (\d+),", (NATIVE / "ggml-base" / "kvt-types.h").read_text())
     return names | {int(number): name for name, number in ours}
 
 
@@ -76,13 +77,13 @@ def main() -> int:
     nvcc = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", cache, re.MULTILINE)[1]
     ggml = args.build / "llama.cpp" / "ggml"
     cuda = ggml / "src" / "ggml-cuda"
-    include = [f"-I{folder}" for folder in (cuda, ggml / "include", ggml / "src", ROOT / "native")]
+    include = [f"-I{folder}" for folder in (cuda, ggml / "include", ggml / "src", *OURS)]
     pairs = [tuple(pair.upper().split("-")) for pair in args.pairs] if args.pairs else pairs_of(args.build)
     types = type_names()
     n_spill = 0
 
     with tempfile.TemporaryDirectory() as tmp:
-        sources = [(ROOT / "native" / "kvt-cuda.cu", EXACT), (cuda / "convert.cu", ()), (cuda / "getrows.cu", ())]
+        sources = [(NATIVE / "ggml-cuda" / "kvt-cuda.cu", EXACT), (cuda / "convert.cu", ()), (cuda / "getrows.cu", ())]
         for k, v in pairs:
             sources.append((Path(tmp) / f"{k}-{v}.cu", ()))
             cases = "".join(f"DECL_FATTN_VEC_CASE({d}, GGML_TYPE_{k}, GGML_TYPE_{v});\n" for d in (64, 128, 256))

@@ -1,6 +1,6 @@
 // kvt-cache.cpp - which types a cache allocates, layer by layer, and why not the planned ones
 #include "kvt-plan.h"
-#include "kvt-cuda.h"
+#include "kvt-reads-pair.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"

@@ -10,7 +10,7 @@ macro(kvt_cuda_pairs)
     set(KVT_GGML_FA_TYPES q4_0 q4_1 q5_0 q5_1 q8_0 bf16 f16)
 
     # a cache of f32 is cast to f16 by the graph; bf16 is no planner's choice, and beside itself only
-    file(READ ${KVT_CUDA_DIR}/kvt-quants.h kvt_text)
+    file(READ ${KVT_CUDA_DIR}/../ggml-base/kvt-quants.h kvt_text)
     string(REGEX MATCH "#define KVT_CACHE_TYPES\\(X\\)[^#]*" kvt_text "${kvt_text}")
     string(REGEX MATCHALL "X\\([A-Z][A-Z0-9_]+\\)" kvt_types "${kvt_text}")
     list(TRANSFORM kvt_types REPLACE "X\\((.*)\\)" "\\1")

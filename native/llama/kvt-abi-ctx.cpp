@@ -1,4 +1,4 @@
-// kvt-query.cpp - how far a model can read, and what a context has really allocated
+// kvt-abi-ctx.cpp - how far a model can read, and what a context has really allocated
 #include "kvt.h"
 #include "kvt-plan.h"
 

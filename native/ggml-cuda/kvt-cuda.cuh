@@ -1,7 +1,7 @@
 // kvt-cuda.cuh - kernels that write a cache type, or copy it back to f32
 #pragma once
 
-#include "kvt-codec.cuh"
+#include "kvt-blocks.cuh"
 
 #define KVT_CUDA_BLOCK 128
 

@@ -2,15 +2,11 @@
 #pragma once
 
 #include "kvt-quants.h"
+#include "kvt-reads-pair.h"
 
 struct ggml_backend_cuda_context;
 
 typedef void (* kvt_fattn_t)(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
-
-// the name, for ggml_backend_reg_get_proc_address, of: does decoding read a cache of this pair as it is?
-// If not, all of it is converted to f16 at every step
-#define KVT_CUDA_READS_PAIR "kvt_cuda_reads_pair"
-typedef bool (* kvt_cuda_reads_pair_t)(int64_t head_dim_k, int64_t head_dim_v, ggml_type type_k, ggml_type type_v);
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 

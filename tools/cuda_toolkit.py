@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""tests/cuda/toolkit.py DIR - a CUDA toolkit in DIR, from PyPI by package name, to compile and link with where there is
+"""tools/cuda_toolkit.py DIR - a CUDA toolkit in DIR, from PyPI by package name, to compile and link with where there is
 no GPU.
 
 The wheels lack what a toolkit for development has besides: the names without a version that a linker looks for, and a

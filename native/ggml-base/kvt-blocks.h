@@ -1,4 +1,4 @@
-// kvt-codec.h - how a block of each type is written and read: one struct per type, the reference of every faster version
+// kvt-blocks.h - how a block of each type is written and read: one struct per type, the reference of every faster version
 //
 // Only + - * / sqrt and comparisons of floats, in one order (sums add halves onto halves), to be compiled without
 // contraction: the bytes are the same from every compiler and instruction set. Values are kept within f16's range,

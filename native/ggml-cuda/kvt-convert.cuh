@@ -4,7 +4,7 @@
 #include "kvt-cuda.h"
 
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
-#include "kvt-codec.cuh"
+#include "kvt-blocks.cuh"
 
 // values i and i + 1 of a block
 template <ggml_type type>
