@@ -1,6 +1,8 @@
-// kvt-abi-ctx.cpp - how far a model can read, and what a context has really allocated
+// kvt-abi-ctx.cpp - kvt.h: what a context has really allocated, and what it holds
 #include "kvt.h"
-#include "kvt-plan.h"
+#include "kvt-cache.h"
+#include "kvt-error.h"
+#include "kvt-text.h"
 
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
@@ -111,13 +113,6 @@ struct kvt_query {
 
     static const kvt_cache & types(const llama_kv_cache & kv) { return *kv.kvt; }
 };
-
-int32_t kvt_model_n_pos(const llama_model * model) {
-    if (!model) {
-        return kvt_error(KVT_E_ARG, "kvt_model_n_pos: model is null");
-    }
-    return model->pos_embd ? (int32_t) model->pos_embd->ne[1] : 0;
-}
 
 int32_t kvt_ctx_layer(
         const llama_context * ctx, int32_t il,

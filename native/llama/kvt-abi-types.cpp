@@ -1,13 +1,25 @@
-// kvt-abi-types.cpp - the CPU's own codec of each cache type, for the calibration
+// kvt-abi-types.cpp - kvt.h: cache types, and the CPU's own codec of each for the calibration
 #include "kvt.h"
-#include "kvt-plan.h"
+#include "kvt-error.h"
+#include "kvt-names.h"
+#include "kvt-text.h"
+
+#include "llama-impl.h"
 
 #include "ggml.h"
 #include "ggml-cpu.h"
 
-#include "llama-impl.h"
-
 #include <cstring>
+
+const char * kvt_type_name(int32_t i) {
+    const ggml_type type = kvt_type_at(i);
+    return type != KVT_TYPE_NONE ? ggml_type_name(type) : nullptr;
+}
+
+int32_t kvt_type_number(const char * name) {
+    const ggml_type type = name ? kvt_type_from_name(name) : KVT_TYPE_NONE;
+    return type != KVT_TYPE_NONE ? (int32_t) type : kvt_error(KVT_E_TYPE, format("'%s' is not the name of a cache type", name ? kvt_printable(name).c_str() : "(null)"));
+}
 
 // checks the arguments and finds the type; KVT_TYPE_NONE with the error set if they are not usable
 static ggml_type kvt_codec_type(const char * name, int64_t n_per_row, int32_t * err) {

@@ -1,15 +1,14 @@
 // kvt-cache.cpp - which types a cache allocates, layer by layer, and why not the planned ones
+#include "kvt-cache.h"
+#include "kvt-arch.h"
 #include "kvt-plan.h"
 #include "kvt-reads-pair.h"
+#include "kvt-text.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
 
 #include "ggml-cpp.h"
-
-// tags in a state file's type id, far above any ggml_type
-static const int32_t KVT_STATE_UNROTATED   = 1 << 16;
-static const int32_t KVT_STATE_CONDITIONED = 1 << 17; // the hash of the vectors follows
 
 kvt_cache::kvt_cache(const llama_model & model, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v, bool v_trans, bool offload) :
     model(model), hparams(hparams), plan(model.kvt), type_k(type_k), type_v(type_v), v_trans(v_trans), offload(offload) {
@@ -94,7 +93,7 @@ ggml_type kvt_cache::accept(uint32_t il, const char * side, ggml_type type, uint
         departures[format("%s %s needs flash attention, which is off: turn it on (-fa on, flash_attn=True): f16 there", side, ggml_type_name(type))].push_back(il);
         return GGML_TYPE_F16;
     }
-    if (needs_fa && (model.arch == LLM_ARCH_T5 || model.arch == LLM_ARCH_T5ENCODER)) {
+    if (needs_fa && kvt_arch_has(model.arch, KVT_ARCH_KQ_BIAS)) {
         departures[format("%s %s: this architecture has a bias on KQ, so its attention is not fused: f16 there", side, ggml_type_name(type))].push_back(il);
         return GGML_TYPE_F16;
     }
@@ -128,6 +127,7 @@ kvt_cache_types kvt_cache::types(uint32_t il) {
     return res;
 }
 
+// the vectors of layer il's K, in buft; null if K is cached as it is
 const kvt_cond_layer * kvt_cache::cond(uint32_t il, ggml_backend_buffer_type_t buft) {
     if (!plan_k || plan->k_vectors.empty() || plan->k_vectors[il].empty() || hparams.n_head_kv(il) == 0) {
         return nullptr;
@@ -144,13 +144,17 @@ const kvt_cond_layer * kvt_cache::cond(uint32_t il, ggml_backend_buffer_type_t b
     kvt_k_vectors vectors = plan->k_vectors[il];
 
     // the mean shifts all scores of a query alike, which softmax ignores: unless they are capped, or compete with a sink
-    const bool capped = hparams.attn_soft_cap || model.arch == LLM_ARCH_GROK;
+    const bool capped = hparams.attn_soft_cap || kvt_arch_has(model.arch, KVT_ARCH_CAPPED);
     const bool sinks  = il < model.layers.size() && model.layers[il].attn_sinks;
     if (!vectors.mean.empty() && (capped || sinks)) {
         departures[format("the mean of K is left in, since the attention has %s; its scale applies", sinks ? "sinks" : "a soft cap")].push_back(il);
         vectors.mean.clear();
     }
     return vectors.empty() ? nullptr : k_cond.add(il, vectors, hparams.n_head_kv(il), buft);
+}
+
+kvt_layer kvt_cache::layer(uint32_t il, ggml_backend_buffer_type_t buft) {
+    return { false, false, cond(il, buft) };
 }
 
 void kvt_cache::cond_alloc() {
@@ -177,68 +181,7 @@ void kvt_cache::warn() const {
     }
 }
 
-std::string kvt_type_names(const std::vector<ggml_type> & types) {
-    std::string res;
-    for (size_t i = 0; i < types.size(); i++) {
-        bool seen = false;
-        for (size_t j = 0; j < i; j++) {
-            seen = seen || types[j] == types[i];
-        }
-        if (!seen) {
-            res += (res.empty() ? "" : " + ") + std::string(ggml_type_name(types[i]));
-        }
-    }
-    return res;
-}
-
-static int32_t kvt_state_type(const ggml_tensor * tensor, bool rot, int32_t n_embd_head) {
-    const bool rot_default = ggml_is_quantized(tensor->type) && n_embd_head > 0 && n_embd_head % 64 == 0;
-    return (int32_t) tensor->type | (rot_default && !rot ? KVT_STATE_UNROTATED : 0);
-}
-
-int32_t kvt_state_type_k(const ggml_tensor * k, const kvt_layer & kvt, int32_t n_embd_head) {
-    return kvt_state_type(k, kvt.rot_k, n_embd_head) | (kvt.cond ? KVT_STATE_CONDITIONED : 0);
-}
-
-int32_t kvt_state_type_v(const ggml_tensor * v, const kvt_layer & kvt, int32_t n_embd_head) {
-    return kvt_state_type(v, kvt.rot_v, n_embd_head);
-}
-
-void kvt_state_refused(const char * side, uint32_t il, int32_t have, int32_t want) {
-    const auto name = [](int32_t id) {
-        const int32_t type = id & ~(KVT_STATE_UNROTATED | KVT_STATE_CONDITIONED);
-        if (type < 0 || type >= GGML_TYPE_COUNT || !ggml_type_name((ggml_type) type)) {
-            return format("unknown type %d", type);
-        }
-        return format("%s%s%s", ggml_type_name((ggml_type) type), id & KVT_STATE_UNROTATED ? " (not rotated)" : "", id & KVT_STATE_CONDITIONED ? " (conditioned)" : "");
-    };
-    LLAMA_LOG_ERROR("%s: layer %u: the state has %s %s, this context has %s: it was saved under another plan, cache type, rotation or conditioning. Load it where it was saved, or process the prompt again\n",
-            __func__, il, side, name(want).c_str(), name(have).c_str());
-}
-
-//
-// context shift
-//
-
 bool kvt_cache::can_shift() const {
     // MLA: what RoPE touches is not at the start of the head, and a part of a quantized head cannot be copied back
     return hparams.n_lora_kv == 0 || !any_quantized_k();
-}
-
-bool kvt_shift_whole(const ggml_tensor * k, const kvt_layer & kvt) {
-    return ggml_is_quantized(k->type) || kvt.cond;
-}
-
-bool kvt_shift_f32(const ggml_tensor * k, const kvt_layer & kvt) {
-    return kvt_shift_whole(k, kvt) || k->type == GGML_TYPE_BF16;
-}
-
-ggml_tensor * kvt_shift_read(ggml_context * ctx, const kvt_layer & kvt, ggml_tensor * rot, ggml_tensor * k) {
-    k = rot && kvt.rot_k ? llama_mul_mat_hadamard(ctx, k, rot) : k;
-    return kvt_cond_k_undo(ctx, kvt.cond, k);
-}
-
-ggml_tensor * kvt_shift_write(ggml_context * ctx, const kvt_layer & kvt, ggml_tensor * rot, ggml_tensor * k) {
-    k = kvt_cond_k(ctx, kvt.cond, k);
-    return rot && kvt.rot_k ? llama_mul_mat_hadamard(ctx, k, rot) : k;
 }

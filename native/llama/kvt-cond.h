@@ -4,33 +4,21 @@
 //   same Q*mean, which softmax ignores. So attention is the same, of a K that is easier to quantize.
 #pragma once
 
+#include "kvt-vectors.h"
+
 #include "ggml.h"
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
 
 #include <cstdint>
 #include <map>
-#include <memory>
-#include <string>
 #include <utility>
 #include <vector>
 
-struct kvt_plan;
-struct llama_hparams;
 struct llama_io_read_i;
 struct llama_io_write_i;
-struct llama_model_kv_override;
-struct llama_model_loader;
 
-// the vectors of one layer, n_embd_k_gqa values each; empty = none
-struct kvt_k_vectors {
-    std::vector<float> mean;
-    std::vector<float> scale;
-
-    bool empty() const { return mean.empty() && scale.empty(); }
-};
-
-// the same as tensors [head_dim, n_head_kv] beside the layer's cache; null = none
+// a layer's vectors as tensors [head_dim, n_head_kv] beside the layer's cache; null = none
 struct kvt_cond_layer {
     ggml_tensor * mean      = nullptr;
     ggml_tensor * scale     = nullptr;
@@ -64,15 +52,6 @@ private:
 ggml_tensor * kvt_cond_k     (ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * k);
 ggml_tensor * kvt_cond_k_undo(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * k);
 void          kvt_cond_qk    (ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor *& q, ggml_tensor *& k);
-
-// what is wrong with a layer's vectors ("" = nothing)
-std::string kvt_k_vectors_fault(const kvt_k_vectors & vectors, const llama_hparams & hparams, uint32_t il);
-
-// kvtuner.k_mean and kvtuner.k_scale of the file; any fault is a note, and K as it is
-void kvt_cond_read(const llama_model_loader & ml, const llama_hparams & hparams, kvt_plan & plan);
-
-// true if the override is one of ours (kvtuner.k_mean, kvtuner.k_scale: false switches it off)
-bool kvt_cond_override(const std::string & key, const llama_model_kv_override & o, kvt_plan & plan);
 
 // the hash in a state file, after the type id of a conditioned K; the read is false, with an error in the log, if it is another
 void kvt_cond_state_write(llama_io_write_i & io, const kvt_cond_layer * cond);

@@ -1,8 +1,9 @@
-// kvt-plan.cpp - the plan of a model: from metadata, from override keys, or set through kvt.h
-#include "kvt.h"
+// kvt-plan.cpp - the plan of a model, from its metadata and override keys
 #include "kvt-plan.h"
+#include "kvt-arch.h"
 #include "kvt-hash.h"
-#include "kvt-quants.h"
+#include "kvt-text.h"
+#include "kvt-weights.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -10,76 +11,12 @@
 
 #include "gguf.h"
 
-#include <cinttypes>
 #include <cstring>
 
 static const uint32_t KVT_SCHEMA_VERSION = 1;
 
-// the types that a plan may hold, from the most to the least precise
-static const ggml_type kvt_cache_types_all[] = { KVT_CACHE_TYPES(KVT_CACHE_TYPE_ITEM) };
-
-static const int32_t KVT_N_TYPES = sizeof(kvt_cache_types_all)/sizeof(kvt_cache_types_all[0]);
-
-const char * kvt_type_name(int32_t i) {
-    return i >= 0 && i < KVT_N_TYPES ? ggml_type_name(kvt_cache_types_all[i]) : nullptr;
-}
-
-ggml_type kvt_type_from_name(const char * name) {
-    for (const ggml_type type : kvt_cache_types_all) {
-        if (strcmp(name, ggml_type_name(type)) == 0) {
-            return type;
-        }
-    }
-    return KVT_TYPE_NONE;
-}
-
-static thread_local std::string kvt_error_text;
-
-int32_t kvt_error(int32_t code, const std::string & text) {
-    kvt_error_text = text;
-    return code;
-}
-
-const char * kvt_last_error(void) {
-    return kvt_error_text.c_str();
-}
-
-int32_t kvt_write_lines(const std::vector<std::string> & lines, char * buf, int32_t size) {
-    std::string text;
-    for (const auto & line : lines) {
-        text += line + "\n";
-    }
-    return buf && size > 0 ? snprintf(buf, size, "%s", text.c_str()) : (int32_t) text.size();
-}
-
-const char * kvt_build_id(void) {
-    return KVT_BUILD_ID;
-}
-
-std::string kvt_layer_ranges(const std::vector<uint32_t> & il) {
-    std::string res;
-    for (size_t i = 0; i < il.size(); ) {
-        size_t j = i;
-        while (j + 1 < il.size() && il[j + 1] == il[j] + 1) {
-            j++;
-        }
-        res += (res.empty() ? "" : ",") + std::to_string(il[i]) + (j > i ? "-" + std::to_string(il[j]) : "");
-        i = j + 1;
-    }
-    return res;
-}
-
-// a string from a file as it may be printed: short, and without control characters
-static std::string kvt_printable(const char * s) {
-    std::string res;
-    for (size_t i = 0; s[i] && i < 40; i++) {
-        res += (unsigned char) s[i] < 32 || (unsigned char) s[i] >= 127 ? '?' : s[i];
-    }
-    return strlen(s) > 40 ? res + "..." : res;
-}
-
 //
-// metadata
+// from the file
 //
 
 // one side of the plan in the file. false, with a note, if it cannot be used
@@ -115,8 +52,7 @@ static bool kvt_read_side(const gguf_context * gguf, const char * key, uint32_t 
     return true;
 }
 
-// a note where the plan was made on other weights
-static void kvt_compare_weights(kvt_plan & plan, const char * hash) {
+void kvt_plan_compare_weights(kvt_plan & plan, const char * hash) {
     const std::string have = kvt_printable(hash);
     if (have != plan.weights) {
         plan.notes.push_back(format("the plan was calibrated on other weights (%s, this file has %s): it is used, but calibrate again", have.c_str(), plan.weights.c_str()));
@@ -214,15 +150,19 @@ static void kvt_read_file(const llama_model_loader & ml, const llama_hparams & h
     plan.type_k = std::move(type_k);
     plan.type_v = std::move(type_v);
 
-    kvt_cond_read(ml, hparams, plan);
+    kvt_k_vectors_read(ml, hparams, plan.k_vectors, plan.notes);
 
     const int64_t kid_hash = gguf_find_key(gguf, "kvtuner.calibration.weights");
     if (kid_hash >= 0 && gguf_get_kv_type(gguf, kid_hash) != GGUF_TYPE_STRING) {
         plan.notes.push_back("kvtuner.calibration.weights is not a string: the plan is used, whatever the weights");
     } else if (kid_hash >= 0) {
-        kvt_compare_weights(plan, gguf_get_val_str(gguf, kid_hash));
+        kvt_plan_compare_weights(plan, gguf_get_val_str(gguf, kid_hash));
     }
 }
+
+//
+// from override keys
+//
 
 // "kvtuner.type_k.7" -> layer 7 of the given side; -1 for any other key
 static int64_t kvt_override_layer(const std::string & key, const char * prefix) {
@@ -241,7 +181,7 @@ static void kvt_read_overrides(const llama_model_loader & ml, uint32_t n_layer, 
         if (key.compare(0, 8, "kvtuner.") != 0 || key == "kvtuner.enabled") {
             continue;
         }
-        if (kvt_cond_override(key, o, plan)) {
+        if (kvt_k_vectors_override(key, o, plan.k_vectors, plan.notes)) {
             continue;
         }
         const int64_t il_k = kvt_override_layer(key, "kvtuner.type_k.");
@@ -267,24 +207,11 @@ static void kvt_read_overrides(const llama_model_loader & ml, uint32_t n_layer, 
     }
 }
 
-// architectures whose attention does not go through the common builders, which rotate per layer
-static bool kvt_arch_refused(llm_arch arch) {
-    switch (arch) {
-        case LLM_ARCH_QWEN4EXP:
-        case LLM_ARCH_MINIMAX_M3:
-        case LLM_ARCH_DEEPSEEK4:
-        case LLM_ARCH_DFLASH:
-        case LLM_ARCH_GLM5_NEXT:
-        case LLM_ARCH_HY_V4:
-        case LLM_ARCH_DOTS3NOTE:
-            return true;
-        default:
-            return false;
-    }
-}
+//
+// of a model
+//
 
-// no types, and what does not depend on them
-static std::shared_ptr<kvt_plan> kvt_plan_empty(std::string weights) {
+std::shared_ptr<kvt_plan> kvt_plan_empty(std::string weights) {
     auto plan = std::make_shared<kvt_plan>();
     plan->weights = std::move(weights);
     return plan;
@@ -299,7 +226,7 @@ void kvt_plan_load(llama_model & model, const llama_model_loader & ml) {
         kvt_read_overrides(ml, model.hparams.n_layer_all, *plan);
     }
 
-    if (plan->in_force() && kvt_arch_refused(model.arch)) {
+    if (plan->in_force() && kvt_arch_has(model.arch, KVT_ARCH_OWN_ATTENTION)) {
         plan = kvt_plan_empty(plan->weights);
         plan->notes.push_back(format("%s has attention of its own, where types per layer are not supported: the plan is ignored", llm_arch_name(model.arch)));
     }
@@ -325,100 +252,4 @@ void kvt_plan_flash_attn(const llama_model & model, llama_context_params & param
             return;
         }
     }
-}
-
-//
-// kvt.h
-//
-
-int32_t kvt_type_number(const char * name) {
-    const ggml_type type = name ? kvt_type_from_name(name) : KVT_TYPE_NONE;
-    return type != KVT_TYPE_NONE ? (int32_t) type : kvt_error(KVT_E_TYPE, format("'%s' is not the name of a cache type", name ? kvt_printable(name).c_str() : "(null)"));
-}
-
-int32_t kvt_model_n_layer(const llama_model * model) {
-    return model ? (int32_t) model->hparams.n_layer_all : kvt_error(KVT_E_ARG, "kvt_model_n_layer: model is null");
-}
-
-static int32_t kvt_parse_side(const char * side, const char * const * names, int32_t n_layer, std::vector<ggml_type> & types) {
-    types.assign(n_layer, KVT_TYPE_NONE);
-    for (int32_t il = 0; il < n_layer; il++) {
-        if (!names[il]) {
-            return kvt_error(KVT_E_ARG, format("layer %d: the %s type is null, need a name or \"\"", il, side));
-        }
-        types[il] = kvt_type_from_name(names[il]);
-        if (types[il] == KVT_TYPE_NONE && names[il][0]) {
-            return kvt_error(KVT_E_TYPE, format("layer %d: '%s' is not the name of a cache type", il, kvt_printable(names[il]).c_str()));
-        }
-    }
-    return 0;
-}
-
-int32_t kvt_model_set_plan(llama_model * model, const char * const * type_k, const char * const * type_v, int32_t n_layer) {
-    if (!model || !type_k || !type_v) {
-        return kvt_error(KVT_E_ARG, "kvt_model_set_plan: model, type_k and type_v must not be null");
-    }
-    if (n_layer != (int32_t) model->hparams.n_layer_all) {
-        return kvt_error(KVT_E_ARG, format("plan has %d layers, the model has %u", n_layer, model->hparams.n_layer_all));
-    }
-    if (kvt_arch_refused(model->arch)) {
-        return kvt_error(KVT_E_STATE, format("%s has attention of its own, where types per layer are not supported", llm_arch_name(model->arch)));
-    }
-
-    auto plan = kvt_plan_empty(kvt_model_weights_hash(model));
-    plan->source = "api";
-
-    int32_t err = kvt_parse_side("K", type_k, n_layer, plan->type_k);
-    if (!err) {
-        err = kvt_parse_side("V", type_v, n_layer, plan->type_v);
-    }
-    if (!err) {
-        model->kvt = std::move(plan);
-    }
-    return err;
-}
-
-int32_t kvt_model_clear_plan(llama_model * model) {
-    if (!model) {
-        return kvt_error(KVT_E_ARG, "kvt_model_clear_plan: model is null");
-    }
-    model->kvt = kvt_plan_empty(kvt_model_weights_hash(model));
-    return 0;
-}
-
-int32_t kvt_model_set_plan_weights(llama_model * model, const char * hash) {
-    if (!model || !hash) {
-        return kvt_error(KVT_E_ARG, "kvt_model_set_plan_weights: model and hash must not be null");
-    }
-    if (!model->kvt || !model->kvt->in_force()) {
-        return kvt_error(KVT_E_STATE, "kvt_model_set_plan_weights: no plan is in force. Set the types first");
-    }
-    auto plan = std::make_shared<kvt_plan>(*model->kvt); // contexts that exist keep the old one
-    kvt_compare_weights(*plan, hash);
-    model->kvt = std::move(plan);
-    return 0;
-}
-
-const char * kvt_model_plan_source(const llama_model * model) {
-    return model && model->kvt ? model->kvt->source : "none";
-}
-
-static const char * kvt_name_or_empty(ggml_type type) {
-    return type == KVT_TYPE_NONE ? "" : ggml_type_name(type);
-}
-
-int32_t kvt_model_plan_layer(const llama_model * model, int32_t il, const char ** type_k, const char ** type_v) {
-    if (!model || il < 0 || il >= (int32_t) model->hparams.n_layer_all) {
-        return kvt_error(KVT_E_ARG, format("kvt_model_plan_layer: model is null, or layer %d is not one of it", il));
-    }
-    if (!model->kvt || !model->kvt->in_force()) {
-        return kvt_error(KVT_E_NONE, "no plan is in force");
-    }
-    if (type_k) { *type_k = kvt_name_or_empty(model->kvt->type_k[il]); }
-    if (type_v) { *type_v = kvt_name_or_empty(model->kvt->type_v[il]); }
-    return 0;
-}
-
-int32_t kvt_model_plan_notes(const llama_model * model, char * buf, int32_t size) {
-    return kvt_write_lines(model && model->kvt ? model->kvt->notes : std::vector<std::string>(), buf, size);
 }

@@ -3,7 +3,7 @@
 // The node is GGML_OP_FLASH_ATTN_EXT: it has everything that its layer's attention uses, for any architecture. Its sources
 // are still intact when the scheduler reports the node as computed.
 #include "kvt.h"
-#include "kvt-plan.h"
+#include "kvt-error.h"
 
 #include "ggml.h"
 #include "ggml-backend.h"
@@ -14,6 +14,8 @@
 #include <cstdio>
 #include <cstring>
 #include <map>
+#include <string>
+#include <vector>
 
 struct kvt_tap {
     kvt_tap_fn fn;

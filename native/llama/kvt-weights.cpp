@@ -1,7 +1,7 @@
 // kvt-weights.cpp - names of a model's weights: by their shapes, which a plan keeps, and by their values, which a saved state keeps
-#include "kvt.h"
-#include "kvt-plan.h"
+#include "kvt-weights.h"
 #include "kvt-hash.h"
+#include "kvt-plan.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -31,10 +31,6 @@ std::string kvt_weights_hash(const llama_model_loader & ml) {
     return format("%016" PRIx64, h);
 }
 
-const char * kvt_model_weights_hash(const llama_model * model) {
-    return model && model->kvt ? model->kvt->weights.c_str() : "";
-}
-
 // some bytes of a tensor; false where they cannot be read one by one
 static bool kvt_read_slice(const ggml_tensor * t, size_t offset, size_t size, void * dst) {
     ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(t->buffer);
@@ -50,14 +46,11 @@ static bool kvt_read_slice(const ggml_tensor * t, size_t offset, size_t size, vo
     return false;
 }
 
-int32_t kvt_model_fingerprint(const llama_model * model, uint64_t * fingerprint) {
-    if (!model || !fingerprint) {
-        return kvt_error(KVT_E_ARG, "kvt_model_fingerprint: model and fingerprint must not be null");
-    }
-    const std::string shapes = kvt_model_weights_hash(model);
+uint64_t kvt_weights_fingerprint(const llama_model & model) {
+    const std::string shapes = model.kvt ? model.kvt->weights : "";
 
     uint64_t h = kvt_hash(KVT_HASH_START, shapes.data(), shapes.size());
-    for (const auto & [name, t] : model->tensors_by_name) {
+    for (const auto & [name, t] : model.tensors_by_name) {
         const size_t n = ggml_nbytes(t);
         const size_t size = std::min(n, KVT_SLICE_BYTES);
         char slice[KVT_SLICE_BYTES];
@@ -67,6 +60,5 @@ int32_t kvt_model_fingerprint(const llama_model * model, uint64_t * fingerprint)
             }
         }
     }
-    *fingerprint = h;
-    return 0;
+    return h;
 }
