@@ -92,6 +92,20 @@ class TapNode(ctypes.Structure):
     ]
 
 
+class LayerStruct(ctypes.Structure):
+    """struct kvt_layer_cache: a layer as allocated, a LayerCache in C."""
+
+    _fields_ = [
+        ("type_k", ctypes.c_char_p),
+        ("type_v", ctypes.c_char_p),
+        ("bytes_k", ctypes.c_uint64),
+        ("bytes_v", ctypes.c_uint64),
+        ("n_cells", ctypes.c_uint32),
+        ("rot_k", ctypes.c_int32),
+        ("rot_v", ctypes.c_int32),
+    ]
+
+
 TapCallback = ctypes.CFUNCTYPE(None, ctypes.POINTER(TapNode), ctypes.c_void_p)
 
 _ptr, _str, _i32, _i64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
@@ -116,7 +130,7 @@ _SIGNATURES = {
     "kvt_model_plan_source": (_str, [_ptr]),
     "kvt_model_plan_layer": (_i32, [_ptr, _i32, _strs, _strs]),
     "kvt_model_plan_notes": (_i32, [_ptr, _ptr, _i32]),
-    "kvt_ctx_layer": (_i32, [_ptr, _i32, _strs, _strs, *[_ptr] * 5]),
+    "kvt_ctx_layer": (_i32, [_ptr, _i32, ctypes.POINTER(LayerStruct)]),
     "kvt_ctx_k_cond": (_i32, [_ptr, _i32]),
     "kvt_ctx_holds": (_i32, [_ptr, _i32, _i32]),
     "kvt_ctx_buffer_bytes": (ctypes.c_uint64, [_ptr]),
@@ -345,21 +359,16 @@ def plan_notes(model: int) -> list[str]:
 
 def ctx_layers(model: int, ctx: int) -> list[LayerCache]:
     """The layers that have KV of their own in this context, as allocated."""
-    k, v = ctypes.c_char_p(), ctypes.c_char_p()
-    bytes_k, bytes_v = ctypes.c_uint64(), ctypes.c_uint64()
-    n_cells, rot_k, rot_v = ctypes.c_uint32(), ctypes.c_int32(), ctypes.c_int32()
-    outs = [ctypes.byref(x) for x in (k, v, bytes_k, bytes_v, n_cells, rot_k, rot_v)]
-    layers = []
+    layer, layers = LayerStruct(), []
     for il in range(n_layer(model)):
-        code = library().kvt_ctx_layer(ctx, il, *outs)
+        code = library().kvt_ctx_layer(ctx, il, ctypes.byref(layer))
         if code == _KVT_E_NONE:
             continue
         check(code)
         cond = check(library().kvt_ctx_k_cond(ctx, il))
-        numbers = (x.value for x in (bytes_k, bytes_v, n_cells, rot_k, rot_v))
-        layers.append(
-            LayerCache(il, k.value.decode(), v.value.decode(), *numbers, bool(cond & _K_MEAN), bool(cond & _K_SCALE))
-        )
+        names = layer.type_k.decode(), layer.type_v.decode()
+        numbers = layer.bytes_k, layer.bytes_v, layer.n_cells, layer.rot_k, layer.rot_v
+        layers.append(LayerCache(il, *names, *numbers, bool(cond & _K_MEAN), bool(cond & _K_SCALE)))
     return layers
 
 

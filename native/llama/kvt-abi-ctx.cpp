@@ -20,6 +20,40 @@
 
 // friend of llama_kv_cache
 struct kvt_query {
+    // a memory that another is made of. planned: a plan speaks of it, unlike of an indexer's cache and of a recurrent state
+    struct part {
+        llama_memory_i * mem;
+        bool             planned;
+    };
+
+    // of a context's memory; none of one that is a cache itself, is recurrent, or of a kind that is not known here
+    static std::vector<part> parts(llama_memory_i * mem) {
+        if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
+            return { { iswa->get_base(), true }, { iswa->get_swa(), true } };
+        }
+        if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
+            std::vector<part> res = { { hybrid->get_mem_attn(), true }, { hybrid->get_mem_recr(), false } };
+            auto * indexed = dynamic_cast<llama_memory_hybrid_idx *>(mem);
+            if (indexed && indexed->get_mem_idx()) {
+                res.push_back({ indexed->get_mem_idx(), false });
+            }
+            return res;
+        }
+        if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
+            return { { hybrid_iswa->get_mem_attn(), true }, { hybrid_iswa->get_mem_recr(), false } };
+        }
+        if (auto * dsa = dynamic_cast<llama_kv_cache_dsa *>(mem)) {
+            return { { dsa->get_mla(), true }, { dsa->get_lid(), false } };
+        }
+        if (auto * dsa_iswa = dynamic_cast<llama_kv_cache_dsa_iswa *>(mem)) {
+            return { { dsa_iswa->get_dsa(), true }, { dsa_iswa->get_swa(), true } };
+        }
+        if (auto * msa = dynamic_cast<llama_kv_cache_msa *>(mem)) {
+            return { { msa->get_base(), true }, { msa->get_idx(), false } };
+        }
+        return {};
+    }
+
     // the attention caches that a plan speaks of; a context may have several (full and sliding window)
     static std::vector<const llama_kv_cache *> caches(const llama_context * ctx) {
         std::vector<const llama_kv_cache *> res;
@@ -30,20 +64,11 @@ struct kvt_query {
     static void add(std::vector<const llama_kv_cache *> & res, llama_memory_i * mem) {
         if (auto * kv = dynamic_cast<llama_kv_cache *>(mem)) {
             res.push_back(kv);
-        } else if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
-            add(res, iswa->get_base());
-            add(res, iswa->get_swa());
-        } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
-            add(res, hybrid->get_mem_attn());
-        } else if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
-            add(res, hybrid_iswa->get_mem_attn());
-        } else if (auto * dsa = dynamic_cast<llama_kv_cache_dsa *>(mem)) {
-            add(res, dsa->get_mla());
-        } else if (auto * dsa_iswa = dynamic_cast<llama_kv_cache_dsa_iswa *>(mem)) {
-            add(res, dsa_iswa->get_dsa());
-            add(res, dsa_iswa->get_swa());
-        } else if (auto * msa = dynamic_cast<llama_kv_cache_msa *>(mem)) {
-            add(res, msa->get_base());
+        }
+        for (const part & p : parts(mem)) {
+            if (p.planned) {
+                add(res, p.mem);
+            }
         }
     }
 
@@ -51,22 +76,12 @@ struct kvt_query {
     static bool holds(llama_memory_i * mem, llama_seq_id seq_id, llama_pos pos) {
         if (auto * kv = dynamic_cast<llama_kv_cache *>(mem)) {
             return holds_cells(*kv, seq_id, pos);
-        } else if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(mem)) {
-            return holds(iswa->get_base(), seq_id, pos) && holds(iswa->get_swa(), seq_id, pos);
-        } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
-            auto * indexed = dynamic_cast<llama_memory_hybrid_idx *>(mem);
-            return holds(hybrid->get_mem_attn(), seq_id, pos) && holds(hybrid->get_mem_recr(), seq_id, pos) &&
-                (!indexed || !indexed->get_mem_idx() || holds(indexed->get_mem_idx(), seq_id, pos));
-        } else if (auto * hybrid_iswa = dynamic_cast<llama_memory_hybrid_iswa *>(mem)) {
-            return holds(hybrid_iswa->get_mem_attn(), seq_id, pos) && holds(hybrid_iswa->get_mem_recr(), seq_id, pos);
-        } else if (auto * dsa = dynamic_cast<llama_kv_cache_dsa *>(mem)) {
-            return holds(dsa->get_mla(), seq_id, pos) && holds(dsa->get_lid(), seq_id, pos);
-        } else if (auto * dsa_iswa = dynamic_cast<llama_kv_cache_dsa_iswa *>(mem)) {
-            return holds(dsa_iswa->get_dsa(), seq_id, pos) && holds(dsa_iswa->get_swa(), seq_id, pos);
-        } else if (auto * msa = dynamic_cast<llama_kv_cache_msa *>(mem)) {
-            return holds(msa->get_base(), seq_id, pos) && holds(msa->get_idx(), seq_id, pos);
         }
-        return mem->seq_pos_max(seq_id) == pos - 1; // recurrent: one state, of all tokens up to its position
+        const std::vector<part> all = parts(mem);
+        if (all.empty()) {
+            return mem->seq_pos_max(seq_id) == pos - 1; // recurrent: one state, of all tokens up to its position
+        }
+        return std::all_of(all.begin(), all.end(), [&](const part & p) { return holds(p.mem, seq_id, pos); });
     }
 
     // cell by cell: after a roll-back cells are reused out of order, so that there may be holes above the first position
@@ -90,12 +105,17 @@ struct kvt_query {
         return next >= pos;
     }
 
-    static const llama_kv_cache::kv_layer * layer(const llama_kv_cache & kv, int32_t il) {
-        for (const auto & l : kv.layers) {
-            if ((int32_t) l.il == il) {
-                return &l;
+    // layer il where it has KV of its own; null with the error set where it has none
+    static const llama_kv_cache::kv_layer * layer(const llama_context * ctx, int32_t il, const llama_kv_cache ** cache) {
+        for (const llama_kv_cache * kv : caches(ctx)) {
+            for (const auto & l : kv->layers) {
+                if ((int32_t) l.il == il && !ggml_is_empty(l.k)) {
+                    *cache = kv;
+                    return &l;
+                }
             }
         }
+        kvt_error(KVT_E_NONE, format("layer %d has no KV of its own in this context", il));
         return nullptr;
     }
 
@@ -114,42 +134,35 @@ struct kvt_query {
     static const kvt_cache & types(const llama_kv_cache & kv) { return *kv.kvt; }
 };
 
-int32_t kvt_ctx_layer(
-        const llama_context * ctx, int32_t il,
-        const char ** type_k, const char ** type_v,
-        uint64_t * bytes_k, uint64_t * bytes_v,
-        uint32_t * n_cells, int32_t * rot_k, int32_t * rot_v) {
-    if (!ctx) {
-        return kvt_error(KVT_E_ARG, "kvt_ctx_layer: ctx is null");
+int32_t kvt_ctx_layer(const llama_context * ctx, int32_t il, kvt_layer_cache * layer) {
+    if (!ctx || !layer) {
+        return kvt_error(KVT_E_ARG, "kvt_ctx_layer: ctx and layer must not be null");
     }
-    for (const llama_kv_cache * kv : kvt_query::caches(ctx)) {
-        const auto * l = kvt_query::layer(*kv, il);
-        if (!l || ggml_is_empty(l->k)) {
-            continue;
-        }
-        if (type_k)  { *type_k  = ggml_type_name(l->k->type); }
-        if (type_v)  { *type_v  = l->v ? ggml_type_name(l->v->type) : ""; }
-        if (bytes_k) { *bytes_k = ggml_nbytes(l->k); }
-        if (bytes_v) { *bytes_v = l->v ? ggml_nbytes(l->v) : 0; }
-        if (n_cells) { *n_cells = kvt_query::n_cells(*kv); }
-        if (rot_k)   { *rot_k   = l->kvt.rot_k && l->v ? kvt_query::rot_k(*kv) : 0; } // the attention of MLA never rotates
-        if (rot_v)   { *rot_v   = l->kvt.rot_v && l->v ? 64 : 0; }
-        return 0;
+    const llama_kv_cache * kv = nullptr;
+    const auto * l = kvt_query::layer(ctx, il, &kv);
+    if (!l) {
+        return KVT_E_NONE;
     }
-    return kvt_error(KVT_E_NONE, format("layer %d has no KV of its own in this context", il));
+    layer->type_k  = ggml_type_name(l->k->type);
+    layer->type_v  = l->v ? ggml_type_name(l->v->type) : "";
+    layer->bytes_k = ggml_nbytes(l->k);
+    layer->bytes_v = l->v ? ggml_nbytes(l->v) : 0;
+    layer->n_cells = kvt_query::n_cells(*kv);
+    layer->rot_k   = l->kvt.rot_k && l->v ? kvt_query::rot_k(*kv) : 0; // the attention of MLA never rotates
+    layer->rot_v   = l->kvt.rot_v && l->v ? 64 : 0;
+    return 0;
 }
 
 int32_t kvt_ctx_k_cond(const llama_context * ctx, int32_t il) {
     if (!ctx) {
         return kvt_error(KVT_E_ARG, "kvt_ctx_k_cond: ctx is null");
     }
-    for (const llama_kv_cache * kv : kvt_query::caches(ctx)) {
-        const auto * l = kvt_query::layer(*kv, il);
-        if (l && !ggml_is_empty(l->k)) {
-            return l->kvt.cond ? (l->kvt.cond->mean ? KVT_K_MEAN : 0) | (l->kvt.cond->scale ? KVT_K_SCALE : 0) : 0;
-        }
+    const llama_kv_cache * kv = nullptr;
+    const auto * l = kvt_query::layer(ctx, il, &kv);
+    if (!l) {
+        return KVT_E_NONE;
     }
-    return kvt_error(KVT_E_NONE, format("layer %d has no KV of its own in this context", il));
+    return l->kvt.cond ? (l->kvt.cond->mean ? KVT_K_MEAN : 0) | (l->kvt.cond->scale ? KVT_K_SCALE : 0) : 0;
 }
 
 int32_t kvt_ctx_holds(const llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {

@@ -87,16 +87,19 @@ LLAMA_API int32_t kvt_model_plan_notes(const struct llama_model * model, char * 
 // what a context has allocated
 //
 
-// layer il as allocated. any out pointer may be NULL
-//   n_cells        cells of the layer's cache, all streams
-//   bytes_k/v      bytes of the K and V tensors
-//   rot_k/v        size of the Hadamard block that K and V are rotated by before they are written; 0 = not rotated
-// KVT_E_NONE if the layer has no KV of its own in this context (V of an MLA layer: type "", 0 bytes)
-LLAMA_API int32_t kvt_ctx_layer(
-        const struct llama_context * ctx, int32_t il,
-        const char ** type_k, const char ** type_v,
-        uint64_t * bytes_k, uint64_t * bytes_v,
-        uint32_t * n_cells, int32_t * rot_k, int32_t * rot_v);
+// one layer as allocated. V of an MLA layer: type "", 0 bytes
+struct kvt_layer_cache {
+    const char * type_k;
+    const char * type_v;
+    uint64_t     bytes_k; // of the K and V tensors
+    uint64_t     bytes_v;
+    uint32_t     n_cells; // of the layer's cache, all streams
+    int32_t      rot_k;   // size of the Hadamard block that K and V are rotated by before they are written; 0 = not rotated
+    int32_t      rot_v;
+};
+
+// KVT_E_NONE if the layer has no KV of its own in this context
+LLAMA_API int32_t kvt_ctx_layer(const struct llama_context * ctx, int32_t il, struct kvt_layer_cache * layer);
 
 // how the K of layer il is conditioned in this context: 0, or KVT_K_MEAN and KVT_K_SCALE together. KVT_E_NONE as above
 #define KVT_K_MEAN  1
