@@ -37,7 +37,7 @@ def pairs_of(build: Path) -> list[tuple[str, str]]:
 def type_names() -> dict[int, str]:
     """ggml's numbers of the types that a cache may hold."""
     names = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 20: "iq4_nl", 30: "bf16"}
-    ours = re.findall(r"X\(\w+, (\w+), (\d+),", (NATIVE / "ggml-base" / "kvt-types.h").read_text())
+    ours = re.findall(r"X\(\w+, (\w+), (\d+),", (NATIVE / "ggml-base" / "kvt-table.h").read_text())
     return names | {int(number): name for name, number in ours}
 
 

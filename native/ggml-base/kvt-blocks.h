@@ -152,7 +152,10 @@ struct kvt_levels_q2 {
     static const int n_level = 2;
     static constexpr int8_t levels[] = KVT_LEVELS_Q2;
 
-    KVT_FN float level(int k) { return k == 0 ? 3 : 10; }
+    KVT_FN float level(int k) {
+        const float all[] = KVT_LEVELS_Q2;
+        return all[n_level + k];
+    }
 
     // from where the scale of a normal distribution is best: its outer level is at 1.51 standard deviations (Lloyd, Max)
     template <int N, int T> KVT_FN float fit(const float * a) {
@@ -168,7 +171,10 @@ struct kvt_levels_q3 {
     static const int n_level = 4;
     static constexpr int8_t levels[] = KVT_LEVELS_Q3;
 
-    KVT_FN float level(int k) { return k == 0 ? 14 : k == 1 ? 45 : k == 2 ? 79 : 127; }
+    KVT_FN float level(int k) {
+        const float all[] = KVT_LEVELS_Q3;
+        return all[n_level + k];
+    }
 
     // eight levels have several minima, and the best is near the maximum: two starts below it
     template <int N, int T> KVT_FN float fit(const float * a) {

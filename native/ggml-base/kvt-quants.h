@@ -1,4 +1,4 @@
-// Rows of our cache types, in the forms that ggml's tables and switches want: KVT_TYPES(KVT_TYPE_...).
+// kvt-quants.h - rows of our cache types, in the forms that ggml's tables and switches want: KVT_TYPES(KVT_TYPE_...).
 // Contract: ggml_type_traits and ggml_type_traits_cpu. Plain C.
 #pragma once
 
@@ -24,11 +24,7 @@ KVT_TYPES(KVT_TYPE_DECLARE)
 KVT_TYPES(KVT_TYPE_CHECK)
 #undef KVT_TYPE_CHECK
 
-// what a K or V cache may hold, from the most to the least precise
-#define KVT_CACHE_TYPES(X) \
-    X(F32) X(F16) X(BF16) X(Q8_0) X(Q6_32) X(Q5_1) X(Q5_0) X(Q4_1) X(Q4_0) X(IQ4_NL) X(Q3_32) X(Q3_64) X(Q2_32) X(Q2_64)
-#define KVT_CACHE_TYPE_ITEM(NAME) GGML_TYPE_##NAME,
-
+#define KVT_GGML_ITEM(NAME)                        GGML_TYPE_##NAME,
 #define KVT_TYPE_ITEM(NAME, name, number, n, bits) GGML_TYPE_##NAME,
 #define KVT_TYPE_CASE(NAME, name, number, n, bits) case GGML_TYPE_##NAME:
 

@@ -1,21 +1,15 @@
-// The low-bit cache types that are ours: numbers, names, blocks. Values of a block are d*level[code].
+// kvt-types.h - the blocks of the low-bit cache types that are ours. Values of a block are d*level[code].
 // Plain C, for the CPU, CUDA and tests. Files and options name types; the numbers never leave the process.
 #pragma once
 
+#include "kvt-table.h"
+
 #include <stdint.h>
 
-// X(name in capitals, name, number, values in a block, bits of a code)
-// A number is never used again; upstream takes the next free one, so ours are far above.
-#define KVT_TYPES(X) \
-    X(Q2_64, q2_64, 200, 64, 2) \
-    X(Q2_32, q2_32, 201, 32, 2) \
-    X(Q3_64, q3_64, 202, 64, 3) \
-    X(Q3_32, q3_32, 203, 32, 3) \
-    X(Q6_32, q6_32, 204, 32, 6)
-
-// levels of the codes; 6 bits: code - 32
-#define KVT_LEVELS_Q2 { -10, -3, 3, 10 }
-#define KVT_LEVELS_Q3 { -127, -79, -45, -14, 14, 45, 79, 127 }
+// levels of the codes, and of ggml's iq4_nl; 6 bits: code - 32
+#define KVT_LEVELS_Q2     { -10, -3, 3, 10 }
+#define KVT_LEVELS_Q3     { -127, -79, -45, -14, 14, 45, 79, 127 }
+#define KVT_LEVELS_IQ4_NL { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 }
 
 // qs, 2 bits: bits 2j, 2j+1 of byte i are those of value i + j*sizeof(qs)
 // qh, 3 bits: bit v of the little-endian number is the third bit of value v

@@ -1,4 +1,4 @@
-// What attention must know of a type. A new type is a struct here and a row in kvt_attn_types.
+// What attention must know of a type. A new type is a struct here, and a row in kvt_attn_types if it is ggml's.
 //   floats  load(): KVT_VW values of a row (kvt-attn-gemm.h)
 //   blocks  codes(): signed bytes c, d() and, if HAS_MIN, m(): the values are d*c + m
 // A type without a row goes through ggml's to_float.
@@ -134,11 +134,14 @@ struct kvt_row_q5_1 : kvt_row_block<block_q5_1, QK5_1, true> {
     }
 };
 
+static const int8_t kvt_levels_q2[16]     = KVT_LEVELS_Q2;
+static const int8_t kvt_levels_q3[16]     = KVT_LEVELS_Q3;
+static const int8_t kvt_levels_iq4_nl[16] = KVT_LEVELS_IQ4_NL;
+
 struct kvt_row_iq4_nl : kvt_row_block<block_iq4_nl, QK4_NL> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        static const int8_t values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113}; // kvalues_iq4nl
         vb_nibbles(KVT_AT(qs), nb, c);
-        vb_levels<2>(values, c);
+        vb_levels<2>(kvt_levels_iq4_nl, c);
     }
 };
 
@@ -154,9 +157,6 @@ struct kvt_row_q6_32 : kvt_row_block<kvt_block_q6_32, 32> {
         }
     }
 };
-
-static const int8_t kvt_levels_q2[16] = KVT_LEVELS_Q2;
-static const int8_t kvt_levels_q3[16] = KVT_LEVELS_Q3;
 
 struct kvt_row_q2_64 : kvt_row_block<kvt_block_q2_64, 64> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
@@ -301,6 +301,7 @@ struct kvt_attn_type {
 #else
 #define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, kvt_unpack_block<ROW>, nullptr }
 #endif
+#define KVT_ROW(NAME, name, number, n, bits) KVT_BLOCK(NAME, kvt_row_##name),
 
 static const kvt_attn_type kvt_attn_types[] = {
     KVT_FLOATS(F32,   kvt_step_float),
@@ -313,10 +314,6 @@ static const kvt_attn_type kvt_attn_types[] = {
     KVT_BLOCK(Q5_0,   kvt_row_q5_0),
     KVT_BLOCK(Q5_1,   kvt_row_q5_1),
     KVT_BLOCK(IQ4_NL, kvt_row_iq4_nl),
-    KVT_BLOCK(Q6_32,  kvt_row_q6_32),
-    KVT_BLOCK(Q3_64,  kvt_row_q3_64),
-    KVT_BLOCK(Q3_32,  kvt_row_q3_32),
-    KVT_BLOCK(Q2_64,  kvt_row_q2_64),
-    KVT_BLOCK(Q2_32,  kvt_row_q2_32),
+    KVT_TYPES(KVT_ROW)
 #endif
 };

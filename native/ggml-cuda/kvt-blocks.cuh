@@ -9,8 +9,6 @@
 
 static const int KVT_THREADS = 16; // that share a block when it is written
 
-#define KVT_LEVELS_IQ4_NL { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 }
-
 typedef struct { kvt_half d; uint8_t qs[16]; } kvt_block_iq4_nl; // ggml's, with the scale as bits
 
 //

@@ -5,16 +5,26 @@ set(KVTUNER_CUDA_PAIRS all CACHE STRING "K-V pairs with a decoding kernel: all, 
 
 set(KVT_CUDA_DIR ${CMAKE_CURRENT_LIST_DIR})
 
+# the names in kvt-table.h, as the compiler's preprocessor has them
+function(kvt_cache_types out_types)
+    set(flags -E -P -x c++)
+    if(MSVC)
+        set(flags -nologo -EP -TP)
+    endif()
+    set(list ${CMAKE_CURRENT_BINARY_DIR}/kvt-cache-types.cpp)
+    file(WRITE ${list} "#include \"kvt-table.h\"\n#define NAME(name, ...) name\nKVT_CACHE_TYPES(NAME, NAME)\n")
+    execute_process(COMMAND ${CMAKE_CXX_COMPILER} ${flags} -I${KVT_CUDA_DIR}/../ggml-base ${list} OUTPUT_VARIABLE types COMMAND_ERROR_IS_FATAL ANY)
+    string(REGEX MATCHALL "[A-Z0-9_]+" types "${types}")
+    list(TRANSFORM types TOLOWER)
+    set(${out_types} ${types} PARENT_SCOPE)
+endfunction()
+
 # sets KVT_PAIRS, KVT_PAIRS_OURS and, for ggml-cuda, GGML_CUDA_FA_QUANTS
 macro(kvt_cuda_pairs)
     set(KVT_GGML_FA_TYPES q4_0 q4_1 q5_0 q5_1 q8_0 bf16 f16)
 
     # a cache of f32 is cast to f16 by the graph; bf16 is no planner's choice, and beside itself only
-    file(READ ${KVT_CUDA_DIR}/../ggml-base/kvt-quants.h kvt_text)
-    string(REGEX MATCH "#define KVT_CACHE_TYPES\\(X\\)[^#]*" kvt_text "${kvt_text}")
-    string(REGEX MATCHALL "X\\([A-Z][A-Z0-9_]+\\)" kvt_types "${kvt_text}")
-    list(TRANSFORM kvt_types REPLACE "X\\((.*)\\)" "\\1")
-    list(TRANSFORM kvt_types TOLOWER)
+    kvt_cache_types(kvt_types)
     list(REMOVE_ITEM kvt_types f32 bf16)
 
     set(KVT_PAIRS f16-f16 bf16-bf16)

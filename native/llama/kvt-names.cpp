@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-static const ggml_type kvt_cache_types[] = { KVT_CACHE_TYPES(KVT_CACHE_TYPE_ITEM) };
+static const ggml_type kvt_cache_types[] = { KVT_CACHE_TYPES(KVT_GGML_ITEM, KVT_TYPE_ITEM) };
 
 static const int32_t KVT_N_TYPES = sizeof(kvt_cache_types)/sizeof(kvt_cache_types[0]);
 

@@ -1,11 +1,23 @@
-// Cases for upstream's test-backend-ops: every pair of a plan, in decode and in a prompt.
+// kvt-test-cases.h - for upstream's tests of ops and of types: what they cannot know of ours
 #pragma once
 
 #include "kvt-quants.h"
 
+// bits of a code of one of our types, which bound its error; 0 of any other
+static inline int kvt_code_bits(ggml_type type) {
+    switch (type) {
+#define KVT_TYPE_BITS(NAME, name, number, n, bits) case GGML_TYPE_##NAME: return bits;
+        KVT_TYPES(KVT_TYPE_BITS)
+#undef KVT_TYPE_BITS
+        default:
+            return 0;
+    }
+}
+
+// every pair of a plan, in decode and in a prompt
 template <typename test, typename cases>
 static void kvt_flash_attn_cases(cases & list) {
-    static const ggml_type types[] = { KVT_CACHE_TYPES(KVT_CACHE_TYPE_ITEM) };
+    static const ggml_type types[] = { KVT_CACHE_TYPES(KVT_GGML_ITEM, KVT_TYPE_ITEM) };
     for (int hs : { 64, 80, 96, 128, 256 }) {
         for (ggml_type type_k : types) {
             for (ggml_type type_v : types) {

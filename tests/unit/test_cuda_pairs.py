@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from kvtuner_gguf.calibrate.options import DEFAULT_TYPES, PAPER_TYPES
+from kvtuner_gguf.codecs import CODECS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -21,19 +22,28 @@ ROOT = Path(__file__).resolve().parents[2]
 def generate(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """What CMakeLists.txt makes of native/ggml-cuda/kvt-cuda.cmake: a header with the pairs, and files of instances."""
     cmake = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    if cmake is None:
-        pytest.skip("cmake is missing: pip install 'kvtuner-gguf[test]'")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if cmake is None or compiler is None:
+        pytest.skip("no C++ compiler" if cmake else "cmake is missing: pip install 'kvtuner-gguf[test]'")
     script = folder / "pairs.cmake"
     script.write_text(
         f"cmake_minimum_required(VERSION 3.21)\ninclude({ROOT}/native/ggml-cuda/kvt-cuda.cmake)\n"
         f'kvt_cuda_pairs()\nkvt_cuda_instances({folder} sources)\nmessage(STATUS "stock ${{GGML_CUDA_FA_QUANTS}}")\n'
     )
-    return subprocess.run([cmake, *options, "-P", str(script)], capture_output=True, text=True)
+    command = [cmake, f"-DCMAKE_CXX_COMPILER={compiler}", *options, "-P", str(script)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def pairs_of(folder: Path, macro: str) -> set[tuple[str, str]]:
     line = re.search(rf"#define {macro}\(X\)(.*)", (folder / "kvt-fattn-pairs.h").read_text())[1]
     return {(k.lower(), v.lower()) for k, v in re.findall(r"X\((\w+), (\w+)\)", line)}
+
+
+def test_the_pairs_are_those_of_the_codecs(tmp_path):
+    run = generate(tmp_path)
+    assert run.returncode == 0, run.stderr
+    names = set(CODECS) - {"f32", "bf16"}  # the graph casts an f32 cache to f16; bf16 stands beside itself only
+    assert pairs_of(tmp_path, "KVT_FATTN_PAIRS") == {*product(names, repeat=2), ("bf16", "bf16")}
 
 
 def test_every_pair_of_the_menu_has_a_decoding_kernel(tmp_path):

@@ -1,0 +1,26 @@
+// kvt-table.h - what a K or V cache may hold: a row for each type, from the most to the least precise. Plain C, and no more than
+// the table: CMake has the preprocessor list the names, too (kvt-cuda.cmake)
+#pragma once
+
+// G(name in capitals)                                                          ggml's own
+// X(name in capitals, name, number, values in a block, bits of a code)         ours
+// A number is never used again; upstream takes the next free one, so ours are far above.
+#define KVT_CACHE_TYPES(G, X) \
+    G(F32)    \
+    G(F16)    \
+    G(BF16)   \
+    G(Q8_0)   \
+    X(Q6_32, q6_32, 204, 32, 6) \
+    G(Q5_1)   \
+    G(Q5_0)   \
+    G(Q4_1)   \
+    G(Q4_0)   \
+    G(IQ4_NL) \
+    X(Q3_32, q3_32, 203, 32, 3) \
+    X(Q3_64, q3_64, 202, 64, 3) \
+    X(Q2_32, q2_32, 201, 32, 2) \
+    X(Q2_64, q2_64, 200, 64, 2)
+
+// ours alone
+#define KVT_TYPES(X)   KVT_CACHE_TYPES(KVT_NO_ROW, X)
+#define KVT_NO_ROW(NAME)
