@@ -1,4 +1,4 @@
-// C[m][n] (+)= A[m][k] * B[k][n], blocked in registers, n a multiple of the vector; in floats, or in pairs of int16 with a scale.
+// kvt-attn-gemm.h - C[m][n] (+)= A[m][k] * B[k][n], blocked in registers, n a multiple of the vector; in floats, or in pairs of int16 with a scale.
 #pragma once
 
 #include "kvt-attn-simd.h"

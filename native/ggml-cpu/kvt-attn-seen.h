@@ -1,4 +1,4 @@
-// Which query row sees which cells of a tile of KV rows.
+// kvt-attn-seen.h - which query row sees which cells of a tile of KV rows.
 #pragma once
 
 #include "kvt-attn-simd.h"

@@ -1,4 +1,4 @@
-// Vectors of floats, as wide as the instruction set that this file is compiled for.
+// kvt-attn-simd.h - vectors of floats, as wide as the instruction set that this file is compiled for.
 // ggml-cpu is compiled once per instruction set, so all choices are made here, by macros.
 //
 //   vf  KVT_VW floats

@@ -1,4 +1,4 @@
-// A tile of KV rows: scores of K, one pass of exponentials, product with V. In floats, or, of blocks of codes, in integers.
+// kvt-attn-tile.h - a tile of KV rows: scores of K, one pass of exponentials, product with V. In floats, or, of blocks of codes, in integers.
 #pragma once
 
 #include "kvt-attn-gemm.h"

@@ -1,4 +1,4 @@
-// What attention must know of a type. A new type is a struct here, and a row in kvt_attn_types if it is ggml's.
+// kvt-attn-unpack.h - what attention must know of a type. A new type is a struct here, and a row in kvt_attn_types if it is ggml's.
 //   floats  load(): KVT_VW values of a row (kvt-attn-gemm.h)
 //   blocks  codes(): signed bytes c, d() and, if HAS_MIN, m(): the values are d*c + m
 // A type without a row goes through ggml's to_float.

@@ -1,4 +1,4 @@
-// Attention on the CPU: one loop for every pair of K and V types.
+// kvt-attn.h - attention on the CPU: one loop for every pair of K and V types.
 // Contract: GGML_OP_FLASH_ATTN_EXT.
 #pragma once
 

@@ -114,7 +114,7 @@ int32_t kvt_model_fingerprint(const llama_model * model, uint64_t * fingerprint)
     if (!model || !fingerprint) {
         return kvt_error(KVT_E_ARG, "kvt_model_fingerprint: model and fingerprint must not be null");
     }
-    *fingerprint = kvt_weights_fingerprint(*model);
+    *fingerprint = kvt_weights_fingerprint(*model, kvt_model_weights_hash(model));
     return 0;
 }
 

@@ -1,4 +1,4 @@
-// FNV-1a of 64 bits, and CRC-32 as zlib has it
+// kvt-hash.h - FNV-1a of 64 bits, and CRC-32 as zlib has it
 #pragma once
 
 #include <cstddef>

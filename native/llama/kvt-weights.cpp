@@ -1,7 +1,6 @@
 // kvt-weights.cpp - names of a model's weights: by their shapes, which a plan keeps, and by their values, which a saved state keeps
 #include "kvt-weights.h"
 #include "kvt-hash.h"
-#include "kvt-plan.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
@@ -46,10 +45,8 @@ static bool kvt_read_slice(const ggml_tensor * t, size_t offset, size_t size, vo
     return false;
 }
 
-uint64_t kvt_weights_fingerprint(const llama_model & model) {
-    const std::string shapes = model.kvt ? model.kvt->weights : "";
-
-    uint64_t h = kvt_hash(KVT_HASH_START, shapes.data(), shapes.size());
+uint64_t kvt_weights_fingerprint(const llama_model & model, const std::string & hash) {
+    uint64_t h = kvt_hash(KVT_HASH_START, hash.data(), hash.size());
     for (const auto & [name, t] : model.tensors_by_name) {
         const size_t n = ggml_nbytes(t);
         const size_t size = std::min(n, KVT_SLICE_BYTES);

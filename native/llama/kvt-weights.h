@@ -11,5 +11,5 @@ struct llama_model_loader;
 // names the tensors of a model by their names, types and shapes
 std::string kvt_weights_hash(const llama_model_loader & ml);
 
-// and by their values, of which it reads a few of each tensor
-uint64_t kvt_weights_fingerprint(const llama_model & model);
+// and by their values, of which it reads a few of each tensor; hash: the above
+uint64_t kvt_weights_fingerprint(const llama_model & model, const std::string & hash);
