@@ -21,7 +21,7 @@ K_SCALE_RANGE = (1e-4, 1e4)
 @dataclass(frozen=True)
 class KVectors:
     """How one layer's K is conditioned: cached as (K - mean) / scale, after RoPE, and Q multiplied by scale. See
-    native/kvt-cond.h.
+    native/llama/kvt-cond.h.
 
     mean scale  n_head_kv * head_dim values each, head after head, kept as f32; () = none
     Raises PlanError for lengths that differ, a value that is no finite number, a mean beyond K_MEAN_MAX, a scale out of

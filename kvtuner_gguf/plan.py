@@ -140,8 +140,8 @@ class Plan:
 
     @property
     def checksum(self) -> str:
-        """8 hex digits of CRC-32 over what the run time obeys: the types and the vectors, as native/kvt-plan.cpp reads
-        them."""
+        """8 hex digits of CRC-32 over what the run time obeys: the types and the vectors, as
+        native/llama/kvt-plan.cpp reads them."""
         names = "".join(f"{name}\0" for name in (*self.type_k, *self.type_v)).encode()
         sides = ((self.k_mean, self.k_mean_n_values), (self.k_scale, self.k_scale_n_values))
         numbers = (struct.pack(f"<{len(x)}f{len(n)}I", *x, *n) for x, n in sides if x and n)

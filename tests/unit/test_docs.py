@@ -105,10 +105,8 @@ def test_the_limits_name_the_architectures_that_take_no_plan():
 
 
 def refused() -> set[str]:
-    for table in (ROOT / "native").rglob("kvt-arch.h"):
-        return set(re.findall(r"LLM_ARCH_(\w+), +KVT_ARCH_OWN_ATTENTION", table.read_text()))
-    source = (ROOT / "native/kvt-plan.cpp").read_text().split("bool kvt_arch_refused")[1]
-    return set(re.findall(r"LLM_ARCH_(\w+)", source.split("return true;")[0]))
+    table = (ROOT / "native/llama/kvt-arch.h").read_text()
+    return set(re.findall(r"LLM_ARCH_(\w+), +KVT_ARCH_OWN_ATTENTION", table))
 
 
 def test_the_sidecar_on_the_page_can_be_read():

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import import_graph
-import pytest
 
 
 def test_nothing_goes_in_a_circle():
     assert import_graph.circle(import_graph.python_graph()) == ""
 
 
-@pytest.fixture
-def native() -> import_graph.Graph:
-    graph = import_graph.native_graph()
-    if not any("/" in unit for unit in graph):
-        pytest.skip("native/ has no folders yet")
-    return graph
+def test_native_code_includes_nothing_in_a_circle():
+    assert import_graph.circle(import_graph.native_graph()) == ""
 
 
-def test_native_code_includes_nothing_in_a_circle(native):
-    assert import_graph.circle(native) == ""
-
-
-def test_native_folders_include_from_the_floors_below_alone(native):
-    assert import_graph.climbing(import_graph.folders(native), import_graph.NATIVE_FLOORS) == []
+def test_native_folders_include_from_the_floors_below_alone():
+    between = import_graph.folders(import_graph.native_graph())
+    assert import_graph.climbing(between, import_graph.NATIVE_FLOORS) == []
 
 
 def test_modules_import_from_the_floors_below_alone():
