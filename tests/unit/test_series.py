@@ -132,6 +132,23 @@ def test_a_patch_that_does_not_apply_is_named(series, tmp_path):
         series.apply(tree)
 
 
+def test_a_checkout_of_another_pin_is_refused(series, monkeypatch, tmp_path):
+    tree = tmp_path / "llama.cpp"
+    (tree / "src").mkdir(parents=True)
+    (tree / "src" / "llama-kv-cache.cpp").write_text("this version\n")
+    series.commit_base(tree)
+    series.fetch(tree)
+    monkeypatch.setattr(series, "BASE", "llama.cpp of another version")
+    with pytest.raises(SystemExit, match=f"holds llama.cpp of {series.PACKAGE} {series.VERSION}, .*Remove it"):
+        series.fetch(tree)
+
+
+def test_all_that_name_the_pinned_version_name_the_same(series):
+    assert series.PIN.keys() == {"version", "sha256", "commit"}
+    assert f'"{series.PACKAGE}=={series.VERSION}"' in (ROOT / "pyproject.toml").read_text()
+    assert f'LLAMA_CPP_COMMIT = "{series.PIN["commit"]}"' in (ROOT / "kvtuner_gguf" / "native.py").read_text()
+
+
 def test_a_folder_that_holds_no_llama_cpp_is_refused(series, tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(SystemExit, match="other holds no llama.cpp source tree"):
