@@ -16,11 +16,13 @@
 // ql, 6 bits: the low 4 bits of value i in the low half of byte i, of value i + 16 in the high half; qh: as qs, bits 4 and 5
 typedef uint16_t kvt_half;
 
+// clang-format off
 typedef struct { kvt_half d; uint8_t qs[16];             } kvt_block_q2_64;
 typedef struct { kvt_half d; uint8_t qs[ 8];             } kvt_block_q2_32;
 typedef struct { kvt_half d; uint8_t qs[16]; uint8_t qh[8]; } kvt_block_q3_64;
 typedef struct { kvt_half d; uint8_t qs[ 8]; uint8_t qh[4]; } kvt_block_q3_32;
 typedef struct { kvt_half d; uint8_t ql[16]; uint8_t qh[8]; } kvt_block_q6_32;
+// clang-format on
 
 #ifdef __cplusplus
 #define KVT_STATIC_ASSERT static_assert

@@ -78,9 +78,12 @@ struct kvt_scale_cols {
 template <typename T, typename S>
 struct kvt_gemm_args {
     int64_t m, n, k;
-    const typename T::value * A; int64_t lda;
-    const typename T::element * B; int64_t ldb;
-    float * C; int64_t ldc;
+    const typename T::value * A;
+    int64_t lda;
+    const typename T::element * B;
+    int64_t ldb;
+    float * C;
+    int64_t ldc;
     bool add;
     S scale;
 };

@@ -1,10 +1,14 @@
 // kvt-attn-simd.h - vectors of floats, as wide as the instruction set that this file is compiled for.
 // ggml-cpu is compiled once per instruction set, so all choices are made here, by macros.
 //
+// A table, in columns: an operation in each instruction set.
+//
 //   vf  KVT_VW floats
 //   vb  KVT_VW/4 lanes of 16 bytes, each of another row (KVT_BLOCKS: there are some)
 //   vi  KVT_VW int32, with products of pairs of int16 (KVT_DOT: there are some)
 #pragma once
+
+// clang-format off
 
 #include "ggml.h"
 #include "ggml-cpu-impl.h"

@@ -71,7 +71,8 @@ struct kvt_tile {
     int16_t * W;      // [rows][KVT_TILE]: weights of a block of V's columns
     float  * w_scale; // [rows]
     float  * factor;  // [rows]: of the weights
-    uint16_t * d, * m; // [blocks][KVT_TILE], f16
+    uint16_t * d; // [blocks][KVT_TILE], f16
+    uint16_t * m;
     uint16_t * end;   // [KVT_TILE]: a mask of a tile that fills no vector
 
     static int64_t size(const kvt_side & k, const kvt_side & v, int64_t n_rows) {
@@ -116,7 +117,8 @@ static float kvt_set_q(const kvt_side & k, const float * q, float * Q, kvt_tile 
         }
         const float q_max = kvt_finite(q, k.D) ? vf_hmax(top) : NAN;
         const vf inv = vf_set1(q_max > 0.0f ? 32767.0f/q_max : 0.0f);
-        int16_t * x = (int16_t *) tile.tmp, * y = (int16_t *) Q;
+        int16_t * x = (int16_t *) tile.tmp;
+        int16_t * y = (int16_t *) Q;
         for (int64_t i = 0; i < k.D; i += KVT_VW) {
             vf_store_i16(x + i, vf_mul(vf_load(q + i), inv));
         }
@@ -177,8 +179,9 @@ static void kvt_scores_int(const kvt_side & k, const char * src, int n, int n_ro
     kvt_codes(k, k.type->codes_k, src, n, kt, 1, KVT_TILE, tile);
     const int64_t ldq = kvt_q_size(k), np = k.type->n/2;
     for (int64_t b = 0; b < k.n_blocks; b++) {
-        kvt_gemm<kvt_step_int, kvt_scale_cols>({ n_rows, kvt_pad(n), np, (const int32_t *) Q + b*np, ldq, kt + b*np*KVT_TILE, KVT_TILE,
-            tile.S, KVT_TILE, b > 0, { tile.d + b*KVT_TILE } }, ahead);
+        const kvt_gemm_args<kvt_step_int, kvt_scale_cols> g = { n_rows, kvt_pad(n), np, (const int32_t *) Q + b*np, ldq,
+                kt + b*np*KVT_TILE, KVT_TILE, tile.S, KVT_TILE, b > 0, { tile.d + b*KVT_TILE } };
+        kvt_gemm(g, ahead);
         if (k.type->has_min) {
             for (int r = 0; r < n_rows; r++) {
                 const vf sum = vf_set1(Q[r*ldq + k.D/2 + b]);
@@ -339,7 +342,8 @@ static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen 
     const int n = seen.n, nv = (int) kvt_pad(n)/KVT_VW;
     kvt_codes(v, v.type->codes_v, src, n, vt, v.D/2, v.D, tile);
     for (int64_t b = 0; b < v.n_blocks; b++) {
-        uint16_t * d = tile.d + b*KVT_TILE, * m = tile.m + b*KVT_TILE;
+        uint16_t * d = tile.d + b*KVT_TILE;
+        uint16_t * m = tile.m + b*KVT_TILE;
         // a scale that is no number makes the rows that see it none, and is not multiplied
         const uint64_t bad = kvt_not_finite(d, n) | (v.type->has_min ? kvt_not_finite(m, n) : 0);
         for (int i = 0; bad && i < n; i++) {
@@ -359,8 +363,9 @@ static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen 
             tile.w_scale[r] = bad && seen.sees(r, bad) ? NAN : tile.factor[r]*d_max/32767.0f;
         }
         const int64_t i = b*v.type->n;
-        kvt_gemm<kvt_step_int, kvt_scale_rows>({ seen.n_rows, v.type->n, (n + 1)/2, (const int32_t *) tile.W, KVT_TILE/2, vt + i, v.D,
-            out + i, v.Dp, true, { tile.w_scale, 1 } }, ahead);
+        const kvt_gemm_args<kvt_step_int, kvt_scale_rows> g = { seen.n_rows, v.type->n, (n + 1)/2, (const int32_t *) tile.W, KVT_TILE/2,
+                vt + i, v.D, out + i, v.Dp, true, { tile.w_scale, 1 } };
+        kvt_gemm(g, ahead);
         if (v.type->has_min) {
             for (int r = 0; r < seen.n_rows; r++) {
                 vf sum = vf_set1(0);

@@ -26,7 +26,9 @@ static const int KVT_RUN   = 512; // bytes that are fetched at once
 //
 
 struct kvt_attn {
-    const ggml_tensor * q, * mask, * sinks;
+    const ggml_tensor * q;
+    const ggml_tensor * mask;
+    const ggml_tensor * sinks;
     ggml_tensor * dst;
     kvt_side k, v;
     float scale, max_bias, softcap;
@@ -41,7 +43,11 @@ struct kvt_attn {
 };
 
 static bool kvt_attn_supports(const ggml_tensor * dst) {
-    const ggml_tensor * q = dst->src[0], * k = dst->src[1], * v = dst->src[2], * mask = dst->src[3], * sinks = dst->src[4];
+    const ggml_tensor * q = dst->src[0];
+    const ggml_tensor * k = dst->src[1];
+    const ggml_tensor * v = dst->src[2];
+    const ggml_tensor * mask = dst->src[3];
+    const ggml_tensor * sinks = dst->src[4];
     for (const ggml_tensor * t : { k, v }) {
         if (t->type != GGML_TYPE_F32 && !ggml_get_type_traits(t->type)->to_float) {
             return false;
@@ -112,7 +118,8 @@ struct kvt_item {
 
 // the rows of an item
 struct kvt_state {
-    float * Q, * out; // [rows][kvt_q_size], [rows][DVp]
+    float * Q; // [rows][kvt_q_size]
+    float * out; // [rows][DVp]
     kvt_row * rows;
 
     kvt_state(const kvt_attn & a, float * base) {

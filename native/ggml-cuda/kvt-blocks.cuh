@@ -9,7 +9,11 @@
 
 static const int KVT_THREADS = 16; // that share a block when it is written
 
-typedef struct { kvt_half d; uint8_t qs[16]; } kvt_block_iq4_nl; // ggml's, with the scale as bits
+// ggml's, with the scale as bits
+typedef struct {
+    kvt_half d;
+    uint8_t qs[16];
+} kvt_block_iq4_nl;
 
 //
 // instructions
@@ -170,7 +174,10 @@ struct kvt_cuda_iq4_nl {
     }
 };
 
-template <ggml_type type> struct kvt_codec { static const int n = 0; }; // not ours
+template <ggml_type type>
+struct kvt_codec {
+    static const int n = 0; // not ours
+};
 
 #define KVT_CODEC_CUDA(NAME, name, number, n, bits) \
     template <> struct kvt_codec<GGML_TYPE_##NAME> : kvt_cuda_q##bits<kvt_codec_##name> {};

@@ -27,11 +27,7 @@ static const char * kvt_device_refuses(const llama_model & model, const llama_hp
         return nullptr;
     }
 
-    ggml_init_params params = {
-        /*.mem_size   =*/ 32*ggml_tensor_overhead(),
-        /*.mem_buffer =*/ nullptr,
-        /*.no_alloc   =*/ true,
-    };
+    ggml_init_params params = { 32*ggml_tensor_overhead(), nullptr, true }; // mem_size, mem_buffer, no_alloc
     ggml_context_ptr ctx_ptr { ggml_init(params) };
     ggml_context * ctx = ctx_ptr.get();
 

@@ -16,11 +16,7 @@
 ggml_context * kvt_cond::ctx_for(ggml_backend_buffer_type_t buft) {
     auto & ctx = ctxs[buft];
     if (!ctx) {
-        ggml_init_params params = {
-            /*.mem_size   =*/ 3*LLAMA_MAX_LAYERS*ggml_tensor_overhead(),
-            /*.mem_buffer =*/ nullptr,
-            /*.no_alloc   =*/ true,
-        };
+        ggml_init_params params = { 3*LLAMA_MAX_LAYERS*ggml_tensor_overhead(), nullptr, true }; // mem_size, mem_buffer, no_alloc
         ctx.reset(ggml_init(params));
         if (!ctx) {
             throw std::runtime_error("failed to create ggml context for the vectors of K");

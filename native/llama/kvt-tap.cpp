@@ -130,7 +130,7 @@ static void kvt_tap_node_done(kvt_tap & tap, const ggml_tensor * t, int32_t il) 
     const kvt_tap_node node = {
         il, (int32_t) n_q, (int32_t) k->ne[1], (int32_t) q->ne[2], (int32_t) k->ne[2], (int32_t) k->ne[0], (int32_t) v->ne[0],
         params[0], params[1], params[2],
-        tap.q.data(), tap.k.data(), tap.v.data(), mask ? tap.mask.data() : nullptr, sinks ? tap.sinks.data() : nullptr, tap.out.data(),
+        tap.q.data(), tap.k.data(), tap.v.data(), mask ? tap.mask.data() : nullptr, sinks ? tap.sinks.data() : nullptr, tap.out.data()
     };
     tap.fn(&node, tap.user);
 }
@@ -146,7 +146,11 @@ static bool kvt_from_attention(const ggml_tensor * t, int32_t il, int depth) {
     return kvt_from_attention(t->src[0], il, depth - 1) || kvt_from_attention(t->src[1], il, depth - 1);
 }
 
-enum kvt_stream_role { KVT_STREAM_NONE, KVT_STREAM_BRANCH, KVT_STREAM_SUM };
+enum kvt_stream_role {
+    KVT_STREAM_NONE,
+    KVT_STREAM_BRANCH,
+    KVT_STREAM_SUM,
+};
 
 // what a node is to the attention branch that is open: a step of it, or its sum with the residual stream
 static kvt_stream_role kvt_stream(const kvt_tap & tap, const ggml_tensor * t) {
