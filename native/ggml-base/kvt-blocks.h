@@ -29,16 +29,16 @@ template <int n, int T>
 KVT_FN float kvt_sum(const float * v) {
     if constexpr (n == 1) {
         float s = v[0];
-        for (int bit = T/2; bit > 0; bit /= 2) {
+        for (int bit = T / 2; bit > 0; bit /= 2) {
             s += KVT_SHUFFLE(s, bit);
         }
         return s;
     } else {
-        float t[n/2];
-        for (int j = 0; j < n/2; j++) {
-            t[j] = v[j] + v[j + n/2];
+        float t[n / 2];
+        for (int j = 0; j < n / 2; j++) {
+            t[j] = v[j] + v[j + n / 2];
         }
-        return kvt_sum<n/2, T>(t);
+        return kvt_sum<n / 2, T>(t);
     }
 }
 
@@ -46,17 +46,17 @@ template <int n, int T>
 KVT_FN float kvt_max(const float * v) {
     if constexpr (n == 1) {
         float s = v[0];
-        for (int bit = T/2; bit > 0; bit /= 2) {
+        for (int bit = T / 2; bit > 0; bit /= 2) {
             const float other = KVT_SHUFFLE(s, bit);
-            s = s > other ? s : other;
+            s                 = s > other ? s : other;
         }
         return s;
     } else {
-        float t[n/2];
-        for (int j = 0; j < n/2; j++) {
-            t[j] = v[j] > v[j + n/2] ? v[j] : v[j + n/2];
+        float t[n / 2];
+        for (int j = 0; j < n / 2; j++) {
+            t[j] = v[j] > v[j + n / 2] ? v[j] : v[j + n / 2];
         }
-        return kvt_max<n/2, T>(t);
+        return kvt_max<n / 2, T>(t);
     }
 }
 
@@ -66,7 +66,7 @@ KVT_FN void kvt_abs(const float * x, float * a) {
     for (int i = 0; i < n; i++) {
         const float v = x[i] > 0.0f ? x[i] : 0.0f - x[i]; // +0 for both zeros
         const float w = v < 65504.0f ? v : 65504.0f; // NaN is not less, ...
-        a[i] = v == v ? w : 0.0f;                    // ... and not itself
+        a[i]          = v == v ? w : 0.0f;                    // ... and not itself
     }
 }
 
@@ -109,7 +109,7 @@ KVT_FN float kvt_nearest(float a, const float * t) {
 template <typename B>
 KVT_FN void kvt_thresholds(float d, float * t) {
     for (int k = 0; k + 1 < B::n_level; k++) {
-        t[k] = d*(0.5f*(B::level(k) + B::level(k + 1)));
+        t[k] = d * (0.5f * (B::level(k) + B::level(k + 1)));
     }
 }
 
@@ -120,16 +120,16 @@ KVT_FN kvt_fit kvt_refit(const float * a, float d, int n_round) {
     for (int r = 0; r < n_round; r++) {
         float t[B::n_level];
         kvt_thresholds<B>(res.d, t);
-        float am[N/T];
-        float mm[N/T];
-        for (int i = 0; i < N/T; i++) {
+        float am[N / T];
+        float mm[N / T];
+        for (int i = 0; i < N / T; i++) {
             const float m = kvt_nearest<B>(a[i], t);
-            am[i] = a[i]*m;
-            mm[i] = m*m;
+            am[i]         = a[i] * m;
+            mm[i]         = m * m;
         }
-        const float sum_am = kvt_sum<N/T, T>(am);
-        const float sum_mm = kvt_sum<N/T, T>(mm);
-        res = { sum_am/sum_mm, sum_am*(sum_am/sum_mm) };
+        const float sum_am = kvt_sum<N / T, T>(am);
+        const float sum_mm = kvt_sum<N / T, T>(mm);
+        res                = { sum_am / sum_mm, sum_am * (sum_am / sum_mm) };
     }
     return res;
 }
@@ -149,7 +149,7 @@ KVT_FN void kvt_codes(const float * x, const float * a, float d, uint8_t * c) {
 }
 
 struct kvt_levels_q2 {
-    static const int n_level = 2;
+    static const int        n_level  = 2;
     static constexpr int8_t levels[] = KVT_LEVELS_Q2;
 
     KVT_FN float level(int k) {
@@ -159,16 +159,16 @@ struct kvt_levels_q2 {
 
     // from where the scale of a normal distribution is best: its outer level is at 1.51 standard deviations (Lloyd, Max)
     template <int N, int T> KVT_FN float fit(const float * a) {
-        float aa[N/T];
-        for (int i = 0; i < N/T; i++) {
-            aa[i] = a[i]*a[i];
+        float aa[N / T];
+        for (int i = 0; i < N / T; i++) {
+            aa[i] = a[i] * a[i];
         }
-        return kvt_refit<kvt_levels_q2, N, T>(a, sqrtf(kvt_sum<N/T, T>(aa)/N)*(1.51f/10), 3).d;
+        return kvt_refit<kvt_levels_q2, N, T>(a, sqrtf(kvt_sum<N / T, T>(aa) / N) * (1.51f / 10), 3).d;
     }
 };
 
 struct kvt_levels_q3 {
-    static const int n_level = 4;
+    static const int        n_level  = 4;
     static constexpr int8_t levels[] = KVT_LEVELS_Q3;
 
     KVT_FN float level(int k) {
@@ -178,9 +178,9 @@ struct kvt_levels_q3 {
 
     // eight levels have several minima, and the best is near the maximum: two starts below it
     template <int N, int T> KVT_FN float fit(const float * a) {
-        const float top = kvt_max<N/T, T>(a);
-        const kvt_fit lo = kvt_refit<kvt_levels_q3, N, T>(a, top*(0.75f/127), 2);
-        const kvt_fit hi = kvt_refit<kvt_levels_q3, N, T>(a, top*(0.95f/127), 2);
+        const float   top = kvt_max<N / T, T>(a);
+        const kvt_fit lo  = kvt_refit<kvt_levels_q3, N, T>(a, top * (0.75f / 127), 2);
+        const kvt_fit hi  = kvt_refit<kvt_levels_q3, N, T>(a, top * (0.95f / 127), 2);
         return hi.gain > lo.gain ? hi.d : lo.d;
     }
 };
@@ -188,18 +188,18 @@ struct kvt_levels_q3 {
 // codes of 2 bits, as in kvt-types.h
 template <int N>
 static inline void kvt_pack2(const uint8_t * c, uint8_t * qs) {
-    const int n = N/4;
+    const int n = N / 4;
     for (int i = 0; i < n; i++) {
-        qs[i] = (c[i] & 3) | (c[i + n] & 3) << 2 | (c[i + 2*n] & 3) << 4 | (c[i + 3*n] & 3) << 6;
+        qs[i] = (c[i] & 3) | (c[i + n] & 3) << 2 | (c[i + 2 * n] & 3) << 4 | (c[i + 3 * n] & 3) << 6;
     }
 }
 
 template <int N>
 static inline void kvt_unpack2(const uint8_t * qs, uint8_t * c) {
-    const int n = N/4;
+    const int n = N / 4;
     for (int j = 0; j < 4; j++) {
         for (int i = 0; i < n; i++) {
-            c[j*n + i] = (qs[i] >> 2*j) & 3;
+            c[j * n + i] = (qs[i] >> 2 * j) & 3;
         }
     }
 }
@@ -208,7 +208,7 @@ static inline void kvt_unpack2(const uint8_t * qs, uint8_t * c) {
 template <typename B>
 static inline int8_t kvt_level(uint8_t c) {
     uint8_t l = (uint8_t) B::levels[0]; // modulo 256
-    for (int k = 1; k < 2*B::n_level; k++) {
+    for (int k = 1; k < 2 * B::n_level; k++) {
         l += (uint8_t) -(c >= k) & (uint8_t) (B::levels[k] - B::levels[k - 1]);
     }
     return (int8_t) l;
@@ -221,10 +221,10 @@ static inline int8_t kvt_level(uint8_t c) {
 template <typename B, int N>
 struct kvt_codec_levels {
     template <int T> KVT_FN kvt_half quantize(const float * x, uint8_t * c) {
-        float a[N/T];
-        kvt_abs<N/T>(x, a);
+        float a[N / T];
+        kvt_abs<N / T>(x, a);
         const kvt_half d = kvt_to_half(B::template fit<N, T>(a));
-        kvt_codes<B, N/T>(x, a, kvt_from_half(d), c);
+        kvt_codes<B, N / T>(x, a, kvt_from_half(d), c);
         return d;
     }
 };
@@ -232,7 +232,7 @@ struct kvt_codec_levels {
 template <typename block, int N>
 struct kvt_codec_q2 : kvt_codec_levels<kvt_levels_q2, N> {
     static const int n = N;
-    typedef block block_t;
+    typedef block    block_t;
 
     static void pack(const uint8_t * c, block * y) {
         kvt_pack2<N>(c, y->qs);
@@ -250,14 +250,14 @@ struct kvt_codec_q2 : kvt_codec_levels<kvt_levels_q2, N> {
 template <typename block, int N>
 struct kvt_codec_q3 : kvt_codec_levels<kvt_levels_q3, N> {
     static const int n = N;
-    typedef block block_t;
+    typedef block    block_t;
 
     static void pack(const uint8_t * c, block * y) {
         kvt_pack2<N>(c, y->qs);
-        for (int i = 0; i < N/8; i++) {
+        for (int i = 0; i < N / 8; i++) {
             int h = 0;
             for (int j = 0; j < 8; j++) {
-                h |= (c[8*i + j] >> 2) << j;
+                h |= (c[8 * i + j] >> 2) << j;
             }
             y->qh[i] = h;
         }
@@ -267,11 +267,11 @@ struct kvt_codec_q3 : kvt_codec_levels<kvt_levels_q3, N> {
         uint8_t c[N];
         kvt_unpack2<N>(x->qs, c);
         uint8_t h[N], bit[N];
-        for (int i = 0; i < N/8; i++) {
-            memset(h + 8*i, x->qh[i], 8);
+        for (int i = 0; i < N / 8; i++) {
+            memset(h + 8 * i, x->qh[i], 8);
         }
         for (int i = 0; i < N; i++) {
-            bit[i] = (uint8_t) (1 << i%8);
+            bit[i] = (uint8_t) (1 << i % 8);
         }
         for (int i = 0; i < N; i++) {
             c[i] |= (h[i] & bit[i]) ? 4 : 0;
@@ -283,48 +283,48 @@ struct kvt_codec_q3 : kvt_codec_levels<kvt_levels_q3, N> {
 };
 
 struct kvt_codec_q6_32 {
-    static const int n = 32;
+    static const int        n = 32;
     typedef kvt_block_q6_32 block_t;
 
     // x/d to the nearest of -32..31; d = 0 gives 0
     template <int T> KVT_FN void round(const float * x, float d, float * q) {
-        const float inv = d > 1e-30f || d < -1e-30f ? 1.0f/d : 0.0f;
-        for (int i = 0; i < n/T; i++) {
-            float v = x[i]*inv;
-            v = v > -32.0f ? v : -32.0f;
-            v = v <  31.0f ? v :  31.0f;
-            q[i] = (v + 12582912.0f) - 12582912.0f; // 1.5*2^23
+        const float inv = d > 1e-30f || d < -1e-30f ? 1.0f / d : 0.0f;
+        for (int i = 0; i < n / T; i++) {
+            float v = x[i] * inv;
+            v       = v > -32.0f ? v : -32.0f;
+            v       = v < 31.0f ? v : 31.0f;
+            q[i]    = (v + 12582912.0f) - 12582912.0f; // 1.5*2^23
         }
     }
 
     template <int T> KVT_FN kvt_fit refit(const float * x, float d) {
-        float q[n/T];
+        float q[n / T];
         round<T>(x, d, q);
-        float xq[n/T];
-        float qq[n/T];
-        for (int i = 0; i < n/T; i++) {
-            xq[i] = x[i]*q[i];
-            qq[i] = q[i]*q[i];
+        float xq[n / T];
+        float qq[n / T];
+        for (int i = 0; i < n / T; i++) {
+            xq[i] = x[i] * q[i];
+            qq[i] = q[i] * q[i];
         }
-        const float sum_xq = kvt_sum<n/T, T>(xq);
-        const float sum_qq = kvt_sum<n/T, T>(qq);
-        return sum_qq > 0.0f ? kvt_fit { sum_xq/sum_qq, sum_xq*(sum_xq/sum_qq) } : kvt_fit { 0.0f, 0.0f };
+        const float sum_xq = kvt_sum<n / T, T>(xq);
+        const float sum_qq = kvt_sum<n / T, T>(qq);
+        return sum_qq > 0.0f ? kvt_fit { sum_xq / sum_qq, sum_xq * (sum_xq / sum_qq) } : kvt_fit { 0.0f, 0.0f };
     }
 
     // the largest value is given one of the two lowest codes, the sign of d follows from it
     template <int T> KVT_FN kvt_half quantize(const float * x, uint8_t * c) {
-        float a[n/T], v[n/T], q[n/T];
-        kvt_abs<n/T>(x, a);
-        for (int i = 0; i < n/T; i++) {
+        float a[n / T], v[n / T], q[n / T];
+        kvt_abs<n / T>(x, a);
+        for (int i = 0; i < n / T; i++) {
             v[i] = x[i] < 0.0f ? -a[i] : a[i];
         }
-        const float top = kvt_max<n/T, T>(a);
-        const float end = kvt_max<n/T, T>(v) == top ? top : -top;
-        const kvt_fit lo = refit<T>(v, end/-32);
-        const kvt_fit hi = refit<T>(v, end/-31);
-        const kvt_half d = kvt_to_half(hi.gain > lo.gain ? hi.d : lo.d);
+        const float    top = kvt_max<n / T, T>(a);
+        const float    end = kvt_max<n / T, T>(v) == top ? top : -top;
+        const kvt_fit  lo  = refit<T>(v, end / -32);
+        const kvt_fit  hi  = refit<T>(v, end / -31);
+        const kvt_half d   = kvt_to_half(hi.gain > lo.gain ? hi.d : lo.d);
         round<T>(v, kvt_from_half(d), q);
-        for (int i = 0; i < n/T; i++) {
+        for (int i = 0; i < n / T; i++) {
             c[i] = (uint8_t) ((int) q[i] + 32);
         }
         return d;
@@ -345,7 +345,7 @@ struct kvt_codec_q6_32 {
         uint8_t h[n];
         kvt_unpack2<n>(x->qh, h);
         for (int i = 0; i < 16; i++) {
-            l[i]      = (int8_t) (((x->ql[i] & 15) | h[i]      << 4) - 32);
+            l[i]      = (int8_t) (((x->ql[i] & 15) | h[i] << 4) - 32);
             l[i + 16] = (int8_t) (((x->ql[i] >> 4) | h[i + 16] << 4) - 32);
         }
     }
@@ -362,23 +362,23 @@ typedef kvt_codec_q3<kvt_block_q3_32, 32> kvt_codec_q3_32;
 
 template <typename C>
 static inline void kvt_encode_row(const float * x, void * y, int64_t k) {
-    for (int64_t ib = 0; ib < k/C::n; ib++) {
-        uint8_t c[C::n];
+    for (int64_t ib = 0; ib < k / C::n; ib++) {
+        uint8_t               c[C::n];
         typename C::block_t * b = (typename C::block_t *) y + ib;
-        b->d = C::template quantize<1>(x + ib*C::n, c);
+        b->d                    = C::template quantize<1>(x + ib * C::n, c);
         C::pack(c, b);
     }
 }
 
 template <typename C>
 static inline void kvt_decode_row(const void * x, float * y, int64_t k) {
-    for (int64_t ib = 0; ib < k/C::n; ib++) {
+    for (int64_t ib = 0; ib < k / C::n; ib++) {
         const typename C::block_t * b = (const typename C::block_t *) x + ib;
-        const float d = ggml_fp16_to_fp32(b->d);
-        int8_t l[C::n];
+        const float                 d = ggml_fp16_to_fp32(b->d);
+        int8_t                      l[C::n];
         C::levels(b, l);
         for (int i = 0; i < C::n; i++) {
-            y[ib*C::n + i] = d*l[i];
+            y[ib * C::n + i] = d * l[i];
         }
     }
 }

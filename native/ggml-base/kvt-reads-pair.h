@@ -5,4 +5,4 @@
 #include "ggml.h"
 
 #define KVT_CUDA_READS_PAIR "kvt_cuda_reads_pair"
-typedef bool (* kvt_cuda_reads_pair_t)(int64_t head_dim_k, int64_t head_dim_v, enum ggml_type type_k, enum ggml_type type_v);
+typedef bool (*kvt_cuda_reads_pair_t)(int64_t head_dim_k, int64_t head_dim_v, enum ggml_type type_k, enum ggml_type type_v);

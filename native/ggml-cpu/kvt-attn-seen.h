@@ -15,16 +15,16 @@ static const uint16_t KVT_F16_NEG_INF = 0xfc00;
 // what a query row keeps from tile to tile, beside its Q and out
 struct kvt_row {
     const uint16_t * mask; // null, or of the first KV row on
-    float scale, slope, max, sum;
+    float            scale, slope, max, sum;
 };
 
 // Which cells of a tile the rows of an item see. What a row gets depends on these alone: the others may hold anything.
 struct kvt_seen {
-    const kvt_row * rows;
-    const int n_rows, n; // n cells from ic on
-    const int64_t ic;
+    const kvt_row *  rows;
+    const int        n_rows, n; // n cells from ic on
+    const int64_t    ic;
     uint16_t * const end;
-    bool any = false, all = true; // any cell of any row, all cells of all rows
+    bool             any = false, all = true; // any cell of any row, all cells of all rows
 
     kvt_seen(const kvt_row * rows, int n_rows, int64_t ic, int n, uint16_t * end) : rows(rows), n_rows(n_rows), n(n), ic(ic), end(end) {
         for (int r = 0; r < n_rows; r++) {

@@ -22,9 +22,9 @@ typedef void (*kvt_unpack_t)(const char * src, size_t nb, int n_rows, int64_t n,
 template <typename T>
 static void kvt_unpack(const char * src, size_t nb, int n_rows, int64_t n, float * dst, int64_t ld) {
     for (int r = 0; r < n_rows; r++) {
-        const typename T::element * row = (const typename T::element *) (src + r*nb);
+        const typename T::element * row = (const typename T::element *) (src + r * nb);
         for (int64_t i = 0; i < n; i += KVT_VW) {
-            vf_store(dst + r*ld + i, T::load(row + i));
+            vf_store(dst + r * ld + i, T::load(row + i));
         }
     }
 }
@@ -35,7 +35,7 @@ typedef void (*kvt_product_t)(int n_rows, const float * P, int64_t ldp, const ch
 template <typename T>
 static void kvt_product(int n_rows, const float * P, int64_t ldp, const char * src, size_t nb, int n_kv, int64_t n, float * C, kvt_ahead & ahead) {
     typedef typename T::element element;
-    kvt_gemm<T, kvt_scale_none>({ n_rows, n, n_kv, P, ldp, (const element *) src, (int64_t) (nb/sizeof(element)), C, n, true, {} }, ahead);
+    kvt_gemm<T, kvt_scale_none>({ n_rows, n, n_kv, P, ldp, (const element *) src, (int64_t) (nb / sizeof(element)), C, n, true, {} }, ahead);
 }
 
 //
@@ -51,18 +51,18 @@ static KVT_INLINE vb vb_shr(vb a, int n) {
 // nibbles: values 0..15 in the low ones, 16..31 in the high ones
 static KVT_INLINE void vb_nibbles(const char * qs, size_t nb, vb * c) {
     const vb q = vb_load(qs, nb);
-    c[0] = vb_and(q, vb_set1(15));
-    c[1] = vb_shr(q, 4);
+    c[0]       = vb_and(q, vb_set1(15));
+    c[1]       = vb_shr(q, 4);
 }
 
 // x for each of 16*n values whose bit is set: the bits are at qh, 16 to a vector
 template <int n>
 static KVT_INLINE void vb_add_bits(const char * qh, size_t nb, int8_t x, vb * c) {
-    static const int8_t bits[16] = { 1, 2, 4, 8, 16, 32, 64, -128, 1, 2, 4, 8, 16, 32, 64, -128 };
+    static const int8_t bits[16]  = { 1, 2, 4, 8, 16, 32, 64, -128, 1, 2, 4, 8, 16, 32, 64, -128 };
     static const int8_t bytes[16] = { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 };
-    const vb h = n == 2 ? vb_load4(qh, nb) : vb_load8(qh, nb);
+    const vb            h         = n == 2 ? vb_load4(qh, nb) : vb_load8(qh, nb);
     for (int i = 0; i < n; i++) {
-        c[i] = vb_or(c[i], vb_test(vb_look(h, vb_or(vb_lut(bytes), vb_set1((int8_t) (2*i)))), vb_lut(bits), vb_set1(x)));
+        c[i] = vb_or(c[i], vb_test(vb_look(h, vb_or(vb_lut(bytes), vb_set1((int8_t) (2 * i)))), vb_lut(bits), vb_set1(x)));
     }
 }
 
@@ -70,16 +70,16 @@ static KVT_INLINE void vb_add_bits(const char * qh, size_t nb, int8_t x, vb * c)
 static KVT_INLINE void vb_quarters64(const char * qs, size_t nb, vb * c) {
     const vb q = vb_load(qs, nb);
     for (int j = 0; j < 4; j++) {
-        c[j] = vb_and(vb_shr16(q, 2*j), vb_set1(3));
+        c[j] = vb_and(vb_shr16(q, 2 * j), vb_set1(3));
     }
 }
 
 // of 32 values, in 8 bytes: of value i + 8*j
 static KVT_INLINE void vb_quarters32(const char * qs, size_t nb, vb * c) {
     static const int8_t even[16] = { 3, 3, 3, 3, 3, 3, 3, 3 }, odd[16] = { 0, 0, 0, 0, 0, 0, 0, 0, 3, 3, 3, 3, 3, 3, 3, 3 };
-    const vb q = vb_load8(qs, nb);
+    const vb            q = vb_load8(qs, nb);
     for (int j = 0; j < 2; j++) {
-        c[j] = vb_or(vb_and(vb_shr16(q, 4*j), vb_lut(even)), vb_and(vb_shr16(q, 4*j + 2), vb_lut(odd)));
+        c[j] = vb_or(vb_and(vb_shr16(q, 4 * j), vb_lut(even)), vb_and(vb_shr16(q, 4 * j + 2), vb_lut(odd)));
     }
 }
 
@@ -92,8 +92,8 @@ static KVT_INLINE void vb_levels(const int8_t * levels, vb * c) {
 
 template <typename B, int N, bool M = false>
 struct kvt_row_block {
-    typedef B block;
-    static const int  n = N;
+    typedef B         block;
+    static const int  n       = N;
     static const bool HAS_MIN = M;
 };
 
@@ -148,7 +148,7 @@ struct kvt_row_iq4_nl : kvt_row_block<block_iq4_nl, QK4_NL> {
 struct kvt_row_q6_32 : kvt_row_block<kvt_block_q6_32, 32> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         static const int8_t high[16] = { 0, 16, 32, 48 };
-        vb h[2];
+        vb                  h[2];
         vb_quarters32(KVT_AT(qh), nb, h);
         vb_levels<2>(high, h);
         vb_nibbles(KVT_AT(ql), nb, c);
@@ -196,18 +196,18 @@ struct kvt_row_q3_32 : kvt_row_block<kvt_block_q3_32, 32> {
 template <typename T, typename F>
 static KVT_INLINE void kvt_each_code(const char * src, size_t nb, int n_rows, int64_t n, F f) {
     for (int r = 0; r < n_rows; r += KVT_VW) {
-        for (int64_t b = 0; b < n/T::n; b++) {
-            const char * p = src + r*nb + b*sizeof(typename T::block);
-            vb c[4][T::n/16];
-            size_t step = nb;
+        for (int64_t b = 0; b < n / T::n; b++) {
+            const char * p = src + r * nb + b * sizeof(typename T::block);
+            vb           c[4][T::n / 16];
+            size_t       step = nb;
             for (int i = 0; i < 4; i++) {
                 KVT_OPAQUE(step);
                 T::codes(p, step, c[i]);
                 p += step;
             }
-            for (int j = 0; j < T::n/16; j++) {
+            for (int j = 0; j < T::n / 16; j++) {
                 const vb a[4] = { c[0][j], c[1][j], c[2][j], c[3][j] };
-                f(r, b*T::n + 16*j, a);
+                f(r, b * T::n + 16 * j, a);
             }
         }
     }
@@ -222,10 +222,10 @@ static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int3
     kvt_each_code<T>(src, nb, n_rows, n, [=](int r, int64_t i, const vb * c) KVT_LAMBDA {
         vi x[4];
         vb_transpose(c, x);
-        int32_t * y = dst + i/2*ld + r;
+        int32_t * y = dst + i / 2 * ld + r;
         for (int j = 0; j < 4; j++) {
-            vi_store(y + (2*j + 0)*ld, vi_even(x[j]));
-            vi_store(y + (2*j + 1)*ld, vi_odd (x[j]));
+            vi_store(y + (2 * j + 0) * ld, vi_even(x[j]));
+            vi_store(y + (2 * j + 1) * ld, vi_odd(x[j]));
         }
     });
 }
@@ -234,8 +234,8 @@ static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int3
 template <typename T>
 static void kvt_codes_v(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
     kvt_each_code<T>(src, nb, n_rows, n, [=](int r, int64_t i, const vb * c) KVT_LAMBDA {
-        int32_t * y = dst + r/2*ld + i;
-        vb_interleave(c[0], c[1], y,      ld);
+        int32_t * y = dst + r / 2 * ld + i;
+        vb_interleave(c[0], c[1], y, ld);
         vb_interleave(c[2], c[3], y + ld, ld);
     });
 }
@@ -246,12 +246,12 @@ typedef void (*kvt_scales_t)(const char * src, size_t nb, int n_rows, int64_t n,
 template <typename T>
 static void kvt_scales(const char * src, size_t nb, int n_rows, int64_t n, uint16_t * d, uint16_t * m, int64_t ld) {
     typedef typename T::block block;
-    for (int64_t b = 0; b < n/T::n; b++) {
+    for (int64_t b = 0; b < n / T::n; b++) {
         for (int r = 0; r < n_rows; r++) {
-            const char * p = src + r*nb + b*sizeof(block);
-            memcpy(d + b*ld + r, KVT_AT(d), sizeof(*d));
+            const char * p = src + r * nb + b * sizeof(block);
+            memcpy(d + b * ld + r, KVT_AT(d), sizeof(*d));
             if (T::HAS_MIN) {
-                memcpy(m + b*ld + r, KVT_AT(d) + sizeof(*d), sizeof(*m));
+                memcpy(m + b * ld + r, KVT_AT(d) + sizeof(*d), sizeof(*m));
             }
         }
     }
@@ -263,18 +263,18 @@ template <typename T>
 static void kvt_unpack_block(const char * src, size_t nb, int n_rows, int64_t n, float * dst, int64_t ld) {
     typedef typename T::block block;
     for (int r = 0; r < n_rows; r++) {
-        for (int64_t b = 0; b < n/T::n; b++) {
-            const char * p = src + r*nb + b*sizeof(block);
-            ggml_half h[2] = { 0, 0 };
+        for (int64_t b = 0; b < n / T::n; b++) {
+            const char * p    = src + r * nb + b * sizeof(block);
+            ggml_half    h[2] = { 0, 0 };
             memcpy(h, KVT_AT(d), T::HAS_MIN ? sizeof(h) : sizeof(*h));
             const vf d = vf_set1(GGML_CPU_FP16_TO_FP32(h[0])), m = vf_set1(GGML_CPU_FP16_TO_FP32(h[1]));
-            vb c[T::n/16];
+            vb       c[T::n / 16];
             T::codes(p, nb, c);
-            for (int j = 0; j < T::n/16; j++) {
-                vf x[16/KVT_VW];
+            for (int j = 0; j < T::n / 16; j++) {
+                vf x[16 / KVT_VW];
                 vb_floats(c[j], x);
-                for (int i = 0; i < 16/KVT_VW; i++) {
-                    vf_store(dst + r*ld + b*T::n + j*16 + i*KVT_VW, vf_fma(x[i], d, m));
+                for (int i = 0; i < 16 / KVT_VW; i++) {
+                    vf_store(dst + r * ld + b * T::n + j * 16 + i * KVT_VW, vf_fma(x[i], d, m));
                 }
             }
         }
@@ -284,9 +284,9 @@ static void kvt_unpack_block(const char * src, size_t nb, int n_rows, int64_t n,
 #endif
 
 struct kvt_attn_type {
-    ggml_type    type;
-    int          n;       // values in a block; head sizes must be a multiple of it
-    kvt_unpack_t unpack;  // to floats
+    ggml_type     type;
+    int           n;       // values in a block; head sizes must be a multiple of it
+    kvt_unpack_t  unpack;  // to floats
     kvt_product_t product; // if rows can be read as they are
 #ifdef KVT_DOT
     kvt_codes_t  codes_k, codes_v; // for products of integers
@@ -304,15 +304,15 @@ struct kvt_attn_type {
 #define KVT_ROW(NAME, name, number, n, bits) KVT_BLOCK(NAME, kvt_row_##name),
 
 static const kvt_attn_type kvt_attn_types[] = {
-    KVT_FLOATS(F32,   kvt_step_float),
-    KVT_FLOATS(F16,   kvt_step_f16),
-    KVT_FLOATS(BF16,  kvt_step_bf16),
+    KVT_FLOATS(F32, kvt_step_float),
+    KVT_FLOATS(F16, kvt_step_f16),
+    KVT_FLOATS(BF16, kvt_step_bf16),
 #ifdef KVT_BLOCKS
-    KVT_BLOCK(Q8_0,   kvt_row_q8_0),
-    KVT_BLOCK(Q4_0,   kvt_row_q4_0),
-    KVT_BLOCK(Q4_1,   kvt_row_q4_1),
-    KVT_BLOCK(Q5_0,   kvt_row_q5_0),
-    KVT_BLOCK(Q5_1,   kvt_row_q5_1),
+    KVT_BLOCK(Q8_0, kvt_row_q8_0),
+    KVT_BLOCK(Q4_0, kvt_row_q4_0),
+    KVT_BLOCK(Q4_1, kvt_row_q4_1),
+    KVT_BLOCK(Q5_0, kvt_row_q5_0),
+    KVT_BLOCK(Q5_1, kvt_row_q5_1),
     KVT_BLOCK(IQ4_NL, kvt_row_iq4_nl),
     KVT_TYPES(KVT_ROW)
 #endif

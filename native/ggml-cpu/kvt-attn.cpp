@@ -29,9 +29,9 @@ struct kvt_attn {
     const ggml_tensor * q;
     const ggml_tensor * mask;
     const ggml_tensor * sinks;
-    ggml_tensor * dst;
-    kvt_side k, v;
-    float scale, max_bias, softcap;
+    ggml_tensor *       dst;
+    kvt_side            k, v;
+    float               scale, max_bias, softcap;
 
     int64_t n_kv, n_gqa;      // query heads that share a KV head
     int64_t n_rows;           // query rows that share a KV head: token * n_gqa + head
@@ -39,14 +39,14 @@ struct kvt_attn {
     int64_t n_row, n_scratch; // floats per query row, and per thread
 
     int64_t n_partial() const { return v.Dp + 2; } // sum of P V, max, sum
-    int64_t n_partials() const { return n_split > 1 ? n_groups*n_split*n_items_group*n_rows_item*n_partial() : 0; }
+    int64_t n_partials() const { return n_split > 1 ? n_groups * n_split * n_items_group * n_rows_item * n_partial() : 0; }
 };
 
 static bool kvt_attn_supports(const ggml_tensor * dst) {
-    const ggml_tensor * q = dst->src[0];
-    const ggml_tensor * k = dst->src[1];
-    const ggml_tensor * v = dst->src[2];
-    const ggml_tensor * mask = dst->src[3];
+    const ggml_tensor * q     = dst->src[0];
+    const ggml_tensor * k     = dst->src[1];
+    const ggml_tensor * v     = dst->src[2];
+    const ggml_tensor * mask  = dst->src[3];
     const ggml_tensor * sinks = dst->src[4];
     for (const ggml_tensor * t : { k, v }) {
         if (t->type != GGML_TYPE_F32 && !ggml_get_type_traits(t->type)->to_float) {
@@ -57,7 +57,7 @@ static bool kvt_attn_supports(const ggml_tensor * dst) {
         }
     }
     return q->type == GGML_TYPE_F32 && q->nb[0] == sizeof(float) && dst->type == GGML_TYPE_F32 && k->ne[2] == v->ne[2] &&
-        (!mask || (mask->type == GGML_TYPE_F16 && mask->nb[0] == sizeof(ggml_fp16_t))) && (!sinks || sinks->type == GGML_TYPE_F32);
+           (!mask || (mask->type == GGML_TYPE_F16 && mask->nb[0] == sizeof(ggml_fp16_t))) && (!sinks || sinks->type == GGML_TYPE_F32);
 }
 
 static kvt_attn kvt_attn_plan(const ggml_tensor * dst) {
@@ -66,29 +66,29 @@ static kvt_attn kvt_attn_plan(const ggml_tensor * dst) {
 
     const int64_t n_head_kv = a.k.t->ne[2], n_stream = a.q->ne[3];
     a.n_kv   = a.k.t->ne[1];
-    a.n_gqa  = a.q->ne[2]/n_head_kv;
-    a.n_rows = a.q->ne[1]*a.n_gqa;
+    a.n_gqa  = a.q->ne[2] / n_head_kv;
+    a.n_rows = a.q->ne[1] * a.n_gqa;
 
     a.n_rows_item   = std::min<int64_t>(a.n_rows, KVT_ROWS);
-    a.n_items_head  = (a.n_rows + a.n_rows_item - 1)/a.n_rows_item;
+    a.n_items_head  = (a.n_rows + a.n_rows_item - 1) / a.n_rows_item;
     a.n_items_group = 1;
     if (a.n_items_head == 1) {
-        for (int64_t n = 1; n <= n_head_kv && n*a.n_rows <= KVT_GROUP; n++) {
+        for (int64_t n = 1; n <= n_head_kv && n * a.n_rows <= KVT_GROUP; n++) {
             a.n_items_group = n_head_kv % n == 0 ? n : a.n_items_group;
         }
     }
-    a.n_groups = a.n_items_head*n_head_kv*n_stream/a.n_items_group;
+    a.n_groups = a.n_items_head * n_head_kv * n_stream / a.n_items_group;
 
-    a.n_row     = GGML_PAD(kvt_q_size(a.k) + a.v.Dp + (int64_t) (sizeof(kvt_row)/sizeof(float)), 16);
-    a.n_scratch = a.n_items_group*a.n_rows_item*a.n_row + kvt_tile::size(a.k, a.v, a.n_rows_item);
+    a.n_row     = GGML_PAD(kvt_q_size(a.k) + a.v.Dp + (int64_t) (sizeof(kvt_row) / sizeof(float)), 16);
+    a.n_scratch = a.n_items_group * a.n_rows_item * a.n_row + kvt_tile::size(a.k, a.v, a.n_rows_item);
     a.n_split   = 1;
     return a;
 }
 
 // few groups, as in decode: split the KV range as well, so that each thread has the same number of units
 static int64_t kvt_attn_split(const kvt_attn & a, int64_t n_threads) {
-    const int64_t n_tiles = (a.n_kv + KVT_TILE - 1)/KVT_TILE;
-    return a.n_groups < 4*n_threads ? std::min(n_threads/std::gcd(a.n_groups, n_threads), n_tiles) : 1;
+    const int64_t n_tiles = (a.n_kv + KVT_TILE - 1) / KVT_TILE;
+    return a.n_groups < 4 * n_threads ? std::min(n_threads / std::gcd(a.n_groups, n_threads), n_tiles) : 1;
 }
 
 size_t kvt_attn_work_size(const ggml_tensor * dst, int n_threads) {
@@ -97,7 +97,7 @@ size_t kvt_attn_work_size(const ggml_tensor * dst, int n_threads) {
     }
     kvt_attn a = kvt_attn_plan(dst);
     a.n_split  = n_threads; // at most
-    return sizeof(float)*(n_threads*a.n_scratch + (a.n_groups < 4*n_threads ? a.n_partials() : 0)) + 64;
+    return sizeof(float) * (n_threads * a.n_scratch + (a.n_groups < 4 * n_threads ? a.n_partials() : 0)) + 64;
 }
 
 //
@@ -106,32 +106,32 @@ size_t kvt_attn_work_size(const ggml_tensor * dst, int n_threads) {
 
 struct kvt_item {
     int64_t i3, ik2, row; // stream, KV head, first row
-    int n;                // rows
+    int     n;                // rows
 
     kvt_item(const kvt_attn & a, int64_t i) :
-        i3(i/a.n_items_head/a.k.t->ne[2]), ik2(i/a.n_items_head % a.k.t->ne[2]), row(i % a.n_items_head*a.n_rows_item),
+        i3(i / a.n_items_head / a.k.t->ne[2]), ik2(i / a.n_items_head % a.k.t->ne[2]), row(i % a.n_items_head * a.n_rows_item),
         n((int) std::min(a.n_rows_item, a.n_rows - row)) {}
 
-    int64_t token(const kvt_attn & a, int r) const { return (row + r)/a.n_gqa; }
-    int64_t head (const kvt_attn & a, int r) const { return ik2*a.n_gqa + (row + r) % a.n_gqa; }
+    int64_t token(const kvt_attn & a, int r) const { return (row + r) / a.n_gqa; }
+    int64_t head(const kvt_attn & a, int r) const { return ik2 * a.n_gqa + (row + r) % a.n_gqa; }
 };
 
 // the rows of an item
 struct kvt_state {
-    float * Q; // [rows][kvt_q_size]
-    float * out; // [rows][DVp]
+    float *   Q; // [rows][kvt_q_size]
+    float *   out; // [rows][DVp]
     kvt_row * rows;
 
     kvt_state(const kvt_attn & a, float * base) {
         Q    = base;
-        out  = Q + a.n_rows_item*kvt_q_size(a.k);
-        rows = (kvt_row *) (out + a.n_rows_item*a.v.Dp);
+        out  = Q + a.n_rows_item * kvt_q_size(a.k);
+        rows = (kvt_row *) (out + a.n_rows_item * a.v.Dp);
     }
 };
 
 static const uint16_t * kvt_mask_row(const kvt_attn & a, int64_t token, int64_t head, int64_t i3) {
     const ggml_tensor * m = a.mask;
-    return m ? (const uint16_t *) ((const char *) m->data + token*m->nb[1] + (head % m->ne[2])*m->nb[2] + (i3 % m->ne[3])*m->nb[3]) : nullptr;
+    return m ? (const uint16_t *) ((const char *) m->data + token * m->nb[1] + (head % m->ne[2]) * m->nb[2] + (i3 % m->ne[3]) * m->nb[3]) : nullptr;
 }
 
 static float kvt_slope(const kvt_attn & a, int64_t head) {
@@ -139,16 +139,16 @@ static float kvt_slope(const kvt_attn & a, int64_t head) {
         return 1.0f;
     }
     const uint32_t n_log2 = 1u << (uint32_t) floor(log2((double) a.q->ne[2]));
-    return head < n_log2 ? powf(powf(2.0f, -a.max_bias/n_log2), head + 1) : powf(powf(2.0f, -a.max_bias/2.0f/n_log2), 2*(head - n_log2) + 1);
+    return head < n_log2 ? powf(powf(2.0f, -a.max_bias / n_log2), head + 1) : powf(powf(2.0f, -a.max_bias / 2.0f / n_log2), 2 * (head - n_log2) + 1);
 }
 
 static void kvt_item_begin(const kvt_attn & a, const kvt_item & it, const kvt_state & s, kvt_tile & tile) {
-    memset(s.out, 0, it.n*a.v.Dp*sizeof(float));
+    memset(s.out, 0, it.n * a.v.Dp * sizeof(float));
     for (int r = 0; r < it.n; r++) {
-        const char * q = (const char *) a.q->data + it.token(a, r)*a.q->nb[1] + it.head(a, r)*a.q->nb[2] + it.i3*a.q->nb[3];
-        const int64_t head = it.head(a, r);
-        const float scale = a.scale*kvt_set_q(a.k, (const float *) q, s.Q + r*kvt_q_size(a.k), tile);
-        s.rows[r] = { kvt_mask_row(a, it.token(a, r), head, it.i3), scale, kvt_slope(a, head), -INFINITY, 0.0f };
+        const char *  q     = (const char *) a.q->data + it.token(a, r) * a.q->nb[1] + it.head(a, r) * a.q->nb[2] + it.i3 * a.q->nb[3];
+        const int64_t head  = it.head(a, r);
+        const float   scale = a.scale * kvt_set_q(a.k, (const float *) q, s.Q + r * kvt_q_size(a.k), tile);
+        s.rows[r]           = { kvt_mask_row(a, it.token(a, r), head, it.i3), scale, kvt_slope(a, head), -INFINITY, 0.0f };
     }
 }
 
@@ -156,53 +156,53 @@ static void kvt_item_begin(const kvt_attn & a, const kvt_item & it, const kvt_st
 static kvt_ahead kvt_next(const kvt_attn & a, const kvt_side & s, const kvt_item & it, int64_t ic, int64_t ic1) {
     const int64_t n  = std::max<int64_t>(0, std::min<int64_t>(KVT_TILE, ic1 - ic - KVT_TILE));
     const size_t  nb = s.t->nb[1], size = s.row_size();
-    const char * p = s.head(it.ik2, it.i3, a.q->ne[3]) + (ic + KVT_TILE)*nb;
-    if (a.n_items_group > 1 && nb == a.n_items_group*size && s.t->nb[2] == size) {
+    const char *  p = s.head(it.ik2, it.i3, a.q->ne[3]) + (ic + KVT_TILE) * nb;
+    if (a.n_items_group > 1 && nb == a.n_items_group * size && s.t->nb[2] == size) {
         const int64_t i = it.ik2 % a.n_items_group;
-        return { p - i*size + i*n*size, KVT_RUN, KVT_RUN, n*(int64_t) size/KVT_RUN, 1 };
+        return { p - i * size + i * n * size, KVT_RUN, KVT_RUN, n * (int64_t) size / KVT_RUN, 1 };
     }
-    return { p, nb, size, n, std::max<int64_t>(1, (s.integer ? 512 : 256)/s.D) };
+    return { p, nb, size, n, std::max<int64_t>(1, (s.integer ? 512 : 256) / s.D) };
 }
 
 static void kvt_item_tile(const kvt_attn & a, const kvt_item & it, const kvt_state & s, kvt_tile & tile, int64_t ic, int64_t ic1) {
-    const int n  = (int) std::min<int64_t>(KVT_TILE, ic1 - ic);
-    const int nv = (int) kvt_pad(n)/KVT_VW;
+    const int      n  = (int) std::min<int64_t>(KVT_TILE, ic1 - ic);
+    const int      nv = (int) kvt_pad(n) / KVT_VW;
     const kvt_seen seen(s.rows, it.n, ic, n, tile.end);
     if (!seen.any) {
         return;
     }
-    const char * k = a.k.head(it.ik2, it.i3, a.q->ne[3]) + ic*a.k.t->nb[1];
-    const char * v = a.v.head(it.ik2, it.i3, a.q->ne[3]) + ic*a.v.t->nb[1];
+    const char * k = a.k.head(it.ik2, it.i3, a.q->ne[3]) + ic * a.k.t->nb[1];
+    const char * v = a.v.head(it.ik2, it.i3, a.q->ne[3]) + ic * a.v.t->nb[1];
 
     kvt_scores(a.k, k, n, it.n, s.Q, tile, kvt_next(a, a.k, it, ic, ic1));
 
     const uint16_t * mask = nullptr;
     for (int r = 0; r < it.n; r++) {
-        kvt_row & row = s.rows[r];
-        mask = seen.as_before(r) ? mask : seen.mask(r);
-        tile.factor[r] = kvt_weights({ row.scale, a.softcap, row.slope, mask, a.v.integer }, tile.S + r*KVT_TILE, nv, s.out + r*a.v.Dp, a.v.Dp, &row.max, &row.sum);
+        kvt_row & row  = s.rows[r];
+        mask           = seen.as_before(r) ? mask : seen.mask(r);
+        tile.factor[r] = kvt_weights({ row.scale, a.softcap, row.slope, mask, a.v.integer }, tile.S + r * KVT_TILE, nv, s.out + r * a.v.Dp, a.v.Dp, &row.max, &row.sum);
     }
     kvt_values(a.v, v, seen, s.out, tile, kvt_next(a, a.v, it, ic, ic1));
 }
 
 static void kvt_sink(const kvt_attn & a, const kvt_item & it, const kvt_state & s, int r) {
     const float sink = ((const float *) a.sinks->data)[it.head(a, r)];
-    kvt_row & row = s.rows[r];
+    kvt_row &   row  = s.rows[r];
     const float top  = std::max(row.max, sink);
     const float ms   = expf(row.max - top);
     for (int64_t i = 0; i < a.v.Dp; i++) {
-        s.out[r*a.v.Dp + i] *= ms;
+        s.out[r * a.v.Dp + i] *= ms;
     }
-    row.sum = row.sum*ms + expf(sink - top);
+    row.sum = row.sum * ms + expf(sink - top);
     row.max = top;
 }
 
 static void kvt_write(const kvt_attn & a, const kvt_item & it, int r, const float * out, float sum) {
-    const ggml_tensor * d = a.dst;
-    float * y = (float *) ((char *) d->data + (it.i3*d->ne[2]*d->ne[1] + it.head(a, r) + it.token(a, r)*d->ne[1])*d->nb[1]);
-    const float inv = sum == 0.0f ? 0.0f : 1.0f/sum;
+    const ggml_tensor * d   = a.dst;
+    float *             y   = (float *) ((char *) d->data + (it.i3 * d->ne[2] * d->ne[1] + it.head(a, r) + it.token(a, r) * d->ne[1]) * d->nb[1]);
+    const float         inv = sum == 0.0f ? 0.0f : 1.0f / sum;
     for (int64_t i = 0; i < a.v.D; i++) {
-        y[i] = out[i]*inv;
+        y[i] = out[i] * inv;
     }
 }
 
@@ -211,37 +211,37 @@ static void kvt_write(const kvt_attn & a, const kvt_item & it, int r, const floa
 //
 
 static void kvt_attn_unit(const kvt_attn & a, int64_t i_group, int64_t ic0, int64_t ic1, float * scratch, float * partial) {
-    const int64_t i0 = i_group*a.n_items_group, n_state = a.n_rows_item*a.n_row;
-    kvt_tile tile(scratch + a.n_items_group*n_state, a.k, a.v, a.n_rows_item);
+    const int64_t i0 = i_group * a.n_items_group, n_state = a.n_rows_item * a.n_row;
+    kvt_tile      tile(scratch + a.n_items_group * n_state, a.k, a.v, a.n_rows_item);
     if (a.k.Dp != a.k.D) { // what the rows leave out is multiplied, too
-        memset(tile.tmp, 0, KVT_VW*a.k.Dp*sizeof(float));
+        memset(tile.tmp, 0, KVT_VW * a.k.Dp * sizeof(float));
     }
     if (a.v.Dp != a.v.D) {
-        memset(tile.vt, 0, KVT_TILE*a.v.Dp*sizeof(float));
+        memset(tile.vt, 0, KVT_TILE * a.v.Dp * sizeof(float));
     }
 
     for (int64_t i = 0; i < a.n_items_group; i++) {
-        kvt_item_begin(a, kvt_item(a, i0 + i), kvt_state(a, scratch + i*n_state), tile);
+        kvt_item_begin(a, kvt_item(a, i0 + i), kvt_state(a, scratch + i * n_state), tile);
     }
     for (int64_t ic = ic0; ic < ic1; ic += KVT_TILE) {
         for (int64_t i = 0; i < a.n_items_group; i++) {
-            kvt_item_tile(a, kvt_item(a, i0 + i), kvt_state(a, scratch + i*n_state), tile, ic, ic1);
+            kvt_item_tile(a, kvt_item(a, i0 + i), kvt_state(a, scratch + i * n_state), tile, ic, ic1);
         }
     }
     for (int64_t i = 0; i < a.n_items_group; i++) {
         const kvt_item  it(a, i0 + i);
-        const kvt_state s(a, scratch + i*n_state);
+        const kvt_state s(a, scratch + i * n_state);
         for (int r = 0; r < it.n; r++) {
             if (a.sinks && ic0 == 0) {
                 kvt_sink(a, it, s, r);
             }
             if (partial) {
-                float * p = partial + (i*a.n_rows_item + r)*a.n_partial();
-                memcpy(p, s.out + r*a.v.Dp, a.v.Dp*sizeof(float));
+                float * p = partial + (i * a.n_rows_item + r) * a.n_partial();
+                memcpy(p, s.out + r * a.v.Dp, a.v.Dp * sizeof(float));
                 p[a.v.Dp]     = s.rows[r].max;
                 p[a.v.Dp + 1] = s.rows[r].sum;
             } else {
-                kvt_write(a, it, r, s.out + r*a.v.Dp, s.rows[r].sum);
+                kvt_write(a, it, r, s.out + r * a.v.Dp, s.rows[r].sum);
             }
         }
     }
@@ -249,25 +249,25 @@ static void kvt_attn_unit(const kvt_attn & a, int64_t i_group, int64_t ic0, int6
 
 // row r of an item out of the parts of its KV range, in their order
 static void kvt_reduce(const kvt_attn & a, int64_t i_item, int r, const float * partials, float * out) {
-    const int64_t i_group = i_item/a.n_items_group, i = i_item % a.n_items_group;
-    const int64_t stride  = a.n_items_group*a.n_rows_item*a.n_partial();
-    const float * p0 = partials + i_group*a.n_split*stride + (i*a.n_rows_item + r)*a.n_partial();
+    const int64_t i_group = i_item / a.n_items_group, i = i_item % a.n_items_group;
+    const int64_t stride = a.n_items_group * a.n_rows_item * a.n_partial();
+    const float * p0     = partials + i_group * a.n_split * stride + (i * a.n_rows_item + r) * a.n_partial();
 
     float max = -INFINITY, sum = 0.0f;
     for (int64_t s = 0; s < a.n_split; s++) {
-        max = std::max(max, p0[s*stride + a.v.Dp]);
+        max = std::max(max, p0[s * stride + a.v.Dp]);
     }
-    memset(out, 0, a.v.Dp*sizeof(float));
+    memset(out, 0, a.v.Dp * sizeof(float));
     for (int64_t s = 0; s < a.n_split; s++) {
-        const float * p = p0 + s*stride;
+        const float * p = p0 + s * stride;
         if (p[a.v.Dp] == -INFINITY && p[a.v.Dp + 1] == 0.0f) {
             continue;
         }
         const float ms = expf(p[a.v.Dp] - max);
         for (int64_t c = 0; c < a.v.Dp; c++) {
-            out[c] += p[c]*ms;
+            out[c] += p[c] * ms;
         }
-        sum += p[a.v.Dp + 1]*ms;
+        sum += p[a.v.Dp + 1] * ms;
     }
     kvt_write(a, kvt_item(a, i_item), r, out, sum);
 }
@@ -281,26 +281,26 @@ bool kvt_attn_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     kvt_attn a = kvt_attn_plan(dst);
     a.n_split  = kvt_attn_split(a, nth);
     a.dst      = dst;
-    memcpy(&a.scale,    (const float *) dst->op_params + 0, sizeof(float));
+    memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
-    memcpy(&a.softcap,  (const float *) dst->op_params + 2, sizeof(float));
+    memcpy(&a.softcap, (const float *) dst->op_params + 2, sizeof(float));
     if (a.softcap != 0.0f) {
         a.scale /= a.softcap;
     }
 
     float * base     = (float *) GGML_PAD((uintptr_t) params->wdata, 64);
-    float * scratch  = base + ith*a.n_scratch;
-    float * partials = base + nth*a.n_scratch;
+    float * scratch  = base + ith * a.n_scratch;
+    float * partials = base + nth * a.n_scratch;
     GGML_ASSERT((char *) (partials + a.n_partials()) <= (char *) params->wdata + params->wsize);
 
-    const int64_t n_tiles = (a.n_kv + KVT_TILE - 1)/KVT_TILE, n_units = a.n_groups*a.n_split;
-    const auto compute = [&](int64_t u) {
-        const int64_t i = u/a.n_split, s = u % a.n_split;
-        const int64_t ic0 = n_tiles*s/a.n_split*KVT_TILE, ic1 = std::min(a.n_kv, n_tiles*(s + 1)/a.n_split*KVT_TILE);
-        kvt_attn_unit(a, i, ic0, ic1, scratch, a.n_split > 1 ? partials + u*a.n_items_group*a.n_rows_item*a.n_partial() : nullptr);
+    const int64_t n_tiles = (a.n_kv + KVT_TILE - 1) / KVT_TILE, n_units = a.n_groups * a.n_split;
+    const auto    compute = [&](int64_t u) {
+        const int64_t i = u / a.n_split, s = u % a.n_split;
+        const int64_t ic0 = n_tiles * s / a.n_split * KVT_TILE, ic1 = std::min(a.n_kv, n_tiles * (s + 1) / a.n_split * KVT_TILE);
+        kvt_attn_unit(a, i, ic0, ic1, scratch, a.n_split > 1 ? partials + u * a.n_items_group * a.n_rows_item * a.n_partial() : nullptr);
     };
-    if (n_units < 4*nth) {
-        for (int64_t u = n_units*ith/nth; u < n_units*(ith + 1)/nth; u++) {
+    if (n_units < 4 * nth) {
+        for (int64_t u = n_units * ith / nth; u < n_units * (ith + 1) / nth; u++) {
             compute(u);
         }
     } else { // units are not alike under a mask
@@ -316,9 +316,9 @@ bool kvt_attn_forward(const ggml_compute_params * params, ggml_tensor * dst) {
         return true;
     }
     ggml_barrier(params->threadpool);
-    const int64_t n_items = a.n_groups*a.n_items_group;
-    for (int64_t r = ith; r < n_items*a.n_rows_item; r += nth) {
-        const int64_t i = r/a.n_rows_item;
+    const int64_t n_items = a.n_groups * a.n_items_group;
+    for (int64_t r = ith; r < n_items * a.n_rows_item; r += nth) {
+        const int64_t i = r / a.n_rows_item;
         if (r % a.n_rows_item < kvt_item(a, i).n) {
             kvt_reduce(a, i, (int) (r % a.n_rows_item), partials, scratch);
         }

@@ -7,21 +7,21 @@
 
 template <typename C>
 static inline float kvt_dot_row_q8_0(const void * x, const void * y, int64_t k) {
-    const block_q8_0 * q = (const block_q8_0 *) y;
-    float res = 0.0f;
-    for (int64_t ib = 0; ib < k/C::n; ib++) {
+    const block_q8_0 * q   = (const block_q8_0 *) y;
+    float              res = 0.0f;
+    for (int64_t ib = 0; ib < k / C::n; ib++) {
         const typename C::block_t * b = (const typename C::block_t *) x + ib;
-        int8_t l[C::n];
+        int8_t                      l[C::n];
         C::levels(b, l);
         float dot = 0.0f;
         for (int i = 0; i < C::n; i += QK8_0, q++) {
             int32_t sum = 0;
             for (int j = 0; j < QK8_0; j++) {
-                sum += (int) l[i + j]*q->qs[j];
+                sum += (int) l[i + j] * q->qs[j];
             }
-            dot += ggml_fp16_to_fp32(q->d)*sum;
+            dot += ggml_fp16_to_fp32(q->d) * sum;
         }
-        res += ggml_fp16_to_fp32(b->d)*dot;
+        res += ggml_fp16_to_fp32(b->d) * dot;
     }
     return res;
 }

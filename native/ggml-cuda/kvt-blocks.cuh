@@ -12,7 +12,7 @@ static const int KVT_THREADS = 16; // that share a block when it is written
 // ggml's, with the scale as bits
 typedef struct {
     kvt_half d;
-    uint8_t qs[16];
+    uint8_t  qs[16];
 } kvt_block_iq4_nl;
 
 //
@@ -25,9 +25,9 @@ KVT_FN uint32_t kvt_prmt(uint32_t lo, uint32_t hi, uint32_t sel) {
     return __byte_perm(lo, hi, sel);
 #else
     const uint64_t bytes = (uint64_t) hi << 32 | lo;
-    uint32_t res = 0;
+    uint32_t       res   = 0;
     for (int i = 0; i < 4; i++) {
-        res |= (uint32_t) (bytes >> 8*(sel >> 4*i & 7) & 0xFF) << 8*i;
+        res |= (uint32_t) (bytes >> 8 * (sel >> 4 * i & 7) & 0xFF) << 8 * i;
     }
     return res;
 #endif
@@ -40,7 +40,7 @@ KVT_FN int kvt_dp4a(int a, int b) {
 #else
     int res = 0;
     for (int i = 0; i < 4; i++) {
-        res += (int8_t) (a >> 8*i) * (int8_t) (b >> 8*i);
+        res += (int8_t) (a >> 8 * i) * (int8_t) (b >> 8 * i);
     }
     return res;
 #endif
@@ -80,7 +80,7 @@ KVT_FN uint32_t kvt_nibbles(uint32_t codes) {
 
 // bits 0, 1, 2, 3 -> bits 2, 6, 10, 14: the third bit of each nibble
 KVT_FN uint32_t kvt_third_bits(uint32_t bits) {
-    return (bits*(0x41 << 2) & 0x0C0C)*9 & 0x4444;
+    return (bits * (0x41 << 2) & 0x0C0C) * 9 & 0x4444;
 }
 
 //
@@ -89,8 +89,8 @@ KVT_FN uint32_t kvt_third_bits(uint32_t bits) {
 
 template <int n>
 KVT_FN uint32_t kvt_read2(const uint8_t * qs, unsigned i) {
-    constexpr unsigned n_word = n/16;
-    return kvt_load4(qs + 4*(i % n_word)) >> 2*(i / n_word) & 0x03030303;
+    constexpr unsigned n_word = n / 16;
+    return kvt_load4(qs + 4 * (i % n_word)) >> 2 * (i / n_word) & 0x03030303;
 }
 
 template <int n>
@@ -99,7 +99,7 @@ KVT_FN void kvt_write2(const uint8_t * c, uint8_t * qs, int j) {
         qs[j] = (c[0] & 3) | (c[1] & 3) << 2 | (c[2] & 3) << 4 | (c[3] & 3) << 6;
         return;
     }
-    const int own = (c[0] & 3) | (c[1] & 3) << 4;
+    const int own  = (c[0] & 3) | (c[1] & 3) << 4;
     const int next = KVT_SHUFFLE(own, 8); // eight values on
     if (j < 8) {
         qs[j] = own | next << 2;
@@ -128,15 +128,15 @@ struct kvt_cuda_q3 : C {
     typedef typename C::block_t block_t;
 
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
-        const uint32_t high = x.qh[i/2] >> 4*(i%2) & 0x0F;
+        const uint32_t high = x.qh[i / 2] >> 4 * (i % 2) & 0x0F;
         return kvt_prmt(kvt_q3_0, kvt_q3_4, kvt_nibbles(kvt_read2<C::n>(x.qs, i)) | kvt_third_bits(high));
     }
 
     KVT_FN void write(const uint8_t * c, block_t * y, int j) {
         kvt_write2<C::n>(c, y->qs, j);
-        for (int i = 0; i < C::n/KVT_THREADS; i++) {
+        for (int i = 0; i < C::n / KVT_THREADS; i++) {
             int bits = (c[i] >> 2) << j;
-            for (int bit = KVT_THREADS/2; bit > 0; bit /= 2) {
+            for (int bit = KVT_THREADS / 2; bit > 0; bit /= 2) {
                 bits |= KVT_SHUFFLE(bits, bit);
             }
             if (j == i) {
@@ -151,25 +151,25 @@ struct kvt_cuda_q6 : C {
     typedef typename C::block_t block_t;
 
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
-        const uint32_t code     = (kvt_load4(x.ql + 4*(i % 4)) >> 4*(i / 4) & 0x0F0F0F0F) | kvt_read2<C::n>(x.qh, i) << 4;
+        const uint32_t code     = (kvt_load4(x.ql + 4 * (i % 4)) >> 4 * (i / 4) & 0x0F0F0F0F) | kvt_read2<C::n>(x.qh, i) << 4;
         const uint32_t negative = ~code & 0x20202020; // code - 32 as int8: bits 5, 6 and 7 are the sign
-        return (code & 0x1F1F1F1F) | negative*7;
+        return (code & 0x1F1F1F1F) | negative * 7;
     }
 
     KVT_FN void write(const uint8_t * c, block_t * y, int j) {
         const uint8_t high[2] = { (uint8_t) (c[0] >> 4), (uint8_t) (c[1] >> 4) };
-        y->ql[j] = (c[0] & 15) | (c[1] & 15) << 4;
+        y->ql[j]              = (c[0] & 15) | (c[1] & 15) << 4;
         kvt_write2<C::n>(high, y->qh, j);
     }
 };
 
 // for reading only: ggml has the rest
 struct kvt_cuda_iq4_nl {
-    static const int n = 32;
+    static const int         n = 32;
     typedef kvt_block_iq4_nl block_t;
 
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
-        const uint32_t code = kvt_nibbles(kvt_load4(x.qs + 4*(i % 4)) >> 4*(i / 4) & 0x0F0F0F0F);
+        const uint32_t code = kvt_nibbles(kvt_load4(x.qs + 4 * (i % 4)) >> 4 * (i / 4) & 0x0F0F0F0F);
         return kvt_prmt(kvt_prmt(kvt_iq4_nl_0, kvt_iq4_nl_4, code), kvt_prmt(kvt_iq4_nl_8, kvt_iq4_nl_c, code), 0x3210 | (code & 0x8888) >> 1);
     }
 };
@@ -193,19 +193,19 @@ template <> struct kvt_codec<GGML_TYPE_IQ4_NL> : kvt_cuda_iq4_nl {};
 // dot product with four values of q8_1, whose scale is d
 template <ggml_type type>
 KVT_FN float kvt_dot4(const void * row, unsigned i, int q, float d) {
-    constexpr unsigned n = kvt_codec<type>::n/4;
-    const auto & x = ((const typename kvt_codec<type>::block_t *) row)[i / n];
-    return kvt_from_half(x.d)*d*kvt_dp4a(kvt_codec<type>::levels(x, i % n), q);
+    constexpr unsigned n = kvt_codec<type>::n / 4;
+    const auto &       x = ((const typename kvt_codec<type>::block_t *) row)[i / n];
+    return kvt_from_half(x.d) * d * kvt_dp4a(kvt_codec<type>::levels(x, i % n), q);
 }
 
 template <ggml_type type>
 KVT_FN void kvt_dequantize4(const void * row, unsigned i, float * y) {
-    constexpr unsigned n = kvt_codec<type>::n/4;
-    const auto & x = ((const typename kvt_codec<type>::block_t *) row)[i / n];
-    const uint32_t levels = kvt_codec<type>::levels(x, i % n);
-    const float d = kvt_from_half(x.d);
+    constexpr unsigned n      = kvt_codec<type>::n / 4;
+    const auto &       x      = ((const typename kvt_codec<type>::block_t *) row)[i / n];
+    const uint32_t     levels = kvt_codec<type>::levels(x, i % n);
+    const float        d      = kvt_from_half(x.d);
     for (int l = 0; l < 4; l++) {
-        y[l] = d*(int8_t) (levels >> 8*l);
+        y[l] = d * (int8_t) (levels >> 8 * l);
     }
 }
 
@@ -213,13 +213,13 @@ KVT_FN void kvt_dequantize4(const void * row, unsigned i, float * y) {
 template <ggml_type type>
 KVT_FN void kvt_encode(const float * x, void * block, int j) {
     typedef kvt_codec<type> C;
-    float v[C::n/KVT_THREADS];
-    uint8_t c[C::n/KVT_THREADS];
-    for (int i = 0; i < C::n/KVT_THREADS; i++) {
-        v[i] = x[i*KVT_THREADS + j];
+    float                   v[C::n / KVT_THREADS];
+    uint8_t                 c[C::n / KVT_THREADS];
+    for (int i = 0; i < C::n / KVT_THREADS; i++) {
+        v[i] = x[i * KVT_THREADS + j];
     }
     const kvt_half d = C::template quantize<KVT_THREADS>(v, c);
-    auto * y = (typename C::block_t *) block;
+    auto *         y = (typename C::block_t *) block;
     if (j == 0) {
         y->d = d;
     }

@@ -10,7 +10,7 @@
 template <ggml_type type>
 static __device__ __forceinline__ void kvt_dequantize(const void * x, const int64_t ib, const int i, float2 & v) {
     float y[4];
-    kvt_dequantize4<type>((const typename kvt_codec<type>::block_t *) x + ib, i/4, y);
+    kvt_dequantize4<type>((const typename kvt_codec<type>::block_t *) x + ib, i / 4, y);
     v = i % 4 == 0 ? make_float2(y[0], y[1]) : make_float2(y[2], y[3]);
 }
 #endif

@@ -17,7 +17,7 @@ static kvt_dims kvt_dims_of(const ggml_tensor * t) {
 bool kvt_cuda_is_type(ggml_type type) {
     switch (type) {
         KVT_TYPES(KVT_TYPE_CASE)
-            return true;
+        return true;
         default:
             return false;
     }
@@ -29,8 +29,8 @@ bool kvt_cuda_can_cpy(ggml_type src, ggml_type dst) {
 
 template <ggml_type type>
 static void kvt_set_rows(ggml_backend_cuda_context & ctx, const ggml_tensor * src, const ggml_tensor * rows, ggml_tensor * dst) {
-    const int64_t n_part = (src->ne[0]/kvt_codec<type>::n*KVT_THREADS + KVT_CUDA_BLOCK - 1)/KVT_CUDA_BLOCK;
-    const dim3 grid(ggml_nrows(src), n_part);
+    const int64_t n_part = (src->ne[0] / kvt_codec<type>::n * KVT_THREADS + KVT_CUDA_BLOCK - 1) / KVT_CUDA_BLOCK;
+    const dim3    grid(ggml_nrows(src), n_part);
     if (grid.x == 0 || grid.y == 0) {
         return;
     }
@@ -54,8 +54,8 @@ bool kvt_cuda_set_rows(ggml_backend_cuda_context & ctx, const ggml_tensor * src,
 template <ggml_type type>
 static void kvt_cpy_from_f32(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
     GGML_ASSERT(src->ne[0] % kvt_codec<type>::n == 0);
-    const int64_t n_block = ggml_nelements(src)/kvt_codec<type>::n;
-    const int64_t grid    = (n_block*KVT_THREADS + KVT_CUDA_BLOCK - 1)/KVT_CUDA_BLOCK;
+    const int64_t n_block = ggml_nelements(src) / kvt_codec<type>::n;
+    const int64_t grid    = (n_block * KVT_THREADS + KVT_CUDA_BLOCK - 1) / KVT_CUDA_BLOCK;
     k_kvt_cpy_from_f32<type><<<grid, KVT_CUDA_BLOCK, 0, ctx.stream()>>>((const char *) src->data, (char *) dst->data,
             kvt_dims_of(src), kvt_dims_of(dst), n_block);
 }
@@ -63,8 +63,8 @@ static void kvt_cpy_from_f32(ggml_backend_cuda_context & ctx, const ggml_tensor 
 template <ggml_type type>
 static void kvt_cpy_to_f32(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
     GGML_ASSERT(dst->ne[0] % 4 == 0);
-    const int64_t n_four = ggml_nelements(src)/4;
-    const int64_t grid   = (n_four + KVT_CUDA_BLOCK - 1)/KVT_CUDA_BLOCK;
+    const int64_t n_four = ggml_nelements(src) / 4;
+    const int64_t grid   = (n_four + KVT_CUDA_BLOCK - 1) / KVT_CUDA_BLOCK;
     k_kvt_cpy_to_f32<type><<<grid, KVT_CUDA_BLOCK, 0, ctx.stream()>>>((const char *) src->data, (char *) dst->data,
             kvt_dims_of(src), kvt_dims_of(dst), n_four);
 }

@@ -13,10 +13,10 @@ KVT_FATTN_PAIRS_OURS(KVT_FATTN_DECLARE)
 template <ggml_type type_k, ggml_type type_v>
 static kvt_fattn_t kvt_fattn_of(int64_t head_dim) {
     switch (head_dim) {
-        case  64: return ggml_cuda_flash_attn_ext_vec_case< 64, type_k, type_v>;
+        case 64: return ggml_cuda_flash_attn_ext_vec_case<64, type_k, type_v>;
         case 128: return ggml_cuda_flash_attn_ext_vec_case<128, type_k, type_v>;
         case 256: return ggml_cuda_flash_attn_ext_vec_case<256, type_k, type_v>;
-        default:  return nullptr;
+        default: return nullptr;
     }
 }
 

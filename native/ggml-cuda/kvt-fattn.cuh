@@ -13,8 +13,8 @@ static __device__ __forceinline__ float kvt_vec_dot_KQ(const char * __restrict__
     GGML_UNUSED(Q_v);
     float sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < D/4; i += nthreads) {
-        sum += kvt_dot4<type>(K, i + threadIdx.x % nthreads, Q_q8[i/nthreads], ((const float2 *) Q_ds)[i/nthreads].x);
+    for (int i = 0; i < D / 4; i += nthreads) {
+        sum += kvt_dot4<type>(K, i + threadIdx.x % nthreads, Q_q8[i / nthreads], ((const float2 *) Q_ds)[i / nthreads].x);
     }
     return sum;
 }
@@ -23,7 +23,7 @@ template <ggml_type type, typename T, int ne>
 static __device__ __forceinline__ void kvt_dequantize_V(const void * __restrict__ V, void * __restrict__ dst, const int64_t i0) {
     static_assert(ne == 4, "bad ne");
     float y[ne];
-    kvt_dequantize4<type>(V, unsigned(i0)/ne, y);
+    kvt_dequantize4<type>(V, unsigned(i0) / ne, y);
 #pragma unroll
     for (int l = 0; l < ne; l++) {
         ((T *) dst)[l] = y[l];

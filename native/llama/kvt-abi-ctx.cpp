@@ -32,8 +32,8 @@ struct kvt_query {
             return { { iswa->get_base(), true }, { iswa->get_swa(), true } };
         }
         if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(mem)) {
-            std::vector<part> res = { { hybrid->get_mem_attn(), true }, { hybrid->get_mem_recr(), false } };
-            auto * indexed = dynamic_cast<llama_memory_hybrid_idx *>(mem);
+            std::vector<part> res     = { { hybrid->get_mem_attn(), true }, { hybrid->get_mem_recr(), false } };
+            auto *            indexed = dynamic_cast<llama_memory_hybrid_idx *>(mem);
             if (indexed && indexed->get_mem_idx()) {
                 res.push_back({ indexed->get_mem_idx(), false });
             }
@@ -87,7 +87,7 @@ struct kvt_query {
     // cell by cell: after a roll-back cells are reused out of order, so that there may be holes above the first position
     static bool holds_cells(const llama_kv_cache & kv, llama_seq_id seq_id, llama_pos pos) {
         const bool windowed = kv.swa_type != LLAMA_SWA_TYPE_NONE;
-        llama_pos next = windowed ? pos : 0; // the first that a token at pos sees. windows only move on: later tokens see none before it
+        llama_pos  next     = windowed ? pos : 0; // the first that a token at pos sees. windows only move on: later tokens see none before it
         while (windowed && next > 0 && !llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, next - 1, pos)) {
             next--;
         }
@@ -100,7 +100,7 @@ struct kvt_query {
         }
         for (auto it = is_2d ? held.begin() : held.lower_bound({ next, 0 }); it != held.end() && it->first <= next; ++it) {
             const auto & ext = cells.ext_get(it->second); // an image's cells stand at one position and cover a square from there
-            next = std::max({ next, it->first + 1, is_2d ? std::max(ext.x, ext.y) + 1 : 0 });
+            next             = std::max({ next, it->first + 1, is_2d ? std::max(ext.x, ext.y) + 1 : 0 });
         }
         return next >= pos;
     }
@@ -122,13 +122,13 @@ struct kvt_query {
     // block of the rotation of K: the largest power of two that divides the head size. of V: 64
     static int32_t rot_k(const llama_kv_cache & kv) {
         int32_t n = 64;
-        while (kv.n_embd_head_k_all % (2*n) == 0) {
+        while (kv.n_embd_head_k_all % (2 * n) == 0) {
             n *= 2;
         }
         return n;
     }
 
-    static uint32_t n_cells(const llama_kv_cache & kv)   { return kv.get_size()*kv.n_stream; }
+    static uint32_t n_cells(const llama_kv_cache & kv) { return kv.get_size() * kv.n_stream; }
     static uint64_t total_size(const llama_kv_cache & kv) { return kv.total_size(); }
 
     static const kvt_cache & types(const llama_kv_cache & kv) { return *kv.kvt; }
@@ -139,7 +139,7 @@ int32_t kvt_ctx_layer(const llama_context * ctx, int32_t il, kvt_layer_cache * l
         return kvt_error(KVT_E_ARG, "kvt_ctx_layer: ctx and layer must not be null");
     }
     const llama_kv_cache * kv = nullptr;
-    const auto * l = kvt_query::layer(ctx, il, &kv);
+    const auto *           l  = kvt_query::layer(ctx, il, &kv);
     if (!l) {
         return KVT_E_NONE;
     }
@@ -158,7 +158,7 @@ int32_t kvt_ctx_k_cond(const llama_context * ctx, int32_t il) {
         return kvt_error(KVT_E_ARG, "kvt_ctx_k_cond: ctx is null");
     }
     const llama_kv_cache * kv = nullptr;
-    const auto * l = kvt_query::layer(ctx, il, &kv);
+    const auto *           l  = kvt_query::layer(ctx, il, &kv);
     if (!l) {
         return KVT_E_NONE;
     }

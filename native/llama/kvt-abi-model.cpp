@@ -56,7 +56,7 @@ int32_t kvt_model_set_plan(llama_model * model, const char * const * type_k, con
         return kvt_error(KVT_E_STATE, format("%s has attention of its own, where types per layer are not supported", llm_arch_name(model->arch)));
     }
 
-    auto plan = kvt_plan_empty(kvt_model_weights_hash(model));
+    auto plan    = kvt_plan_empty(kvt_model_weights_hash(model));
     plan->source = "api";
 
     int32_t err = kvt_parse_side("K", type_k, n_layer, plan->type_k);
@@ -78,8 +78,12 @@ int32_t kvt_model_set_k_vectors(llama_model * model, int32_t il, const float * m
     }
 
     kvt_k_vectors vectors;
-    if (mean)  { vectors.mean .assign(mean,  mean  + n_values); }
-    if (scale) { vectors.scale.assign(scale, scale + n_values); }
+    if (mean) {
+        vectors.mean.assign(mean, mean + n_values);
+    }
+    if (scale) {
+        vectors.scale.assign(scale, scale + n_values);
+    }
 
     const std::string fault = kvt_k_vectors_fault(vectors, model->hparams, il);
     if (!fault.empty()) {
@@ -89,7 +93,7 @@ int32_t kvt_model_set_k_vectors(llama_model * model, int32_t il, const float * m
     auto plan = std::make_shared<kvt_plan>(*model->kvt); // contexts that exist keep the old one
     plan->k_vectors.resize(model->hparams.n_layer_all);
     plan->k_vectors[il] = std::move(vectors);
-    model->kvt = std::move(plan);
+    model->kvt          = std::move(plan);
     return 0;
 }
 
@@ -141,8 +145,12 @@ int32_t kvt_model_plan_layer(const llama_model * model, int32_t il, const char *
     if (!model->kvt || !model->kvt->in_force()) {
         return kvt_error(KVT_E_NONE, "no plan is in force");
     }
-    if (type_k) { *type_k = kvt_name_or_empty(model->kvt->type_k[il]); }
-    if (type_v) { *type_v = kvt_name_or_empty(model->kvt->type_v[il]); }
+    if (type_k) {
+        *type_k = kvt_name_or_empty(model->kvt->type_k[il]);
+    }
+    if (type_v) {
+        *type_v = kvt_name_or_empty(model->kvt->type_v[il]);
+    }
     return 0;
 }
 

@@ -37,13 +37,13 @@ static ggml_type kvt_codec_type(const char * name, int64_t n_per_row, int32_t * 
 }
 
 int64_t kvt_row_bytes(const char * name, int64_t n_per_row) {
-    int32_t err;
+    int32_t         err;
     const ggml_type type = kvt_codec_type(name, n_per_row, &err);
     return err ? err : (int64_t) ggml_row_size(type, n_per_row);
 }
 
 int32_t kvt_encode(const char * name, const float * x, int64_t n_rows, int64_t n_per_row, void * dst) {
-    int32_t err;
+    int32_t         err;
     const ggml_type type = kvt_codec_type(name, n_per_row, &err);
     if (err) {
         return err;
@@ -53,18 +53,18 @@ int32_t kvt_encode(const char * name, const float * x, int64_t n_rows, int64_t n
     }
     ggml_cpu_init(); // tables of the f16 conversion
     if (type == GGML_TYPE_F32) {
-        memcpy(dst, x, n_rows*ggml_row_size(type, n_per_row));
+        memcpy(dst, x, n_rows * ggml_row_size(type, n_per_row));
         return 0;
     }
     const ggml_from_float_t from_float = ggml_get_type_traits_cpu(type)->from_float;
     for (int64_t i = 0; i < n_rows; i++) {
-        from_float(x + i*n_per_row, (uint8_t *) dst + i*ggml_row_size(type, n_per_row), n_per_row);
+        from_float(x + i * n_per_row, (uint8_t *) dst + i * ggml_row_size(type, n_per_row), n_per_row);
     }
     return 0;
 }
 
 int32_t kvt_decode(const char * name, const void * src, int64_t n_rows, int64_t n_per_row, float * y) {
-    int32_t err;
+    int32_t         err;
     const ggml_type type = kvt_codec_type(name, n_per_row, &err);
     if (err) {
         return err;
@@ -73,11 +73,11 @@ int32_t kvt_decode(const char * name, const void * src, int64_t n_rows, int64_t 
         return kvt_error(KVT_E_ARG, "kvt_decode: src and y must not be null, n_rows not negative");
     }
     if (type == GGML_TYPE_F32) {
-        memcpy(y, src, n_rows*ggml_row_size(type, n_per_row));
+        memcpy(y, src, n_rows * ggml_row_size(type, n_per_row));
         return 0;
     }
     for (int64_t i = 0; i < n_rows; i++) {
-        ggml_get_type_traits(type)->to_float((const uint8_t *) src + i*ggml_row_size(type, n_per_row), y + i*n_per_row, n_per_row);
+        ggml_get_type_traits(type)->to_float((const uint8_t *) src + i * ggml_row_size(type, n_per_row), y + i * n_per_row, n_per_row);
     }
     return 0;
 }

@@ -27,9 +27,9 @@ static const char * kvt_device_refuses(const llama_model & model, const llama_hp
         return nullptr;
     }
 
-    ggml_init_params params = { 32*ggml_tensor_overhead(), nullptr, true }; // mem_size, mem_buffer, no_alloc
+    ggml_init_params params = { 32 * ggml_tensor_overhead(), nullptr, true }; // mem_size, mem_buffer, no_alloc
     ggml_context_ptr ctx_ptr { ggml_init(params) };
-    ggml_context * ctx = ctx_ptr.get();
+    ggml_context *   ctx = ctx_ptr.get();
 
     const int64_t n_kv      = 256;
     const int64_t n_head    = hparams.n_head(il);
@@ -47,7 +47,7 @@ static const char * kvt_device_refuses(const llama_model & model, const llama_hp
         return ggml_backend_dev_supports_op(dev, ggml_set_rows(ctx, dst, src, idx));
     };
     const char * no_kernel = "the layer's device has no kernel for this pair";
-    if (!can_write(k, dk*n_head_kv) || !can_write(v, dv*n_head_kv)) {
+    if (!can_write(k, dk * n_head_kv) || !can_write(v, dv * n_head_kv)) {
         return no_kernel;
     }
 
@@ -56,10 +56,14 @@ static const char * kvt_device_refuses(const llama_model & model, const llama_hp
         ggml_tensor * op;
         if (fa) {
             // the graph casts an f32 cache to f16
-            if (k->type == GGML_TYPE_F32) { k = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, dk, n_kv, n_head_kv); }
-            if (v->type == GGML_TYPE_F32) { v = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, dv, n_kv, n_head_kv); }
+            if (k->type == GGML_TYPE_F32) {
+                k = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, dk, n_kv, n_head_kv);
+            }
+            if (v->type == GGML_TYPE_F32) {
+                v = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, dv, n_kv, n_head_kv);
+            }
             ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n_q);
-            op = ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
+            op                 = ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
         } else {
             op = ggml_mul_mat(ctx, k, q);
         }

@@ -46,7 +46,7 @@ struct kvt_cache {
     void rotate(std::vector<L> & layers, bool attn_rot_k, bool attn_rot_v, const F & shared) const {
         for (L & layer : layers) {
             if (!shared(layer.il)) {
-                layer.kvt.rot_k =            rotated(attn_rot_k, layer.k->type);
+                layer.kvt.rot_k = rotated(attn_rot_k, layer.k->type);
                 layer.kvt.rot_v = layer.v && rotated(attn_rot_v, layer.v->type);
             }
         }
@@ -68,7 +68,7 @@ struct kvt_cache {
     std::vector<std::string> notes() const;
 
 private:
-    const llama_model   & model;
+    const llama_model &   model;
     const llama_hparams & hparams;
 
     std::shared_ptr<const kvt_plan> plan;

@@ -16,7 +16,7 @@
 ggml_context * kvt_cond::ctx_for(ggml_backend_buffer_type_t buft) {
     auto & ctx = ctxs[buft];
     if (!ctx) {
-        ggml_init_params params = { 3*LLAMA_MAX_LAYERS*ggml_tensor_overhead(), nullptr, true }; // mem_size, mem_buffer, no_alloc
+        ggml_init_params params = { 3 * LLAMA_MAX_LAYERS * ggml_tensor_overhead(), nullptr, true }; // mem_size, mem_buffer, no_alloc
         ctx.reset(ggml_init(params));
         if (!ctx) {
             throw std::runtime_error("failed to create ggml context for the vectors of K");
@@ -34,19 +34,19 @@ const kvt_cond_layer * kvt_cond::add(uint32_t il, const kvt_k_vectors & vectors,
         if (values.empty()) {
             return nullptr;
         }
-        ggml_tensor * t = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, values.size()/n_head_kv, n_head_kv);
+        ggml_tensor * t = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, values.size() / n_head_kv, n_head_kv);
         ggml_format_name(t, "k_%s_l%u", name, il);
         data.emplace_back(t, values);
         return t;
     };
     const auto add_hash = [&](char tag, const std::vector<float> & values) {
         hash = kvt_hash(hash, &tag, sizeof(tag));
-        hash = kvt_hash(hash, values.data(), values.size()*sizeof(float));
+        hash = kvt_hash(hash, values.data(), values.size() * sizeof(float));
     };
 
     std::vector<float> scale_inv(vectors.scale.size());
     for (size_t i = 0; i < scale_inv.size(); i++) {
-        scale_inv[i] = 1.0f/vectors.scale[i];
+        scale_inv[i] = 1.0f / vectors.scale[i];
     }
 
     add_hash('m', vectors.mean);
@@ -60,7 +60,7 @@ void kvt_cond::alloc(bool no_alloc) {
         ggml_backend_buffer_t buf;
         if (no_alloc) {
             sizes[buft] = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft);
-            buf = ggml_backend_buft_alloc_buffer(buft, 0);
+            buf         = ggml_backend_buft_alloc_buffer(buft, 0);
             for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
                 t->buffer = buf; // so that the scheduler does not allocate it
             }
@@ -113,7 +113,7 @@ static ggml_tensor * kvt_cond_q(ggml_context * ctx, const kvt_cond_layer * cond,
 
     const int64_t n_head    = q->ne[1];
     const int64_t n_head_kv = scale->ne[1];
-    const int64_t n_rep     = n_head/n_head_kv; // neighbours share a KV head
+    const int64_t n_rep     = n_head / n_head_kv; // neighbours share a KV head
 
     GGML_ASSERT(q->ne[0] == scale->ne[0] && n_head % n_head_kv == 0 && q->ne[3] == 1);
 
@@ -122,7 +122,7 @@ static ggml_tensor * kvt_cond_q(ggml_context * ctx, const kvt_cond_layer * cond,
     }
     const int64_t n_tokens = q->ne[2];
 
-    q     = ggml_view_4d(ctx, q, q->ne[0], n_rep, n_head_kv, n_tokens, q->nb[1], q->nb[1]*n_rep, q->nb[2], 0);
+    q     = ggml_view_4d(ctx, q, q->ne[0], n_rep, n_head_kv, n_tokens, q->nb[1], q->nb[1] * n_rep, q->nb[2], 0);
     scale = ggml_reshape_3d(ctx, scale, scale->ne[0], 1, n_head_kv);
 
     return ggml_reshape_3d(ctx, ggml_mul(ctx, q, scale), q->ne[0], n_head, n_tokens);

@@ -40,19 +40,19 @@ struct kvt_cond {
 private:
     ggml_context * ctx_for(ggml_backend_buffer_type_t buft);
 
-    std::map<uint32_t, kvt_cond_layer> layers; // nodes stay where they are
-    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
-    std::vector<ggml_backend_buffer_ptr> bufs;
-    std::map<ggml_backend_buffer_type_t, size_t> sizes;
+    std::map<uint32_t, kvt_cond_layer>                        layers; // nodes stay where they are
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr>    ctxs;
+    std::vector<ggml_backend_buffer_ptr>                      bufs;
+    std::map<ggml_backend_buffer_type_t, size_t>              sizes;
     std::vector<std::pair<ggml_tensor *, std::vector<float>>> data; // until alloc()
 };
 
 // graph operations; cond or k may be null, which changes nothing
 //   k [head_dim, n_head_kv, n_tokens], q [head_dim, n_head, n_tokens]
-ggml_tensor * kvt_cond_k     (ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * k);
+ggml_tensor * kvt_cond_k(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * k);
 ggml_tensor * kvt_cond_k_undo(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * k);
-void          kvt_cond_qk    (ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor *& q, ggml_tensor *& k);
+void          kvt_cond_qk(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor *& q, ggml_tensor *& k);
 
 // the hash in a state file, after the type id of a conditioned K; the read is false, with an error in the log, if it is another
 void kvt_cond_state_write(llama_io_write_i & io, const kvt_cond_layer * cond);
-bool kvt_cond_state_read (llama_io_read_i  & io, const kvt_cond_layer * cond, uint32_t il);
+bool kvt_cond_state_read(llama_io_read_i & io, const kvt_cond_layer * cond, uint32_t il);

@@ -18,10 +18,10 @@ struct kvt_layer {
 // a context shift of K: does it copy whole heads, also where RoPE touches a part of them? does it go through f32 (backends have RoPE
 // for f32 and f16 only)?
 bool kvt_shift_whole(const ggml_tensor * k, const kvt_layer & kvt);
-bool kvt_shift_f32  (const ggml_tensor * k, const kvt_layer & kvt);
+bool kvt_shift_f32(const ggml_tensor * k, const kvt_layer & kvt);
 
 // K as it was before it was written (not rotated, not conditioned), and back; rot: the Hadamard matrix, null = none in this cache
-ggml_tensor * kvt_shift_read (ggml_context * ctx, const kvt_layer & kvt, ggml_tensor * rot, ggml_tensor * k);
+ggml_tensor * kvt_shift_read(ggml_context * ctx, const kvt_layer & kvt, ggml_tensor * rot, ggml_tensor * k);
 ggml_tensor * kvt_shift_write(ggml_context * ctx, const kvt_layer & kvt, ggml_tensor * rot, ggml_tensor * k);
 
 // the type id of a layer's K, or V, in a state file; n_embd_head: of all layers, 0 = they differ. differs from ggml's only where the

@@ -6,7 +6,7 @@
 
 static const ggml_type kvt_cache_types[] = { KVT_CACHE_TYPES(KVT_GGML_ITEM, KVT_TYPE_ITEM) };
 
-static const int32_t KVT_N_TYPES = sizeof(kvt_cache_types)/sizeof(kvt_cache_types[0]);
+static const int32_t KVT_N_TYPES = sizeof(kvt_cache_types) / sizeof(kvt_cache_types[0]);
 
 ggml_type kvt_type_at(int32_t i) {
     return i >= 0 && i < KVT_N_TYPES ? kvt_cache_types[i] : KVT_TYPE_NONE;

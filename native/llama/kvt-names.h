@@ -21,7 +21,7 @@ std::string kvt_type_names(const std::vector<ggml_type> & types);
 
 // of a side of layers, each a struct with the tensor at `side`; none: of a layer without one
 template <typename L>
-std::string kvt_type_names(const std::vector<L> & layers, ggml_tensor * L::*side, ggml_type none) {
+std::string kvt_type_names(const std::vector<L> & layers, ggml_tensor * L::* side, ggml_type none) {
     std::vector<ggml_type> types;
     for (const L & layer : layers) {
         types.push_back(layer.*side ? (layer.*side)->type : none);

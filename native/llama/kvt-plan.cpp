@@ -41,7 +41,7 @@ static bool kvt_read_side(const gguf_context * gguf, const char * key, uint32_t 
     types.assign(n_layer, KVT_TYPE_NONE);
     for (uint32_t il = 0; il < n_layer; il++) {
         const char * name = gguf_get_arr_str(gguf, kid, il);
-        types[il] = kvt_type_from_name(name);
+        types[il]         = kvt_type_from_name(name);
         if (types[il] == KVT_TYPE_NONE && name[0]) {
             unknown[kvt_printable(name)].push_back(il);
         }
@@ -63,18 +63,18 @@ void kvt_plan_compare_weights(kvt_plan & plan, const char * hash) {
 static std::string kvt_plan_checksum(const gguf_context * gguf) {
     uint32_t crc = 0;
     for (const char * key : { "kvtuner.type_k", "kvtuner.type_v" }) {
-        const int64_t kid = gguf_find_key(gguf, key);
-        const bool is_list = kid >= 0 && gguf_get_kv_type(gguf, kid) == GGUF_TYPE_ARRAY && gguf_get_arr_type(gguf, kid) == GGUF_TYPE_STRING;
+        const int64_t kid     = gguf_find_key(gguf, key);
+        const bool    is_list = kid >= 0 && gguf_get_kv_type(gguf, kid) == GGUF_TYPE_ARRAY && gguf_get_arr_type(gguf, kid) == GGUF_TYPE_STRING;
         for (size_t i = 0; is_list && i < gguf_get_arr_n(gguf, kid); i++) {
             const char * name = gguf_get_arr_str(gguf, kid, i);
-            crc = kvt_crc32(crc, name, strlen(name) + 1);
+            crc               = kvt_crc32(crc, name, strlen(name) + 1);
         }
     }
     for (const char * key : { "kvtuner.k_mean", "kvtuner.k_mean.n_values", "kvtuner.k_scale", "kvtuner.k_scale.n_values" }) {
-        const int64_t kid = gguf_find_key(gguf, key);
+        const int64_t   kid  = gguf_find_key(gguf, key);
         const gguf_type type = kid >= 0 && gguf_get_kv_type(gguf, kid) == GGUF_TYPE_ARRAY ? gguf_get_arr_type(gguf, kid) : GGUF_TYPE_COUNT;
         if (type == GGUF_TYPE_FLOAT32 || type == GGUF_TYPE_UINT32) {
-            crc = kvt_crc32(crc, gguf_get_arr_data(gguf, kid), 4*gguf_get_arr_n(gguf, kid));
+            crc = kvt_crc32(crc, gguf_get_arr_data(gguf, kid), 4 * gguf_get_arr_n(gguf, kid));
         }
     }
     return format("%08x", crc);
@@ -137,7 +137,7 @@ static void kvt_read_file(const llama_model_loader & ml, const llama_hparams & h
     std::vector<ggml_type> type_v;
 
     if (!kvt_read_side(gguf, "kvtuner.type_k", n_layer, type_k, plan.notes) ||
-        !kvt_read_side(gguf, "kvtuner.type_v", n_layer, type_v, plan.notes)) {
+            !kvt_read_side(gguf, "kvtuner.type_v", n_layer, type_v, plan.notes)) {
         plan.notes.back() += ": the plan is ignored";
         return;
     }
@@ -168,7 +168,7 @@ static void kvt_read_file(const llama_model_loader & ml, const llama_hparams & h
 static int64_t kvt_override_layer(const std::string & key, const char * prefix) {
     const size_t n = strlen(prefix);
     if (key.compare(0, n, prefix) != 0 || key.size() == n || key.size() > n + 6 ||
-        key.find_first_not_of("0123456789", n) != std::string::npos) {
+            key.find_first_not_of("0123456789", n) != std::string::npos) {
         return -1;
     }
     return std::stol(key.substr(n));
@@ -195,14 +195,14 @@ static void kvt_read_overrides(const llama_model_loader & ml, uint32_t n_layer, 
         const ggml_type type = o.tag == LLAMA_KV_OVERRIDE_TYPE_STR ? kvt_type_from_name(o.val_str) : KVT_TYPE_NONE;
         if (type == KVT_TYPE_NONE) {
             plan.notes.push_back(format("override %s: '%s' is not the name of a cache type: it is ignored", key.c_str(),
-                        o.tag == LLAMA_KV_OVERRIDE_TYPE_STR ? kvt_printable(o.val_str).c_str() : "(not a string)"));
+                    o.tag == LLAMA_KV_OVERRIDE_TYPE_STR ? kvt_printable(o.val_str).c_str() : "(not a string)"));
             continue;
         }
         if (!plan.in_force()) {
             plan.type_k.assign(n_layer, KVT_TYPE_NONE);
             plan.type_v.assign(n_layer, KVT_TYPE_NONE);
         }
-        plan.source = "override";
+        plan.source                                 = "override";
         (il_k >= 0 ? plan.type_k : plan.type_v)[il] = type;
     }
 }
@@ -212,7 +212,7 @@ static void kvt_read_overrides(const llama_model_loader & ml, uint32_t n_layer, 
 //
 
 std::shared_ptr<kvt_plan> kvt_plan_empty(std::string weights) {
-    auto plan = std::make_shared<kvt_plan>();
+    auto plan     = std::make_shared<kvt_plan>();
     plan->weights = std::move(weights);
     return plan;
 }
@@ -222,7 +222,7 @@ void kvt_plan_load(llama_model & model, const llama_model_loader & ml) {
 
     // without its hparams a model has no layers, and no context to plan for
     if (!model.hparams.vocab_only && kvt_enabled(ml, plan->notes)) {
-        kvt_read_file     (ml, model.hparams, *plan);
+        kvt_read_file(ml, model.hparams, *plan);
         kvt_read_overrides(ml, model.hparams.n_layer_all, *plan);
     }
 

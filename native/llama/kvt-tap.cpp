@@ -19,7 +19,7 @@
 
 struct kvt_tap {
     kvt_tap_fn fn;
-    void     * user;
+    void *     user;
     int32_t    n_q_max;
     bool       on = false;
 
@@ -42,7 +42,7 @@ static int32_t kvt_cache_layer(const ggml_tensor * t) {
         t = t->view_src;
     }
     const char * pos = strncmp(t->name, "cache_", 6) == 0 ? strstr(t->name, "_l") : nullptr;
-    int32_t il = -1;
+    int32_t      il  = -1;
     return pos && sscanf(pos, "_l%d", &il) == 1 ? il : -1;
 }
 
@@ -60,21 +60,33 @@ static const uint8_t * kvt_fetch(kvt_tap & tap, const ggml_tensor * t) {
 template <typename T, typename F>
 static void kvt_copy_rows(kvt_tap & tap, const ggml_tensor * t, const std::vector<int64_t> & i1, std::vector<T> & dst, F convert) {
     const uint8_t * data = kvt_fetch(tap, t);
-    dst.resize(t->ne[0]*i1.size()*t->ne[2]);
+    dst.resize(t->ne[0] * i1.size() * t->ne[2]);
     T * out = dst.data();
     for (int64_t i2 = 0; i2 < t->ne[2]; i2++) {
         for (const int64_t i : i1) {
-            const uint8_t * row = data + i*t->nb[1] + i2*t->nb[2];
+            const uint8_t * row = data + i * t->nb[1] + i2 * t->nb[2];
             for (int64_t i0 = 0; i0 < t->ne[0]; i0++) {
-                *out++ = convert(row + i0*t->nb[0]);
+                *out++ = convert(row + i0 * t->nb[0]);
             }
         }
     }
 }
 
-static float       kvt_load_f32    (const uint8_t * p) { float x; memcpy(&x, p, sizeof(x)); return x; }
-static float       kvt_load_f16_f32(const uint8_t * p) { ggml_fp16_t x; memcpy(&x, p, sizeof(x)); return ggml_fp16_to_fp32(x); }
-static ggml_fp16_t kvt_load_f16    (const uint8_t * p) { ggml_fp16_t x; memcpy(&x, p, sizeof(x)); return x; }
+static float kvt_load_f32(const uint8_t * p) {
+    float x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
+static float kvt_load_f16_f32(const uint8_t * p) {
+    ggml_fp16_t x;
+    memcpy(&x, p, sizeof(x));
+    return ggml_fp16_to_fp32(x);
+}
+static ggml_fp16_t kvt_load_f16(const uint8_t * p) {
+    ggml_fp16_t x;
+    memcpy(&x, p, sizeof(x));
+    return x;
+}
 
 static std::vector<int64_t> kvt_all(int64_t n) {
     std::vector<int64_t> res(n);
@@ -97,13 +109,13 @@ static void kvt_tap_node_done(kvt_tap & tap, const ggml_tensor * t, int32_t il) 
         return;
     }
 
-    const int64_t n_q = std::min<int64_t>(q->ne[1], tap.n_q_max);
+    const int64_t        n_q = std::min<int64_t>(q->ne[1], tap.n_q_max);
     std::vector<int64_t> i_q(n_q); // spread evenly, the last one included
     for (int64_t i = 0; i < n_q; i++) {
-        i_q[i] = (i + 1)*q->ne[1]/n_q - 1;
+        i_q[i] = (i + 1) * q->ne[1] / n_q - 1;
     }
 
-    kvt_copy_rows(tap, q, i_q,              tap.q, kvt_load_f32);
+    kvt_copy_rows(tap, q, i_q, tap.q, kvt_load_f32);
     kvt_copy_rows(tap, k, kvt_all(k->ne[1]), tap.k, kvt_load_f16);
     kvt_copy_rows(tap, v, kvt_all(v->ne[1]), tap.v, kvt_load_f16);
     if (mask) {
@@ -115,11 +127,11 @@ static void kvt_tap_node_done(kvt_tap & tap, const ggml_tensor * t, int32_t il) 
 
     // the output is [head_dim_v, n_head, n_q]: per head, the rows of i_q
     const uint8_t * data = kvt_fetch(tap, t);
-    tap.out.resize(t->ne[0]*t->ne[1]*n_q);
+    tap.out.resize(t->ne[0] * t->ne[1] * n_q);
     float * out = tap.out.data();
     for (int64_t ih = 0; ih < t->ne[1]; ih++) {
         for (const int64_t i : i_q) {
-            memcpy(out, data + ih*t->nb[1] + i*t->nb[2], t->ne[0]*sizeof(float));
+            memcpy(out, data + ih * t->nb[1] + i * t->nb[2], t->ne[0] * sizeof(float));
             out += t->ne[0];
         }
     }
@@ -162,7 +174,7 @@ static kvt_stream_role kvt_stream(const kvt_tap & tap, const ggml_tensor * t) {
         return KVT_STREAM_NONE;
     }
     if (t->op == GGML_OP_ADD && ggml_are_same_shape(t->src[0], t->src[1]) && // not a bias
-        kvt_from_attention(t->src[0], tap.il, 9) != kvt_from_attention(t->src[1], tap.il, 9)) {
+            kvt_from_attention(t->src[0], tap.il, 9) != kvt_from_attention(t->src[1], tap.il, 9)) {
         return KVT_STREAM_SUM;
     }
     return KVT_STREAM_BRANCH;
@@ -170,12 +182,12 @@ static kvt_stream_role kvt_stream(const kvt_tap & tap, const ggml_tensor * t) {
 
 // |row|^2 of each token
 static std::vector<double> kvt_rows_sq(kvt_tap & tap, const ggml_tensor * t) {
-    const uint8_t * data = kvt_fetch(tap, t);
+    const uint8_t *     data = kvt_fetch(tap, t);
     std::vector<double> res(ggml_nrows(t), 0.0);
     for (size_t i = 0; i < res.size(); i++) {
         for (int64_t i0 = 0; i0 < t->ne[0]; i0++) {
-            const double x = kvt_load_f32(data + i*t->nb[1] + i0*sizeof(float));
-            res[i] += x*x;
+            const double x = kvt_load_f32(data + i * t->nb[1] + i0 * sizeof(float));
+            res[i] += x * x;
         }
     }
     return res;
@@ -193,9 +205,9 @@ static void kvt_stream_done(kvt_tap & tap, const ggml_tensor * t) {
     }
     double sum = 0; // a mean over tokens: a few have activations that dwarf all others
     for (size_t i = 0; i < sq.size(); i++) {
-        sum += sq[i] > 0 ? tap.branch_sq[i]/sq[i] : 0;
+        sum += sq[i] > 0 ? tap.branch_sq[i] / sq[i] : 0;
     }
-    tap.share.emplace(tap.il, sum/sq.size()); // of layers that read one cache, the first
+    tap.share.emplace(tap.il, sum / sq.size()); // of layers that read one cache, the first
 }
 
 bool kvt_tap_eval(ggml_tensor * t, bool ask, void * user) {
@@ -236,7 +248,7 @@ kvt_tap * kvt_tap_new(kvt_tap_fn fn, void * user, int32_t n_q_max) {
         kvt_error(KVT_E_ARG, format("kvt_tap_new: need a callback and n_q_max > 0, have %d", n_q_max));
         return nullptr;
     }
-    auto * tap = new kvt_tap();
+    auto * tap   = new kvt_tap();
     tap->fn      = fn;
     tap->user    = user;
     tap->n_q_max = n_q_max;

@@ -14,7 +14,7 @@ std::string kvt_printable(const char * s) {
 
 std::string kvt_layer_ranges(const std::vector<uint32_t> & il) {
     std::string res;
-    for (size_t i = 0; i < il.size(); ) {
+    for (size_t i = 0; i < il.size();) {
         size_t j = i;
         while (j + 1 < il.size() && il[j + 1] == il[j] + 1) {
             j++;

@@ -39,12 +39,12 @@ std::string kvt_k_vectors_fault(const kvt_k_vectors & vectors, const llama_hpara
             }
         }
     }
-    const auto & scale = vectors.scale;
+    const auto & scale      = vectors.scale;
     const size_t n_head_dim = hparams.n_embd_head_k(il); // 0 in a file without head counts
     for (size_t i = 0; n_head_dim > 0 && i + n_head_dim <= scale.size(); i += n_head_dim) {
         const auto [low, high] = std::minmax_element(scale.begin() + i, scale.begin() + i + n_head_dim);
-        if (*high > *low*KVT_SCALE_SPREAD) {
-            return format("layer %u: scale of K in head %zu is %g to %g, need a factor of 1e6 at most", il, i/n_head_dim, *low, *high);
+        if (*high > *low * KVT_SCALE_SPREAD) {
+            return format("layer %u: scale of K in head %zu is %g to %g, need a factor of 1e6 at most", il, i / n_head_dim, *low, *high);
         }
     }
     return "";
@@ -82,7 +82,7 @@ static bool kvt_read_vectors(const gguf_context * gguf, const std::string & key,
     }
 
     std::vector<uint32_t> n_values(n_layer);
-    memcpy(n_values.data(), gguf_get_arr_data(gguf, kid_n), n_layer*sizeof(uint32_t));
+    memcpy(n_values.data(), gguf_get_arr_data(gguf, kid_n), n_layer * sizeof(uint32_t));
 
     uint64_t sum = 0;
     for (const uint32_t n : n_values) {
@@ -97,9 +97,9 @@ static bool kvt_read_vectors(const gguf_context * gguf, const std::string & key,
     for (uint32_t il = 0; il < n_layer; il++) {
         layers[il].resize(n_values[il]);
         if (n_values[il] > 0) { // an empty vector's memory is null
-            memcpy(layers[il].data(), data, n_values[il]*sizeof(float));
+            memcpy(layers[il].data(), data, n_values[il] * sizeof(float));
         }
-        data += n_values[il]*sizeof(float);
+        data += n_values[il] * sizeof(float);
     }
     return true;
 }
@@ -110,7 +110,7 @@ void kvt_k_vectors_read(const llama_model_loader & ml, const llama_hparams & hpa
     std::vector<std::vector<float>> mean;
     std::vector<std::vector<float>> scale;
 
-    bool ok = kvt_read_vectors(ml.metadata, "kvtuner.k_mean",  n_layer, mean,  notes) &&
+    bool ok = kvt_read_vectors(ml.metadata, "kvtuner.k_mean", n_layer, mean, notes) &&
               kvt_read_vectors(ml.metadata, "kvtuner.k_scale", n_layer, scale, notes);
 
     std::vector<kvt_k_vectors> read(n_layer);

@@ -20,7 +20,7 @@ std::string kvt_weights_hash(const llama_model_loader & ml) {
     for (const auto & [name, w] : ml.weights_map) {
         sorted[name] = w.tensor;
     }
-    uint64_t h = KVT_HASH_START;
+    uint64_t   h   = KVT_HASH_START;
     const auto add = [&](const std::string & s) { h = kvt_hash(h, s.data(), s.size()); };
     for (const auto & [name, t] : sorted) {
         add(name);
@@ -48,11 +48,11 @@ static bool kvt_read_slice(const ggml_tensor * t, size_t offset, size_t size, vo
 uint64_t kvt_weights_fingerprint(const llama_model & model, const std::string & hash) {
     uint64_t h = kvt_hash(KVT_HASH_START, hash.data(), hash.size());
     for (const auto & [name, t] : model.tensors_by_name) {
-        const size_t n = ggml_nbytes(t);
+        const size_t n    = ggml_nbytes(t);
         const size_t size = std::min(n, KVT_SLICE_BYTES);
-        char slice[KVT_SLICE_BYTES];
+        char         slice[KVT_SLICE_BYTES];
         for (int i = 0; i < KVT_N_SLICES && t->buffer && t->data; i++) {
-            if (kvt_read_slice(t, (n - size)/(KVT_N_SLICES - 1)*i, size, slice)) {
+            if (kvt_read_slice(t, (n - size) / (KVT_N_SLICES - 1) * i, size, slice)) {
                 h = kvt_hash(h, slice, size);
             }
         }

@@ -36,8 +36,8 @@ LLAMA_API int32_t kvt_type_number(const char * type);
 // the run time's own codec, as the CPU writes and reads the cache. x and y: [n_rows, n_per_row], row-major
 // kvt_encode writes n_rows*kvt_row_bytes() bytes to dst
 LLAMA_API int64_t kvt_row_bytes(const char * type, int64_t n_per_row);
-LLAMA_API int32_t kvt_encode   (const char * type, const float * x, int64_t n_rows, int64_t n_per_row, void * dst);
-LLAMA_API int32_t kvt_decode   (const char * type, const void * src, int64_t n_rows, int64_t n_per_row, float * y);
+LLAMA_API int32_t kvt_encode(const char * type, const float * x, int64_t n_rows, int64_t n_per_row, void * dst);
+LLAMA_API int32_t kvt_decode(const char * type, const void * src, int64_t n_rows, int64_t n_per_row, float * y);
 
 //
 // the plan of a model
@@ -126,21 +126,21 @@ struct kvt_tap;
 //   q [n_head][n_q][head_dim_k] f32   k [n_head_kv][n_kv][head_dim_k] f16   v [n_head_kv][n_kv][head_dim_v] f16
 //   mask [n_q][n_kv] f32, additive (NULL = none)   sinks [n_head] f32 (NULL = none)   out [n_head][n_q][head_dim_v] f32
 struct kvt_tap_node {
-    int32_t il; // the layer whose cache is read
-    int32_t n_q, n_kv, n_head, n_head_kv, head_dim_k, head_dim_v;
-    float   scale, max_bias, logit_softcap;
-    const float    * q;
+    int32_t          il; // the layer whose cache is read
+    int32_t          n_q, n_kv, n_head, n_head_kv, head_dim_k, head_dim_v;
+    float            scale, max_bias, logit_softcap;
+    const float *    q;
     const uint16_t * k;
     const uint16_t * v;
-    const float    * mask;
-    const float    * sinks;
-    const float    * out;
+    const float *    mask;
+    const float *    sinks;
+    const float *    out;
 };
 
 typedef void (*kvt_tap_fn)(const struct kvt_tap_node * node, void * user);
 
 // n_q_max: query rows that are handed over, spread evenly over the batch
-LLAMA_API struct kvt_tap * kvt_tap_new (kvt_tap_fn fn, void * user, int32_t n_q_max);
+LLAMA_API struct kvt_tap * kvt_tap_new(kvt_tap_fn fn, void * user, int32_t n_q_max);
 LLAMA_API void             kvt_tap_free(struct kvt_tap * tap);
 
 // off at first; the run time is slowed down only while it is on

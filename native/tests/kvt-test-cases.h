@@ -22,7 +22,7 @@ static void kvt_flash_attn_cases(cases & list) {
         for (ggml_type type_k : types) {
             for (ggml_type type_v : types) {
                 for (int n_q : { 1, 19 }) {
-                    list.emplace_back(new test(hs, hs, 2, {4, 1}, 113, n_q, true, false, 0, 0, GGML_PREC_F32, type_k, type_v));
+                    list.emplace_back(new test(hs, hs, 2, { 4, 1 }, 113, n_q, true, false, 0, 0, GGML_PREC_F32, type_k, type_v));
                 }
             }
         }
