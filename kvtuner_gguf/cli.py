@@ -345,17 +345,10 @@ def _open_llama(
 ) -> Llama:
     from .in_force import asked_plan
     from .llama import Llama
-    from .machine import check_memory
-    from .runtime import Session
     from .template import TemplateError, template_error
     from .threads import default_threads
 
     plan = asked_plan(False if no_plan else plan_file)
-    if n_gpu_layers == 0:
-        with Session(model, no_alloc=True) as session:
-            session.put_in_force(plan)
-            with session.context(n_ctx, type_k=type_k or "f16", type_v=type_v or "f16") as ctx:
-                check_memory(sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers()), n_ctx)
     try:
         return Llama(
             str(model),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import operator
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from . import native
+from .errors import KvtunerError
 from .held import HeldLlama
 from .in_force import Asked, asked_plan, put_in_force
+from .machine import check_memory
 from .pair import allocated_pairs
-from .plan import Plan
+from .plan import PREFIX, Plan
+from .runtime import Session
 from .threads import MOST_THREADS, checked_threads
 from .uses import check_context, check_writes_text
 from .words import cut_long_words
@@ -34,7 +38,8 @@ class Llama(HeldLlama):
 
     Raises PlanError if the plan does not fit the model, CodecError for a type that is no cache type, NativeError for
     threads out of range, a model that does not write text (embedding=True takes one), a context beyond the positions
-    that it has learned, or if llama_cpp was loaded with another library.
+    that it has learned, a cache that is larger than the machine's memory, or if llama_cpp was loaded with another
+    library.
     """
 
     def __init__(
@@ -52,6 +57,16 @@ class Llama(HeldLlama):
         **kwargs: Any,
     ) -> None:
         self._asked, self._n_ctx_asked = asked_plan(plan, kv_overrides), kwargs.get("n_ctx")
+        if not (kwargs.get("n_gpu_layers") or kwargs.get("vocab_only")):
+            n_bytes, n_ctx = _cache_bytes(
+                model_path,
+                self._asked,
+                self._n_ctx_asked,
+                (type_k, type_v),
+                kv_overrides or {},
+                swa_full=bool(swa_full),
+            )
+            check_memory(n_bytes, n_ctx)
         try:
             super().__init__(
                 native.model_file(model_path),
@@ -117,6 +132,28 @@ class Llama(HeldLlama):
     def kv_bytes(self) -> int:
         """Bytes of the K and V cache."""
         return sum(layer.bytes_k + layer.bytes_v for layer in self.layers)
+
+
+def _cache_bytes(
+    model_path: str,
+    plan: Plan | bool | None,
+    n_ctx: int | None,
+    types: tuple[int | str | None, int | str | None],
+    kv_overrides: dict[str, Any],
+    *,
+    swa_full: bool,
+) -> tuple[int, int]:
+    """(bytes that the cache is going to have, tokens that it is for), by the metadata alone; 0 bytes where something is
+    wrong, which is said when the context is made."""
+    ours = {key: value for key, value in kv_overrides.items() if key.startswith(PREFIX)}
+    n_ctx = N_CTX if n_ctx is None else n_ctx
+    with suppress(KvtunerError), Session(model_path, no_alloc=True, overrides=ours) as session:
+        session.put_in_force(plan)
+        names = [native.type_name_of(number) if (number := _type_number(t)) is not None else "f16" for t in types]
+        n_ctx = n_ctx or session.n_ctx_train
+        with session.context(n_ctx, type_k=names[0], type_v=names[1], swa_full=swa_full) as ctx:
+            return sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers()), n_ctx
+    return 0, n_ctx
 
 
 def _type_number(type_: int | str | None) -> int | None:

@@ -20,6 +20,5 @@ def check_memory(n_bytes: int, n_ctx: int) -> None:
     if n_bytes > total:
         raise NativeError(
             f"context of {n_ctx} tokens: its K/V cache needs {n_bytes / 2**30:.1f} GiB, the machine has "
-            f"{total / 2**30:.1f} GiB. "
-            "Use a smaller -c, or a plan of fewer bits."
+            f"{total / 2**30:.1f} GiB. Use a smaller -c, or a plan of fewer bits."
         )

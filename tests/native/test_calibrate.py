@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -381,3 +382,18 @@ def test_show_names_a_faulty_plan(tiny):
     shown = json.loads(run("show", model, "-c", 256, "--json").stdout)
     assert shown["source"] == "none" and len(shown["notes"]) == 1
     assert {layer["type_k"] for layer in shown["layers"]} == {"f16"}
+
+
+def test_a_program_gets_what_the_command_prints(tiny, tmp_path, text):
+    """The API and the command are one: the same options, the same plan, and the KLD that evaluate measures."""
+    from kvtuner_gguf import api
+
+    model = copy_of(tiny("llama"), tmp_path)
+    options = api.Options(model, api.WithinBits(6.0), n_ctx=1024, text=text, n_chunk=2, n_trials=12, n_threads=1)
+    outcome = api.calibrate(options)
+    run("calibrate", model, "-f", text, "--chunks", 2, "--trials", 12, "-t", 1, "-c", 1024, "-o", tmp_path / "a.json")
+    assert api.read_plan(tmp_path / "a.json") == outcome.plan
+    solved = api.solve(dataclasses.replace(options, goal=api.WithinBits(5.0)))
+    assert 0 < solved.plan.bits_per_value <= 5.0 and solved.front
+    table = api.evaluate(model, {"plan": outcome.plan}, n_ctx=1024, text=text, n_chunk=2, n_threads=1)
+    assert [row.name for row in table.rows] == ["f16 (noise floor)", "plan"]
