@@ -3,7 +3,8 @@ folder given.
 
 python tests/bench/attention_op.py STOCK/bin OURS/bin [--threads 2] [--n-kv 8000] [--n-q 1] [--pairs all]
 A call is one layer's attention for n_q tokens of each sequence. Builds take turns, each in a process of its own. The
-caches of a case fill --mib together, so that they come from memory. "read" is the share of what as many threads read
+caches of a case fill --mib together, so that they come from memory. "first/last" is the median over rounds, in which
+each build calls for --seconds. "read" is the share of what as many threads read
 with a plain sum over an array. The last columns divide the first build's time by the last one's: with the same types,
 and with f16/f16. With --against-base the first build runs f16/f16 alone, in turns with every pair of the last one.
 """
@@ -43,8 +44,8 @@ def read_speed(n_threads: int, mib: int = 256) -> float:
     return parts.nbytes / best / 1e9
 
 
-def measure(folder: Path, case: dict, mib: float, seconds: float) -> float:
-    """Milliseconds per call."""
+def operators_of(folder: Path, case: dict, mib: float) -> list:
+    """As many of the case as fill so many MiB, computed once."""
     from attention import Ggml, Operator
 
     ggml = Ggml(folder)
@@ -52,13 +53,7 @@ def measure(folder: Path, case: dict, mib: float, seconds: float) -> float:
     operators = [Operator(ggml, case, seed) for seed in range(max(1, min(64, round(mib * 2**20 / size))))]
     for operator in operators:
         operator.compute()
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < 5:
-        for operator in operators:
-            start = time.perf_counter()
-            operator.run()
-            times.append(time.perf_counter() - start)
-    return 1e3 * median(times)
+    return operators
 
 
 def cache_bytes(ggml: object, case: dict) -> int:
@@ -68,13 +63,42 @@ def cache_bytes(ggml: object, case: dict) -> int:
     return rows * sum(ggml.base.ggml_row_size(TYPES[case[side]], case["d" + side]) for side in "kv")
 
 
-def one_case(text: str, folder: Path, mib: float, seconds: float) -> None:
-    """In a process of its own: prints milliseconds and bytes, or null if the library does not know a type."""
+def one_case(text: str, folder: Path, mib: float) -> None:
+    """In a process of its own: prints the bytes of a call, 0 if the library does not know a type; then, for each line of
+    seconds that comes in, calls for so long, and prints their median in milliseconds."""
     from attention import Ggml
 
     ggml, case = Ggml(folder), json.loads(text)
     known = hasattr(ggml.cpu, "kvt_attn_ref") or (case["k"] not in OUR_TYPES and case["v"] not in OUR_TYPES)
-    print(json.dumps([measure(folder, case, mib, seconds) if known else None, cache_bytes(ggml, case) if known else 0]))
+    operators = operators_of(folder, case, mib) if known else []
+    print(cache_bytes(ggml, case) if known else 0, flush=True)
+    for line in sys.stdin:
+        times: list[float] = []
+        while sum(times) < float(line) or len(times) < 5:
+            for operator in operators:
+                start = time.perf_counter()
+                operator.run()
+                times.append(time.perf_counter() - start)
+        print(1e3 * median(times), flush=True)
+
+
+class Build:
+    """A library that works on a case in a process of its own."""
+
+    def __init__(self, folder: Path, case: dict, mib: float) -> None:
+        command = [sys.executable, __file__, str(folder), "--case", json.dumps(case), "--mib", str(mib)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.n_bytes = int(self._process.stdout.readline() or 0)
+
+    def run(self, seconds: float) -> float:
+        """Milliseconds per call."""
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
 
 
 def main() -> None:
@@ -83,8 +107,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--n-kv", type=int, default=8000)
     parser.add_argument("--n-q", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=0.2)
     parser.add_argument("--mib", type=float, default=64)
     parser.add_argument(
         "--pairs",
@@ -98,7 +122,7 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
-        one_case(options.case, options.folders[0], options.mib, options.seconds)
+        one_case(options.case, options.folders[0], options.mib)
         return
     names = {
         "all": ["/".join(p) for p in product(STOCK_TYPES, STOCK_TYPES)],
@@ -122,33 +146,23 @@ def main() -> None:
                     "n_kv": max(64, options.n_kv // n_stream), "n_stream": n_stream, "mask": "causal",
                     "n_threads": options.threads}  # fmt: skip
             base_case = {**case, **dict(zip("kv", BASE.split("/")))}
-            times: list[list[float | None]] = [[] for _ in options.folders]
-            sizes = [0] * len(options.folders)
+            cases = [base_case if options.against_base and i == 0 else case for i in range(len(options.folders))]
+            builds = [Build(folder, of, options.mib) for folder, of in zip(options.folders, cases)]
+            times: list[list[float]] = [[] for _ in builds]
             for _ in range(options.rounds):
-                for i, folder in enumerate(options.folders):
-                    of_build = json.dumps(base_case if options.against_base and i == 0 else case)
-                    command = [
-                        sys.executable,
-                        __file__,
-                        str(folder),
-                        "--case",
-                        of_build,
-                        "--mib",
-                        str(options.mib),
-                        "--seconds",
-                        str(options.seconds),
-                    ]
-                    ms, sizes[i] = json.loads(
-                        subprocess.run(command, capture_output=True, text=True, check=True).stdout
-                    )
-                    times[i].append(ms)
-            ms = [None if None in t else median(t) for t in times]
+                for build, found in zip(builds, times):
+                    if build.n_bytes:
+                        found.append(build.run(options.seconds))
+            for build in builds:
+                build.close()
+            sizes, ms = [build.n_bytes for build in builds], [median(t) if t else None for t in times]
             base = ms[0] if options.against_base else base or ms[0]
             columns = "".join(
                 f"{t:10.3f}{size / t / 1e6:8.1f}{size / t / 1e6 / speed:7.0%}" if t else f"{'-':>10}{'-':>8}{'-':>7}"
                 for t, size in zip(ms, sizes)
             )
-            same = f"{ms[0] / ms[-1]:13.2f}" if ms[0] and not options.against_base else f"{'-':>13}"
+            turns = [first / last for first, last in zip(times[0], times[-1])]
+            same = f"{median(turns):13.2f}" if turns and not options.against_base else f"{'-':>13}"
             print(f"{d:4}  {n_gqa:3}  {n_stream:4}  {pair:16}{columns}{same}{base / ms[-1]:20.2f}", flush=True)
 
 
