@@ -133,8 +133,9 @@ static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0,
     }
 }
 
+// apart: inlined into more than it needs, it is compiled with fewer registers
 template <int NR, typename T, typename S>
-static void kvt_gemm_cols(const kvt_gemm_args<T, S> & g, int64_t j, kvt_ahead & ahead) {
+static KVT_NOINLINE void kvt_gemm_cols(const kvt_gemm_args<T, S> & g, int64_t j, kvt_ahead & ahead) {
     int64_t i = 0;
     for (; i + KVT_MR <= g.m; i += KVT_MR) {
         kvt_gemm_block<KVT_MR, NR>(g, i, j, ahead);

@@ -19,6 +19,7 @@
 
 #if defined(__GNUC__)
 #define KVT_INLINE inline __attribute__((always_inline))
+#define KVT_NOINLINE __attribute__((noinline))
 #define KVT_LAMBDA __attribute__((always_inline))
 #define kvt_prefetch(p) __builtin_prefetch(p)
 #if defined(__x86_64__) || defined(__i386__)
@@ -31,12 +32,14 @@
 #define KVT_OPAQUE(x) __asm__("" : "+r"(x)) // its multiples are not worth a register each
 #elif defined(_MSC_VER) && (defined(_M_X64) || defined(_M_IX86))
 #define KVT_INLINE __forceinline
+#define KVT_NOINLINE __declspec(noinline)
 #define KVT_LAMBDA
 #define kvt_prefetch(p) _mm_prefetch((const char *) (p), _MM_HINT_T0)
 #define KVT_KEEP(v) GGML_UNUSED(v)
 #define KVT_OPAQUE(x) GGML_UNUSED(x)
 #else
 #define KVT_INLINE inline
+#define KVT_NOINLINE
 #define KVT_LAMBDA
 #define kvt_prefetch(p) GGML_UNUSED(p)
 #define KVT_KEEP(v) GGML_UNUSED(v)

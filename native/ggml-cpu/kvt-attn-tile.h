@@ -337,6 +337,13 @@ static float kvt_norm(const uint16_t * d, const uint16_t * mask, int nv, float *
     return d_max;
 }
 
+// weights of a row times the scales of the KV rows, of n cells, rounded
+static KVT_INLINE void kvt_round(const float * __restrict s, const float * __restrict norm, int64_t n, int16_t * __restrict w) {
+    for (int64_t j = 0; j < n; j += KVT_VW) {
+        vf_store_i16(w + j, vf_mul(vf_load(s + j), vf_load(norm + j)));
+    }
+}
+
 static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead & ahead) {
     int32_t * vt = (int32_t *) tile.vt;
     const int n = seen.n, nv = (int) kvt_pad(n) / KVT_VW;
@@ -352,15 +359,13 @@ static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen 
             }
         }
         // the scale of a KV row goes into its weight, as a part of the largest one that the row of Q sees in the tile
-        float d_max = 0.0f;
-        for (int r = 0; r < seen.n_rows; r++) {
-            if (r == 0 || (!seen.all && !seen.as_before(r))) {
-                d_max = kvt_norm(d, seen.all ? nullptr : seen.mask(r), nv, tile.norm);
+        for (int r = 0, end; r < seen.n_rows; r = end) {
+            for (end = r + 1; end < seen.n_rows && (seen.all || seen.as_before(end)); end++) {}
+            const float d_max = kvt_norm(d, seen.all ? nullptr : seen.mask(r), nv, tile.norm);
+            for (int i = r; i < end; i++) {
+                kvt_round(tile.S + i * KVT_TILE, tile.norm, nv * KVT_VW, tile.W + i * KVT_TILE);
+                tile.w_scale[i] = bad && seen.sees(i, bad) ? NAN : tile.factor[i] * d_max / 32767.0f;
             }
-            for (int j = 0; j < nv; j++) {
-                vf_store_i16(tile.W + r * KVT_TILE + j * KVT_VW, vf_mul(vf_load(tile.S + r * KVT_TILE + j * KVT_VW), vf_load(tile.norm + j * KVT_VW)));
-            }
-            tile.w_scale[r] = bad && seen.sees(r, bad) ? NAN : tile.factor[r] * d_max / 32767.0f;
         }
         const int64_t                                     i = b * v.type->n;
         const kvt_gemm_args<kvt_step_int, kvt_scale_rows> g = { seen.n_rows, v.type->n, (n + 1) / 2, (const int32_t *) tile.W, KVT_TILE / 2,

@@ -64,8 +64,8 @@ def cache_bytes(ggml: object, case: dict) -> int:
 
 
 def one_case(text: str, folder: Path, mib: float) -> None:
-    """In a process of its own: prints the bytes of a call, 0 if the library does not know a type; then, for each line of
-    seconds that comes in, calls for so long, and prints their median in milliseconds."""
+    """In a process of its own: prints the bytes of a call, 0 if the library does not know a type; then, for each line
+    of seconds that comes in, calls for so long, and prints their median in milliseconds."""
     from attention import Ggml
 
     ggml, case = Ggml(folder), json.loads(text)
