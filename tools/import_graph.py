@@ -27,11 +27,11 @@ FLOORS = (
     "calibrate.evaluate calibrate.runs",
     "calibrate.checks calibrate.methods calibrate.store calibrate.write",
     "calibrate.options",
-    "calibrate.capture calibrate.goals calibrate.text output",
-    "__init__ calibrate.condition calibrate.error calibrate.kld calibrate.prices calibrate.solve "
-    "calibrate.weights identity shown",
+    "__init__ calibrate.capture calibrate.goals calibrate.text output",
+    "calibrate.condition calibrate.error calibrate.kld calibrate.prices calibrate.solve calibrate.weights "
+    "identity llama shown",
     "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples "
-    "gguf_file llama runtime",
+    "gguf_file runtime",
     "calibrate.results gguf_header in_force report",
     "geometry plan",
     "calibrate.corpus held kvectors tap uses",
