@@ -86,9 +86,8 @@ def _turns(session: Session, chunks: Chunks, n_ctx: int) -> dict[int, np.ndarray
     starts = [0, *(int(last * (j * 0.6180339887 % 1)) for j in range(1, N_PLACE))]
     seen: dict[int, list[LayerSample]] = {}
     tap = Tap(lambda node: seen.setdefault(node.il, []).append(_sample(node, (0, 0), session.rope(node.il))), 1)
-    session.set_plan(None)
     try:
-        with session.context(max(256, N_PROBE), n_ubatch=N_UBATCH, swa_full=True, tap=tap) as ctx:
+        with session.context(max(256, N_PROBE), None, n_ubatch=N_UBATCH, swa_full=True, tap=tap) as ctx:
             for start in starts:
                 ctx.clear()
                 tokens = chunks.tokens[0][:N_PROBE].tolist()

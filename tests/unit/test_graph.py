@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+
 import import_graph
 
 
@@ -58,3 +60,15 @@ def test_imports_are_found_wherever_they_stand(tmp_path, monkeypatch):
     assert import_graph.needed({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == {"a": {"b"}, "b": {"c"}, "c": set()}
     assert import_graph.climbing({"a": {"b"}, "b": set()}, ("b", "a")) == ["a imports b, which lies no floor below it"]
     assert len(import_graph.climbing({"a": {"c"}, "c": set()}, ("a b",))) == 2
+
+
+def test_a_calibration_opens_no_context_without_saying_its_plan():
+    """What another stage left in force must not be what this one measures."""
+    silent = [
+        f"{path.name}:{call.lineno}"
+        for path in (import_graph.ROOT / "calibrate").glob("*.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "context"
+        if len(call.args) < 2 and "pairs" not in {keyword.arg for keyword in call.keywords}
+    ]
+    assert silent == []
