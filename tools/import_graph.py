@@ -10,6 +10,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from pathlib import Path
@@ -65,10 +66,15 @@ def python_graph(typing: bool = False) -> Graph:
     """module -> the modules that it imports at any depth of its code; typing: under `if TYPE_CHECKING` instead."""
     files = modules()
     return {
-        module: {name for node in _imports(ast.parse(path.read_text()), typing) for name in _targets(node, path, files)}
+        module: {name for node in _statements(path.read_text(), typing) for name in _targets(node, path, files)}
         - {module}
         for module, path in files.items()
     }
+
+
+@cache
+def _statements(code: str, typing: bool) -> list[ast.Import | ast.ImportFrom]:
+    return list(_imports(ast.parse(code), typing))
 
 
 def _imports(tree: ast.AST, typing: bool, inside: bool = False) -> Iterator[ast.Import | ast.ImportFrom]:
