@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +69,19 @@ def load() -> Iterator[Callable[..., Session]]:
     yield open_session
     for session in sessions:
         session.close()
+
+
+@pytest.fixture
+def signals_as_at_start() -> Iterator[None]:
+    """SIGHUP and SIGINT as a program in the foreground has them: under nohup, and in the background of a script, they
+    are ignored, which children inherit."""
+    names = [name for name in ("SIGHUP", "SIGINT") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in (getattr(signal, name) for name in names)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ FOUND = {  # sabotage -> (the kind that finds it, how many attempts it may take,
     "threads": ("threads", 2, "beside other threads"),
     "in_place": ("signals", 60, "neither the old nor the new one|not whole"),
     "leftover": ("writers", 2, "left"),
-    "noise": ("killed", 3, "another plan"),
+    "noise": ("killed", 3, "another plan|neither the old nor the new one"),
     "no_room": ("disks", 20, "the model changed|left"),
     "noise ": ("records", 10, "another plan"),
 }

@@ -12,7 +12,11 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.native, pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")]
+pytestmark = [
+    pytest.mark.native,
+    pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals"),
+    pytest.mark.usefixtures("signals_as_at_start"),
+]
 
 CALIBRATE = """
 import sys

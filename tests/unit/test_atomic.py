@@ -16,6 +16,7 @@ import pytest
 from kvtuner_gguf import atomic
 from kvtuner_gguf.atomic import atomic_file
 
+pytestmark = pytest.mark.usefixtures("signals_as_at_start")
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX modes and signals")
 root = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root, to be two users")
 
@@ -153,12 +154,10 @@ def test_what_is_no_file_is_not_replaced(way, kind, tmp_path):
 
 
 WRITER = """
-import signal, sys, time
+import sys, time
 from pathlib import Path
 from kvtuner_gguf import atomic
 from kvtuner_gguf.interrupts import orderly
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup and in the background of a shell they are ignored
-signal.signal(signal.SIGINT, signal.default_int_handler)
 if sys.argv[2] == "named":
     atomic._can_name = lambda device, folder: False
 with orderly(), atomic.atomic_file(Path(sys.argv[1])) as out:

@@ -9,6 +9,8 @@ import pytest
 from kvtuner_gguf.chat import answer, chat_loop, utf8
 from kvtuner_gguf.errors import KvtunerError
 
+pytestmark = pytest.mark.usefixtures("signals_as_at_start")
+
 
 class FakeLlama:
     """Answers with what it was asked; a word is a token. A message may name the fault that answering it has."""
