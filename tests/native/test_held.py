@@ -199,9 +199,8 @@ def see_image(llm, side=3):
     batch.n_tokens, own = n, ctypes.cast(batch.pos, ctypes.POINTER(ctypes.c_int32))
     rows, columns = np.divmod(np.arange(n), side)
     batch.pos = (ctypes.c_int32 * (4 * n))(*[at] * n, *(at + rows).tolist(), *(at + columns).tolist(), *[0] * n)
-    ctypes.memmove(
-        batch.embd, np.random.default_rng(0).standard_normal((n, n_embd), np.float32).ctypes.data, 4 * n * n_embd
-    )
+    image = np.random.default_rng(0).standard_normal((n, n_embd), np.float32)
+    ctypes.memmove(batch.embd, image.ctypes.data, image.nbytes)
     for i in range(n):
         batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, i == n - 1
     assert llama_cpp.llama_decode(llm._ctx.ctx, batch) == 0
