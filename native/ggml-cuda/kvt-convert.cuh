@@ -21,7 +21,7 @@ static __device__ __forceinline__ void kvt_dequantize(const void * x, const int6
 #define KVT_TYPE_CONVERT_NC(NAME, name, number, n, bits) \
     case GGML_TYPE_##NAME: return dequantize_block_cuda<n, 1, kvt_dequantize<GGML_TYPE_##NAME>>;
 #define KVT_CONVERT    KVT_CUDA_TYPES(KVT_TYPE_CONVERT)
-#define KVT_CONVERT_NC KVT_CUDA_TYPES(KVT_TYPE_CONVERT_NC) KVT_CUDA_IQ4_NL(KVT_TYPE_CONVERT_NC)
+#define KVT_CONVERT_NC KVT_CUDA_FATTN_TYPES(KVT_TYPE_CONVERT_NC)
 
 // in getrows.cu
 #define KVT_TYPE_GET_ROWS(NAME, name, number, n, bits) \

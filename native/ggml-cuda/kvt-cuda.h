@@ -38,3 +38,6 @@ static inline kvt_fattn_t kvt_cuda_fattn(int64_t, ggml_type, ggml_type) { return
 static inline bool        kvt_cuda_reads_pair(int64_t, int64_t, ggml_type, ggml_type) { return true; }
 
 #endif
+
+// what attention reads with kernels of ours
+#define KVT_CUDA_FATTN_TYPES(X) KVT_CUDA_TYPES(X) KVT_CUDA_IQ4_NL(X)

@@ -13,6 +13,12 @@ struct kvt_layer {
     bool rot_v = false;
 
     const kvt_cond_layer * cond = nullptr; // how K is conditioned before it is written, null = not
+
+    // the cache's rotations -> this layer's, null = not rotated
+    void only_rotated(ggml_tensor *& k, ggml_tensor *& v) const {
+        k = rot_k ? k : nullptr;
+        v = rot_v ? v : nullptr;
+    }
 };
 
 // a context shift of K: does it copy whole heads, also where RoPE touches a part of them? does it go through f32 (backends have RoPE

@@ -14,6 +14,11 @@ static inline int kvt_code_bits(ggml_type type) {
     }
 }
 
+// a step of the bounds of test-quantize-fns, by their names there
+#define KVT_MAX_TOTAL_ERROR(type)                                        \
+    kvt_code_bits(type) == 2 ? MAX_QUANTIZATION_TOTAL_ERROR_2BITS :      \
+    kvt_code_bits(type) == 3 ? MAX_QUANTIZATION_TOTAL_ERROR_3BITS :
+
 // every pair of a plan, in decode and in a prompt
 template <typename test, typename cases>
 static void kvt_flash_attn_cases(cases & list) {
