@@ -30,7 +30,7 @@ class Plannable:
     goal           at the geometry's context
     geometry       what the model caches at the context
     sizes          of the text that the stages work on
-    types          il -> the K types and the V types to choose from that the layer can take
+    types          il -> the K types and the V types that the layer can take, of those to choose from and f16
     scratch_bytes  of the largest file that is kept while it runs: captured K and V, or a reference
     """
 
@@ -49,7 +49,7 @@ def plannable_of(options: Options, sizes: Sizes) -> Plannable:
     """
     with Session(options.model, no_alloc=True, n_gpu_layers=options.n_gpu_layers) as session:
         session.check_writes_text()
-        geometry, types = session.geometry(options.n_ctx), session.supported(options.candidate_types)
+        geometry, types = session.geometry(options.n_ctx), session.supported(options.measured_types)
         sizes = sizes.fitting(session.fitting)
         captured = 2 * session.geometry(sizes.stream).n_values * sizes.n_captured
         check_can_plan(options.model, geometry)

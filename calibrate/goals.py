@@ -4,61 +4,113 @@ two stands here."""
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from kvtuner_gguf.calibrate.kld_model import KldModel
-from kvtuner_gguf.calibrate.progress import Advance
+from kvtuner_gguf.calibrate.progress import Advance, Progress
 from kvtuner_gguf.calibrate.results import Evaluate, Trial, Trials
 from kvtuner_gguf.calibrate.solve import fewest_bytes, kld_search, refine, solve
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
-from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.pair import Pairs
 
 MOST_BITS = 1e6  # far above any type
 
 
 @dataclass(frozen=True)
-class WithinBytes:
-    """The least KLD of all plans of at most n_bytes, K's vectors among them."""
+class Search:
+    """What a search goes by, whatever its way.
 
-    n_bytes: int
-    on_copy = True  # KLDs are compared with each other only, so that they may be measured on a copy of the model
+    spent     bytes of K's vectors
+    n_trials  real runs in all; None = as many as its way needs
+    """
 
-    def __post_init__(self) -> None:
-        _check("memory", self.n_bytes)
+    geometry: Geometry
+    spent: int
+    n_trials: int | None
+    seed: int
+    progress: Progress
 
-    def at(self, geometry: Geometry) -> WithinBytes:
+
+class Target(ABC):
+    """What is asked of a goal at a context, of either kind.
+
+    spent     bytes of K's vectors
+    on_copy   whether it may be searched on a copy of the model
+    """
+
+    on_copy: ClassVar[bool]
+
+    def at(self, geometry: Geometry) -> Target:
         """The goal for a cache of this geometry."""
         return self
 
     @property
+    @abstractmethod
     def max_bytes(self) -> int | None:
         """Bytes that a plan may have; None = as many as it takes."""
-        return self.n_bytes
 
-    def left(self, n_bytes: int) -> int | None:
-        """Bytes that are left to the pairs when n_bytes are spent on K's vectors; None = as many as it takes."""
-        return self.n_bytes - n_bytes
+    def left(self, spent: int) -> int | None:
+        """Bytes that are left to the pairs; None = as many as it takes."""
+        return None if self.max_bytes is None else self.max_bytes - spent
 
+    def allows(self, n_bytes: int) -> bool:
+        """Whether a plan may have so many bytes."""
+        return self.max_bytes is None or n_bytes <= self.max_bytes
+
+    @abstractmethod
     def check(self, geometry: Geometry, cheapest: int) -> None:
         """Raises CalibrationError if a plan of `cheapest` bytes is beyond the goal."""
-        if self.n_bytes < cheapest:
+
+    @abstractmethod
+    def choose(self, trials: Trials, spent: int) -> Trial:
+        """The best trial within the goal. Raises CalibrationError if none is."""
+
+    @abstractmethod
+    def solve(self, kld_model: KldModel, x: np.ndarray, floor: float, spent: int) -> Pairs:
+        """The plan of the goal by a fitted model: its x, and its floor. Raises CalibrationError if there is none."""
+
+    @abstractmethod
+    def refine(
+        self,
+        kld_model: KldModel,
+        known: Sequence[Trial],
+        evaluate: Evaluate,
+        search: Search,
+        n_trials: int,
+        advance: Advance,
+    ) -> Trial:
+        """The best plan after n_trials more runs around the goal. Raises CalibrationError if none is within it."""
+
+
+@dataclass(frozen=True)
+class WithinBytes(Target):
+    """The least KLD of all plans of at most n_bytes, K's vectors among them."""
+
+    n_bytes: int
+    on_copy = True  # KLDs are compared with each other only
+
+    def __post_init__(self) -> None:
+        _check("memory", self.n_bytes)
+
+    @property
+    def max_bytes(self) -> int:
+        return self.n_bytes
+
+    def check(self, geometry: Geometry, cheapest: int) -> None:
+        if not self.allows(cheapest):
             raise CalibrationError(
                 f"goal of {self.n_bytes} bytes at {geometry.n_ctx} tokens ({geometry.bits_of(self.n_bytes):.2f} bits): "
                 f"the cheapest plan needs {cheapest} ({geometry.bits_of(cheapest):.2f} bits). Allow more, or a "
                 "smaller -c."
             )
 
-    def allows(self, n_bytes: int) -> bool:
-        """Whether a plan may have so many bytes."""
-        return n_bytes <= self.n_bytes
-
     def choose(self, trials: Trials, spent: int) -> Trial:
-        """The best trial within the goal, `spent` bytes being paid for K's vectors. Raises CalibrationError if none
-        is."""
         within = [t for t in trials.trials if self.allows(t.n_bytes + spent)]
         if not within:
             fewest = min(t.n_bytes for t in trials.trials) + spent
@@ -67,8 +119,7 @@ class WithinBytes:
             )
         return min(within, key=lambda t: (t.kld, t.n_bytes))
 
-    def solve(self, kld_model: KldModel, x: np.ndarray, floor: float, spent: int) -> tuple[Pair, ...]:
-        """The plan of the goal by a fitted model: its x, and its floor. Raises CalibrationError if there is none."""
+    def solve(self, kld_model: KldModel, x: np.ndarray, floor: float, spent: int) -> Pairs:
         return solve(kld_model, kld_model.prices(x), self.n_bytes - spent)
 
     def refine(
@@ -76,16 +127,12 @@ class WithinBytes:
         kld_model: KldModel,
         known: Sequence[Trial],
         evaluate: Evaluate,
-        geometry: Geometry,
-        *,
-        spent: int,
+        search: Search,
         n_trials: int,
-        seed: int,
-        progress: Advance,
+        advance: Advance,
     ) -> Trial:
-        """The best plan after n_trials more runs around the goal."""
-        budget = self.n_bytes - spent
-        return refine(kld_model, known, evaluate, geometry, budget, n_trials=n_trials, seed=seed, progress=progress)[1]
+        sizes = search.geometry, self.n_bytes - search.spent
+        return refine(kld_model, known, evaluate, *sizes, n_trials=n_trials, seed=search.seed, progress=advance)[1]
 
 
 @dataclass(frozen=True)
@@ -93,7 +140,6 @@ class WithinBits:
     """The least KLD of all plans of at most so many real bits per cached value, scales and K's vectors included."""
 
     bits: float
-    on_copy = True
 
     def __post_init__(self) -> None:
         _check("bits", self.bits)
@@ -104,7 +150,7 @@ class WithinBits:
 
 
 @dataclass(frozen=True)
-class WithinKld:
+class WithinKld(Target):
     """The fewest bytes of all plans whose mean KLD is at most max_kld, in nats."""
 
     max_kld: float
@@ -113,28 +159,14 @@ class WithinKld:
     def __post_init__(self) -> None:
         _check("max-kld", self.max_kld)
 
-    def at(self, geometry: Geometry) -> WithinKld:
-        """The goal for a cache of this geometry."""
-        return self
-
     @property
-    def max_bytes(self) -> int | None:
-        """None: as many as it takes."""
-        return None
-
-    def left(self, n_bytes: int) -> int | None:
-        """None: as many as it takes."""
+    def max_bytes(self) -> None:
         return None
 
     def check(self, geometry: Geometry, cheapest: int) -> None:
         """Any plan may be within the goal until it is measured."""
 
-    def allows(self, n_bytes: int) -> bool:
-        """Whether a plan may have so many bytes."""
-        return True
-
     def choose(self, trials: Trials, spent: int) -> Trial:
-        """The smallest trial within the goal. Raises CalibrationError if none is."""
         within = [t for t in trials.trials if t.kld <= self.max_kld]
         if not within:
             best = min(t.kld for t in trials.trials)
@@ -143,8 +175,7 @@ class WithinKld:
             )
         return min(within, key=lambda t: (t.n_bytes, t.kld))
 
-    def solve(self, kld_model: KldModel, x: np.ndarray, floor: float, spent: int) -> tuple[Pair, ...]:
-        """The plan of the goal by a fitted model: its x, and its floor. Raises CalibrationError if there is none."""
+    def solve(self, kld_model: KldModel, x: np.ndarray, floor: float, spent: int) -> Pairs:
         pairs = fewest_bytes(kld_model, kld_model.prices(x), self.max_kld - floor)
         if pairs is None:
             raise CalibrationError(
@@ -158,20 +189,16 @@ class WithinKld:
         kld_model: KldModel,
         known: Sequence[Trial],
         evaluate: Evaluate,
-        geometry: Geometry,
-        *,
-        spent: int,
+        search: Search,
         n_trials: int,
-        seed: int,
-        progress: Advance,
+        advance: Advance,
     ) -> Trial:
-        """The best plan after n_trials more runs around the goal. Raises CalibrationError if none is within it."""
-        tried = kld_search(kld_model, known, evaluate, geometry, self.max_kld, n_trials=n_trials, progress=progress)
-        return self.choose(tried, spent)
+        sizes = search.geometry, self.max_kld
+        tried = kld_search(kld_model, known, evaluate, *sizes, n_trials=n_trials, progress=advance)
+        return self.choose(tried, search.spent)
 
 
 Goal = WithinBits | WithinBytes | WithinKld  # as it is asked for
-Target = WithinBytes | WithinKld  # at a context
 
 
 def _check(name: str, value: float) -> None:

@@ -21,9 +21,8 @@ from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair
 
 F16 = Pair("f16", "f16")
-PRIOR_SPREAD = (
-    1.0  # how far a layer's x may lie from its side's mean, relative to the larger of the two: one standard deviation
-)
+# how far a layer's x may lie from its side's mean, relative to the larger of the two: one standard deviation
+PRIOR_SPREAD = 1.0
 ALIKE = 0.85  # correlation of the x of a layer's K and of its V: what lies above a layer amplifies both (SmolLM2: 0.87)
 N_REWEIGHT = 5
 NOISE = 0.1  # how far a measured KLD may lie from the model, relative

@@ -58,7 +58,7 @@ class Measured:
 
 def measure_model(options: Options, plannable: Plannable, bench: Bench) -> Measured:
     """Text, vectors of K, and errors: from the records, or made. Raises CalibrationError where a stage does."""
-    types = types_of_layers(options, bench.session)
+    types = types_of_layers(options, plannable.types)
     text = text_of(options, plannable, bench)
     k_vectors = affordable_vectors(plannable, conditions(options, plannable, types, text, bench), bench)
     errors = errors_of(plannable, types, text, k_vectors, bench)
@@ -66,10 +66,9 @@ def measure_model(options: Options, plannable: Plannable, bench: Bench) -> Measu
     return Measured(text, k_vectors, errors)
 
 
-def types_of_layers(options: Options, session: Session) -> Types:
-    """il -> K types and V types to choose from. Those that were not asked for by name are dropped where a cheaper one
-    does."""
-    types = session.supported(tuple(dict.fromkeys(("f16", *options.candidate_types))))
+def types_of_layers(options: Options, types: Types) -> Types:
+    """The types that are measured, of those that each layer can take: those that were not asked for by name are dropped
+    where a cheaper one does."""
     if options.types:
         return types
 

@@ -6,19 +6,16 @@ from collections.abc import Sequence
 from itertools import chain
 
 from kvtuner_gguf.calibrate.cluster import cluster
-from kvtuner_gguf.calibrate.goals import Target
+from kvtuner_gguf.calibrate.goals import Search, Target
 from kvtuner_gguf.calibrate.kld_model import KldModel
 from kvtuner_gguf.calibrate.nsga2 import nsga2
 from kvtuner_gguf.calibrate.options import PAPER_TRIALS
 from kvtuner_gguf.calibrate.prices import N_FLOOR, floor_plans, price, price_ladders, replaced
-from kvtuner_gguf.calibrate.progress import Progress
 from kvtuner_gguf.calibrate.prune import pareto_menus
 from kvtuner_gguf.calibrate.results import ErrorTable, Evaluate, Trial
 from kvtuner_gguf.geometry import Geometry
-from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.pair import Pairs
 from kvtuner_gguf.quality import Quality
-
-Pairs = tuple[Pair, ...]
 
 N_REFINE = 14  # runs of the default method around the goal, once the layers are priced
 
@@ -28,38 +25,31 @@ def fitted(
     uniform: Sequence[Pairs],
     kld: Evaluate,
     goal: Target,
-    geometry: Geometry,
-    *,
-    spent: int,
-    n_trials: int | None,
-    seed: int,
-    progress: Progress,
+    search: Search,
 ) -> Trial:
     """The default: runs that price each layer's K and V, then the best plans by these prices, to correct them at the
     goal.
 
-    uniform   plans that are run, too
-    spent     bytes of K's vectors
-    n_trials  real runs in all; None = two per layer and about 24 more
+    uniform  plans that are run, too
     """
     n_price, n_refine = 2 * len(kld_model.il) + N_FLOOR, N_REFINE
-    if n_trials is not None:
-        rest = max(3, n_trials - len(uniform))
+    if search.n_trials is not None:
+        rest = max(3, search.n_trials - len(uniform))
         n_price, n_refine = 2 * rest // 3, rest - 2 * rest // 3
     floors = floor_plans(kld_model) if n_price > 2 * N_FLOOR else []
     ladders = price_ladders(kld_model, n_price - len(floors))
 
     def run(pairs: Pairs) -> Trial:
-        return Trial.of(pairs, kld(pairs), geometry)
+        return Trial.of(pairs, kld(pairs), search.geometry)
 
     known = []
     n_runs = len(uniform) + len(floors) + len(ladders)
-    with progress.bar("search: price of each layer's K and V", n_runs) as advance:
+    with search.progress.bar("search: price of each layer's K and V", n_runs) as advance:
         for trial in chain(map(run, [*uniform, *floors]), (price(ladder, run) for ladder in ladders)):
             known.append(trial)
             advance(1)
-    with progress.bar("search: best plans by these prices", n_refine) as advance:
-        return goal.refine(kld_model, known, kld, geometry, spent=spent, n_trials=n_refine, seed=seed, progress=advance)
+    with search.progress.bar("search: best plans by these prices", n_refine) as advance:
+        return goal.refine(kld_model, known, kld, search, n_refine, advance)
 
 
 def paper(
@@ -67,34 +57,29 @@ def paper(
     types: Sequence[str],
     kld: Evaluate,
     goal: Target,
-    geometry: Geometry,
-    *,
-    spent: int,
-    n_trials: int | None,
-    seed: int,
-    progress: Progress,
+    search: Search,
 ) -> Trial:
     """KVTuner as published: menus by output_error, DBSCAN groups, NSGA-II over (KLD, bits). Arguments as in fitted.
 
     types  those to choose from, of all in errors
     """
-    errors = errors.of_types(types)
+    geometry, errors = search.geometry, errors.of_types(types)
     menus = pareto_menus(errors, geometry=geometry)
     groups = cluster(errors, menus)
-    budget = goal.left(spent)
-    n_trials = n_trials or PAPER_TRIALS
-    with progress.bar("search: real runs (paper)", n_trials) as advance:
+    budget = goal.left(search.spent)
+    n_trials = search.n_trials or PAPER_TRIALS
+    with search.progress.bar("search: real runs (paper)", n_trials) as advance:
         tried = nsga2(
             groups,
             menus,
             kld,
             geometry,
             n_trials=n_trials,
-            seed=seed,
+            seed=search.seed,
             max_bits=None if budget is None else geometry.bits_of(budget),
             progress=advance,
         )
-    return goal.choose(tried, spent)
+    return goal.choose(tried, search.spent)
 
 
 def known_trials(kld_model: KldModel, runs: Sequence[tuple[Pairs, Quality]], geometry: Geometry) -> list[Trial]:

@@ -91,6 +91,11 @@ class Options:
         """The cache types to choose from."""
         return self.types or (PAPER_TYPES if self.method == "paper" else DEFAULT_TYPES)
 
+    @property
+    def measured_types(self) -> tuple[str, ...]:
+        """Those, and f16, which errors and runs start from."""
+        return tuple(dict.fromkeys(("f16", *self.candidate_types)))
+
     def identity(self) -> list[Any]:
         """What tells the runs of this calibration from those of others. Raises CalibrationError if the text cannot be
         read, PlanError if the model cannot."""

@@ -10,6 +10,7 @@ from typing import Any
 from kvtuner_gguf.cache import scratch
 from kvtuner_gguf.calibrate.checks import Plannable, check_room, check_text, plannable_of
 from kvtuner_gguf.calibrate.corpus import readable
+from kvtuner_gguf.calibrate.goals import Search
 from kvtuner_gguf.calibrate.kld import N_UBATCH
 from kvtuner_gguf.calibrate.kld_model import KldModel, fit
 from kvtuner_gguf.calibrate.measured import Bench, Measured, heldout_reference, measure_model, search_reference
@@ -18,7 +19,7 @@ from kvtuner_gguf.calibrate.options import Options, Outcome, Point, Solved
 from kvtuner_gguf.calibrate.progress import Progress
 from kvtuner_gguf.calibrate.proof import best_rivals, prove
 from kvtuner_gguf.calibrate.results import Trial
-from kvtuner_gguf.calibrate.runs import HELDOUT, HELDOUT_FLOOR, SEARCH, SEARCH_COPY, Runs, search_name, tag
+from kvtuner_gguf.calibrate.runs import FLOOR, HELDOUT, SEARCH, SEARCH_COPY, Runs, search_name, tag
 from kvtuner_gguf.calibrate.sizes import Sizes
 from kvtuner_gguf.calibrate.solve import cheapest, front, uniform_pairs
 from kvtuner_gguf.calibrate.store import Store, claimed, work_dir
@@ -89,16 +90,11 @@ def search(options: Options, plannable: Plannable, measured: Measured, bench: Be
     reference = search_reference(plannable, measured.text, bench)
     name = search_name(bench.session, options.model)
     runs = Runs(bench.session, reference, bench.store.evaluations, name, measured.k_vectors)
-    how: dict[str, Any] = {
-        "spent": spent,
-        "n_trials": options.n_trials,
-        "seed": options.seed,
-        "progress": bench.progress,
-    }
+    by = Search(geometry, spent, options.n_trials, options.seed, bench.progress)
     if options.method == "paper":
-        best = paper(measured.errors, options.candidate_types, runs.kld, goal, geometry, **how)
+        best = paper(measured.errors, options.candidate_types, runs.kld, goal, by)
     else:
-        best = fitted(kld_model, uniform, runs.kld, goal, geometry, **how)
+        best = fitted(kld_model, uniform, runs.kld, goal, by)
     rivals = []
     with bench.progress.bar("search: uniform pairs as stock has them", len(uniform)) as advance:
         for pairs in uniform:
@@ -162,7 +158,7 @@ def solved(options: Options, plannable: Plannable, measured: Measured, store: St
         store.check_writable(runs.path)
     x, floor = fit(kld_model, known)
     if name == SEARCH_COPY:  # whose floor is lower than the model's
-        floor = max([floor, *(q.kld_mean for _, q in runs.of(HELDOUT_FLOOR))])
+        floor = max([floor, *(q.kld_mean for _, q in runs.of(HELDOUT + FLOOR))])
     pairs = plannable.goal.solve(kld_model, x, floor, spent)
     plan = plan_of(pairs, where_quantized(k_vectors, pairs), geometry, made_of(options, measured.text, rotated=rotated))
     predicted = floor + float(kld_model.features(pairs) @ x)

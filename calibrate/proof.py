@@ -13,11 +13,9 @@ from kvtuner_gguf.calibrate.progress import Progress
 from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.kvectors import KVectors
-from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.pair import Pair, Pairs
 from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.quality import Quality, Row
-
-Pairs = tuple[Pair, ...]
 
 
 class Judge(Protocol):

@@ -14,9 +14,9 @@ from kvtuner_gguf.calibrate.records import load_json, save_json
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.kvectors import KVectors
-from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.pair import Pair, Pairs
 
-Evaluate = Callable[[tuple[Pair, ...]], float]  # one pair per layer -> KLD against the f16 cache, nats
+Evaluate = Callable[[Pairs], float]  # one pair per layer -> KLD against the f16 cache, nats
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvtuner_gguf.calibrate.kld import Reference, measure
-from kvtuner_gguf.calibrate.store import Evaluations, Pairs
+from kvtuner_gguf.calibrate.store import Evaluations
 from kvtuner_gguf.kvectors import KVectors, where_quantized
+from kvtuner_gguf.pair import Pairs
 from kvtuner_gguf.quality import Quality
 from kvtuner_gguf.runtime import Session
 
 SEARCH, SEARCH_COPY = "search", "search-copy"  # runs in the records: on the model itself, and on a copy of it
-HELDOUT, HELDOUT_FLOOR = "heldout", "heldout-floor"
+HELDOUT, FLOOR = "heldout", "-floor"
 
 
 def search_name(session: Session, model: Path) -> str:
@@ -56,7 +57,7 @@ class Runs:
 
     def of_floor(self, f16: Pairs) -> Quality:
         """Of the f16 cache itself, by another attention kernel: what rounding alone makes of the model."""
-        return self.evaluations.get(f"{self.name}-floor", self._measure_floor, f16)
+        return self.evaluations.get(self.name + FLOOR, self._measure_floor, f16)
 
     def kld(self, pairs: Pairs) -> float:
         """Mean KLD of a plan."""

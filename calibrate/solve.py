@@ -14,14 +14,11 @@ from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair
 
-REACH = (
-    2.75  # bits per value around the goal, within which uniform pairs are worth a run: far off, KLDs no longer add up
-)
+# bits per value around the goal, within which uniform pairs are worth a run: far off, KLDs no longer add up
+REACH = 2.75
 TIME_LIMIT = 10.0  # of one integer program, seconds
-STEP, N_STEPS = (
-    0.97,
-    20,
-)  # how far, and how often, a KLD that is aimed at is lowered where the plan for it was run before
+# how far, and how often, a KLD that is aimed at is lowered where the plan for it was run before
+STEP, N_STEPS = 0.97, 20
 SPREAD = 0.3  # of the prices of a first refinement, as logarithms: one standard deviation
 
 

@@ -14,12 +14,10 @@ from kvtuner_gguf.cache import cache_dir, lock
 from kvtuner_gguf.calibrate.options import Options
 from kvtuner_gguf.calibrate.records import append_line, read_lines
 from kvtuner_gguf.errors import CalibrationError, KvtunerError
-from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.pair import Pair, Pairs
 from kvtuner_gguf.quality import Quality
 
 RECORDS = 3  # counted up when runs of the same options come to mean something else, so that old records are left alone
-
-Pairs = tuple[Pair, ...]
 
 
 class _Record(Protocol):

@@ -30,9 +30,8 @@ def answer(
     Raises TooLongError before the first piece, KvtunerError for a template that fails, or a run that does.
     """
     create = partial(llm.create_chat_completion, stream=True, max_tokens=max_tokens, temperature=temperature)
-    stream = _formatted(
-        create, messages, f"model '{llm.model_path}'", say
-    )  # nothing is run before the first piece is asked for
+    # nothing is run before the first piece is asked for
+    stream = _formatted(create, messages, f"model '{llm.model_path}'", say)
     try:
         for chunk in stream:
             piece = chunk["choices"][0]["delta"].get("content")

@@ -24,11 +24,6 @@ _NUMBERS = {"u32": 4, "f32": 6}  # of GGUF's value types
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 
-def read_metadata(path: StrPath, prefix: str = PREFIX) -> dict[str, object]:
-    """The metadata whose keys start with prefix, key -> Python value. Raises PlanError like read_header."""
-    return {k: v for k, v in read_header(path, prefix).metadata.items() if k.startswith(prefix)}
-
-
 def read_plan(path: StrPath) -> Plan | None:
     """The plan in a GGUF, None if there is none. Raises PlanError for a fault in the file or in the plan."""
     header = read_header(path)

@@ -197,9 +197,8 @@ class Parser:
         return list(entries.values())
 
     def _tensor(self, data_offset: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor:
-        type_name, block_size, type_size = TENSOR_TYPES.get(
-            kind, ("", 1, 0)
-        )  # a type newer than we are: size not known
+        # a type newer than we are: size not known
+        type_name, block_size, type_size = TENSOR_TYPES.get(kind, ("", 1, 0))
         tensor = Tensor(name, type_name, shape, data_offset + offset, math.prod(shape) // block_size * type_size)
         end = tensor.offset + tensor.n_bytes
         if end > self.size:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import operator
 import os
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import native
 from .errors import KvtunerError
 from .held import HeldLlama
 from .in_force import Asked, asked_plan, put_in_force
-from .machine import check_memory
+from .machine import check_memory, total_memory
 from .pair import allocated_pairs
 from .plan import PREFIX, Plan
 from .runtime import Session
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from .native import LayerCache
 
 N_CTX = 512  # llama_cpp.Llama's default
+_F32_BYTES = 4  # of a cached value, the largest that there is
 
 
 class Llama(HeldLlama):
@@ -57,16 +59,9 @@ class Llama(HeldLlama):
         **kwargs: Any,
     ) -> None:
         self._asked, self._n_ctx_asked = asked_plan(plan, kv_overrides), kwargs.get("n_ctx")
-        if not (kwargs.get("n_gpu_layers") or kwargs.get("vocab_only")):
-            n_bytes, n_ctx = _cache_bytes(
-                model_path,
-                self._asked,
-                self._n_ctx_asked,
-                (type_k, type_v),
-                kv_overrides or {},
-                swa_full=bool(swa_full),
-            )
-            check_memory(n_bytes, n_ctx)
+        self._cache_bytes = partial(
+            _cache_bytes, model_path, self._asked, (type_k, type_v), kv_overrides or {}, swa_full=bool(swa_full)
+        )
         try:
             super().__init__(
                 native.model_file(model_path),
@@ -94,9 +89,19 @@ class Llama(HeldLlama):
     @_model.setter
     def _model(self, model: Any) -> None:
         self.__dict__["_model"] = model
-        if self._n_ctx_asked != 0:  # 0: as many as the model was trained for
-            check_context(model.model, N_CTX if self._n_ctx_asked is None else self._n_ctx_asked)
+        n_ctx = N_CTX if self._n_ctx_asked is None else self._n_ctx_asked
+        if n_ctx:  # 0: as many as the model was trained for
+            check_context(model.model, n_ctx)
         put_in_force(model.model, self._asked)
+        self._check_memory(model, n_ctx or model.n_ctx_train())
+
+    def _check_memory(self, model: Any, n_ctx: int) -> None:
+        """Raises NativeError if the machine cannot hold the cache. What it is going to take is asked of the run time
+        only where f32 would not fit: that reads the model's metadata once more."""
+        if self.model_params.n_gpu_layers or self.model_params.vocab_only:
+            return
+        if _F32_BYTES * n_ctx * native.kv_values(model.model) > total_memory():
+            check_memory(self._cache_bytes(n_ctx), n_ctx)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"plan": self._asked}
@@ -137,23 +142,21 @@ class Llama(HeldLlama):
 def _cache_bytes(
     model_path: str,
     plan: Plan | bool | None,
-    n_ctx: int | None,
     types: tuple[int | str | None, int | str | None],
     kv_overrides: dict[str, Any],
+    n_ctx: int,
     *,
     swa_full: bool,
-) -> tuple[int, int]:
-    """(bytes that the cache is going to have, tokens that it is for), by the metadata alone; 0 bytes where something is
-    wrong, which is said when the context is made."""
+) -> int:
+    """Bytes that the cache of n_ctx tokens is going to have, by the metadata alone; 0 where something is wrong, which
+    is said when the context is made."""
     ours = {key: value for key, value in kv_overrides.items() if key.startswith(PREFIX)}
-    n_ctx = N_CTX if n_ctx is None else n_ctx
     with suppress(KvtunerError), Session(model_path, no_alloc=True, overrides=ours) as session:
         session.put_in_force(plan)
         names = [native.type_name_of(number) if (number := _type_number(t)) is not None else "f16" for t in types]
-        n_ctx = n_ctx or session.n_ctx_train
         with session.context(n_ctx, type_k=names[0], type_v=names[1], swa_full=swa_full) as ctx:
-            return sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers()), n_ctx
-    return 0, n_ctx
+            return sum(layer.bytes_k + layer.bytes_v for layer in ctx.layers())
+    return 0
 
 
 def _type_number(type_: int | str | None) -> int | None:

@@ -120,6 +120,7 @@ _SIGNATURES = {
     "kvt_decode": (_i32, [_str, _ptr, _i64, _i64, _ptr]),
     "kvt_model_n_layer": (_i32, [_ptr]),
     "kvt_model_n_pos": (_i32, [_ptr]),
+    "kvt_model_kv_values": (_i64, [_ptr]),
     "kvt_model_rope": (_i32, [_ptr, _i32, _ptr, _ptr]),
     "kvt_model_set_plan": (_i32, [_ptr, _strs, _strs, _i32]),
     "kvt_model_set_k_vectors": (_i32, [_ptr, _i32, _ptr, _ptr, _i32]),
@@ -289,6 +290,11 @@ def n_layer(model: int) -> int:
 def n_positions(model: int) -> int | None:
     """Rows of the table of positions that the model learned, beyond which it cannot read; None if it has none."""
     return check(library().kvt_model_n_pos(model)) or None
+
+
+def kv_values(model: int) -> int:
+    """Values of K and V that a token has at most, all layers together."""
+    return check(library().kvt_model_kv_values(model))
 
 
 def rope(model: int, il: int) -> tuple[int, bool]:

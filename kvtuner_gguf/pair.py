@@ -36,6 +36,9 @@ class Pair:
         return cls(*names)
 
 
+Pairs = tuple[Pair, ...]  # one for each layer of a model
+
+
 def allocated_pairs(layers: Iterable[Any], n_layer: int) -> tuple[Pair, ...]:
     """One pair per layer from what a context has allocated (native.LayerCache); none for a layer without KV of its
     own."""

@@ -44,9 +44,8 @@ _FIELDS = (
 )
 _CALIBRATION = "calibration."
 _CALIBRATION_KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
-_MAX_JSON_BYTES = (
-    64 << 20
-)  # types of a thousand layers are 30 KB; vectors of 80 layers of 64 heads, 128 channels each, 16 MB
+# types of a thousand layers are 30 KB; vectors of 80 layers of 64 heads, 128 channels each, 16 MB
+_MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

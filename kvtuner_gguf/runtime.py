@@ -167,13 +167,6 @@ class Session:
             tokens += buf[:n]
         return tokens
 
-    def detokenize(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, special tokens included."""
-        n = len(tokens)
-        ids, buf = (ctypes.c_int32 * n)(*tokens), ctypes.create_string_buffer(64 * n + 64)
-        size = self._llama.llama_detokenize(self.vocab, ids, n, buf, len(buf), False, True)
-        return buf.raw[: max(size, 0)].decode(errors="replace")
-
     def is_end(self, token: int) -> bool:
         """True for a token that ends a document or a turn."""
         return self._llama.llama_vocab_is_eog(self.vocab, token)

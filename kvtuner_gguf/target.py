@@ -55,9 +55,8 @@ def check_folder(target: Path, n_bytes: int) -> None:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
     with tempfile.TemporaryFile(dir=target.parent) as file:
         if n_bytes >= _FAT_LIMIT:
-            file.truncate(
-                n_bytes
-            )  # refused at once by a file system that holds no such file; others need no zeros for it
+            # refused at once by a file system that holds no such file; others need no zeros for it
+            file.truncate(n_bytes)
     need(target.parent, n_bytes)
 
 

@@ -377,9 +377,8 @@ def tiny_mamba(path: Path | str, *, seed: int = 0, extra: Extra = ()) -> Path:
         w.tensor(f"{at}ssm_conv1d.bias", w.normal(d_inner, std=0.1))
         w.matrix(f"{at}ssm_x", dt_rank + 2 * d_state, d_inner)
         w.tensor(f"{at}ssm_dt.weight", w.normal(d_inner, dt_rank, std=dt_rank**-0.5))
-        w.tensor(
-            f"{at}ssm_dt.bias", np.full(d_inner, -3.0, np.float32)
-        )  # a step of 1/20: the state remembers some tokens
+        # a step of 1/20: the state remembers some tokens
+        w.tensor(f"{at}ssm_dt.bias", np.full(d_inner, -3.0, np.float32))
         w.tensor(f"{at}ssm_a", np.tile(-np.arange(1, d_state + 1, dtype=np.float32), (d_inner, 1)))
         w.tensor(f"{at}ssm_d", np.ones(d_inner, np.float32))
         w.matrix(f"{at}ssm_out", n_embd, d_inner)

@@ -24,6 +24,17 @@ int32_t kvt_model_rope(const llama_model * model, int32_t il, int32_t * n_rot, b
     return 0;
 }
 
+int64_t kvt_model_kv_values(const llama_model * model) {
+    if (!model) {
+        return kvt_error(KVT_E_ARG, "kvt_model_kv_values: model is null");
+    }
+    int64_t n = 0;
+    for (uint32_t il = 0; il < model->hparams.n_layer_all; il++) {
+        n += model->hparams.n_embd_k_gqa(il) + model->hparams.n_embd_v_gqa(il);
+    }
+    return n;
+}
+
 int32_t kvt_model_n_pos(const llama_model * model) {
     if (!model) {
         return kvt_error(KVT_E_ARG, "kvt_model_n_pos: model is null");

@@ -53,6 +53,9 @@ LLAMA_API int32_t kvt_model_rope(const struct llama_model * model, int32_t il, i
 // positions that the model has a row for in a table that it learned; a token beyond them cannot be read. 0 = no table, no end
 LLAMA_API int32_t kvt_model_n_pos(const struct llama_model * model);
 
+// values of K and V that a token has at most, all layers together
+LLAMA_API int64_t kvt_model_kv_values(const struct llama_model * model);
+
 // set the plan for contexts that are created from now on; contexts that exist keep theirs
 // type_k, type_v: n_layer names, "" where a layer is left at f16 or has no KV of its own
 LLAMA_API int32_t kvt_model_set_plan(struct llama_model * model, const char * const * type_k, const char * const * type_v, int32_t n_layer);

@@ -15,7 +15,8 @@ from running import vectors
 from kvtuner_gguf import native
 from kvtuner_gguf.codecs import CODECS
 from kvtuner_gguf.errors import NativeError, PlanError
-from kvtuner_gguf.gguf_file import read_metadata, read_plan, write_plan
+from kvtuner_gguf.gguf_file import read_plan, write_plan
+from kvtuner_gguf.gguf_header import read_header
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.runtime import Context, Session
@@ -73,7 +74,9 @@ class Attack:
             return
         if plan is None or layers is None:
             need(
-                (plan is None and layers is None) or bool(notes) or "kvtuner.enabled" in read_metadata(self.path),
+                (plan is None and layers is None)
+                or bool(notes)
+                or "kvtuner.enabled" in read_header(self.path).metadata,
                 f"Python reads {plan!s:.300}, the run time has {layers} and no note",
             )
         else:

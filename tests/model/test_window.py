@@ -71,9 +71,8 @@ def test_a_question_after_a_restored_session(gemma):
     assert answer(llm, question) == answer(gemma(), question)
 
 
-@pytest.mark.parametrize(
-    "gemma", ["f16"], indirect=True
-)  # what is read in other batches is rounded otherwise, and then cached as other codes
+# what is read in other batches is rounded otherwise, and then cached as other codes
+@pytest.mark.parametrize("gemma", ["f16"], indirect=True)
 def test_a_restored_session_goes_on(gemma):
     llm, other = gemma(), gemma()
     long, question = turn(llm, README[:5000]), turn(llm, QUESTION)

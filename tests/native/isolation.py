@@ -69,9 +69,8 @@ class Shared:
         self.row_seq = np.sort(rng.integers(0, N_SEQ, n_q))
         upto = rng.integers(n_kv // 4, n_kv + 1, n_q)
         seen = (self.cell_seq == self.row_seq[:, None]) & (np.arange(n_kv) < upto[:, None])
-        seen &= (
-            rng.random((n_q, n_kv)) < np.where(rng.random(n_q) < 0.5, 1.0, 0.7)[:, None]
-        )  # half of the rows have holes of their own
+        # half of the rows have holes of their own
+        seen &= rng.random((n_q, n_kv)) < np.where(rng.random(n_q) < 0.5, 1.0, 0.7)[:, None]
         mask = np.where(seen, 0.0, -np.inf).astype(np.float16)[None, None]
         self.inputs = replace(Inputs.drawn(ggml, self.case, seed), mask=mask)
         self.whole = self.rows(np.arange(n_q))

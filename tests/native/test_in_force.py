@@ -448,9 +448,15 @@ def test_a_state_error_is_ours_and_reads_as_it_is():
     assert issubclass(StateError, KvtunerError) and issubclass(StateError, KeyError)
 
 
-def test_a_cache_that_the_machine_cannot_hold_is_refused_before_the_weights_are_read(tiny, monkeypatch):
-    monkeypatch.setattr("kvtuner_gguf.machine.total_memory", lambda: 300_000)
+def test_a_cache_that_the_machine_cannot_hold_is_refused_before_it_is_allocated(tiny, monkeypatch):
+    for module in ("llama", "machine"):
+        monkeypatch.setattr(f"kvtuner_gguf.{module}.total_memory", lambda: 300_000)
     with pytest.raises(NativeError, match="context of 4096 tokens: its K/V cache needs .* Use a smaller -c"):
         Llama(tiny("llama"), n_ctx=4096, verbose=False)
     plan = Plan(tuple(uniform("q2_64", 4)))
     Llama(tiny("llama"), n_ctx=256, plan=plan, verbose=False).close()
+
+
+def test_a_cache_that_fits_in_any_type_is_not_looked_at_twice(tiny, monkeypatch):
+    monkeypatch.setattr("kvtuner_gguf.llama.Session", None)
+    Llama(tiny("llama"), n_ctx=256, verbose=False).close()

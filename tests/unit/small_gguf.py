@@ -12,6 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from kvtuner_gguf.errors import PlanError
+from kvtuner_gguf.gguf_header import read_header
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.quality import Quality
@@ -25,6 +26,11 @@ PLAN = Plan(
     rival_bits=5.5,
     calibration={"text": "Größe", "seed": 7},
 )
+
+
+def our_metadata(path: Path) -> dict[str, object]:
+    """The keys of a plan in a file, with their values."""
+    return {key: value for key, value in read_header(path).metadata.items() if key.startswith("kvtuner.")}
 
 
 def make_model(

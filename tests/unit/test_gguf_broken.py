@@ -8,10 +8,10 @@ from contextlib import suppress
 
 import pytest
 from gguf_bytes import ARRAY, STRING, U8, U32, array, entry, gguf, string, strings, tensor, text, u32
-from small_gguf import PLAN, fault, make_model, unchanged
+from small_gguf import PLAN, fault, make_model, our_metadata, unchanged
 
 from kvtuner_gguf.errors import PlanError
-from kvtuner_gguf.gguf_file import read_metadata, read_plan, weights_hash, write_plan
+from kvtuner_gguf.gguf_file import read_plan, weights_hash, write_plan
 from kvtuner_gguf.gguf_header import read_header
 
 BASE = (string("general.architecture", "llama"), u32("llama.block_count", 3))
@@ -59,7 +59,7 @@ def test_a_broken_file_is_named(name, tmp_path):
     data, parts = BROKEN[name]
     path = tmp_path / "broken.gguf"
     path.write_bytes(data)
-    for call in (read_header, read_metadata, read_plan, weights_hash, lambda p: write_plan(p, PLAN)):
+    for call in (read_header, our_metadata, read_plan, weights_hash, lambda p: write_plan(p, PLAN)):
         fault(lambda call=call: call(path), path, *parts)
     unchanged(path, data, ["broken.gguf"])
 

@@ -14,10 +14,10 @@ from collections import namedtuple
 import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter
-from small_gguf import PLAN, fault, make_model, unchanged
+from small_gguf import PLAN, fault, make_model, our_metadata, unchanged
 
 from kvtuner_gguf import gguf_file, gguf_header
-from kvtuner_gguf.gguf_file import read_metadata, read_plan, weights_hash, write_plan
+from kvtuner_gguf.gguf_file import read_plan, weights_hash, write_plan
 from kvtuner_gguf.gguf_header import read_header
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
@@ -60,7 +60,7 @@ def test_write_and_strip_restore_the_file(shape, in_place, tmp_path):
     assert (path == written) == in_place and (in_place or path.read_bytes() == original)
     write_plan(written, OTHER)
     assert read_plan(written) == OTHER and contents(written) == parts
-    assert sorted(read_metadata(written)) == [
+    assert sorted(our_metadata(written)) == [
         "kvtuner.checksum",
         "kvtuner.schema_version",
         "kvtuner.type_k",
@@ -94,7 +94,7 @@ def test_our_keys_go_from_anywhere_and_only_ours(tmp_path):
     path = make_model(tmp_path / "m.gguf", extra=[("kvtuner.k_mean", "x"), ("kvtuner", "no dot"), ("kvtunerx.y", "z")])
     parts = contents(path)
     write_plan(path, None)
-    assert contents(path) == parts and "kvtuner" in dict(parts[0]) and read_metadata(path) == {}
+    assert contents(path) == parts and "kvtuner" in dict(parts[0]) and our_metadata(path) == {}
 
 
 def test_a_plan_that_the_package_wrote_is_read(tmp_path):

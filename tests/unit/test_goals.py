@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from kvtuner_gguf import Geometry, Pair
-from kvtuner_gguf.calibrate.goals import WithinBits, WithinBytes, WithinKld
+from kvtuner_gguf.calibrate.goals import Search, Target, WithinBits, WithinBytes, WithinKld
 from kvtuner_gguf.calibrate.kld_model import KldModel
+from kvtuner_gguf.calibrate.progress import Silent
 from kvtuner_gguf.calibrate.results import ErrorTable, Trial, Trials
 from kvtuner_gguf.errors import CalibrationError
 
@@ -72,13 +73,15 @@ def test_runs_around_the_goal_end_at_its_plan(goal, best):
         return 1e-3 + float(kld_model.features(pairs).sum())
 
     known = [Trial.of(p, kld(p), GEOMETRY) for p in ((Q8, F16), (F16, Q8), (Q4, Q4), (Q8, Q8), (Q4, F16), (F16, Q4))]
-    found = goal.refine(kld_model, known, kld, GEOMETRY, spent=0, n_trials=6, seed=1, progress=seen.append)
+    by = Search(GEOMETRY, 0, None, 1, Silent())
+    found = goal.refine(kld_model, known, kld, by, 6, seen.append)
     assert found.pairs == best and found.kld == pytest.approx(0.401)
     assert set(seen) == {1} and len(seen) <= 6
 
 
 def test_both_goals_may_be_asked_the_same():
     """What the pipeline asks of a goal, either kind has."""
-    assert {n for n in vars(WithinBytes) if not n.startswith("_")} - {"n_bytes"} == {
-        n for n in vars(WithinKld) if not n.startswith("_")
-    } - {"max_kld"}
+    asked = {name for name in vars(Target) if not name.startswith("_")} | {"on_copy"}
+    for goal in (WithinBytes(1), WithinKld(1.0)):
+        assert isinstance(goal, Target) and not type(goal).__abstractmethods__
+        assert asked <= {*dir(goal)}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvtuner_gguf import Geometry, Pair
-from kvtuner_gguf.calibrate.goals import WithinBytes, WithinKld
+from kvtuner_gguf.calibrate.goals import Search, WithinBytes, WithinKld
 from kvtuner_gguf.calibrate.kld_model import KldModel
 from kvtuner_gguf.calibrate.methods import fitted, known_trials, paper
 from kvtuner_gguf.calibrate.progress import Silent
@@ -22,6 +22,10 @@ N_LAYER = 3
 GEOMETRY = Geometry((6400,) * N_LAYER, (6400,) * N_LAYER, 100)
 STEP = {"f16": 0.0, "q8_0": 0.01, "q4_0": 0.1, "q2_64": 0.5}
 WEIGHT_K, WEIGHT_V = np.array([4.0, 1.0, 0.25]), np.array([0.5, 0.25, 2.0])
+
+
+def by(spent: int = 0, n_trials: int | None = None) -> Search:
+    return Search(GEOMETRY, spent, n_trials, seed=0, progress=Silent())
 
 
 def errors() -> ErrorTable:
@@ -54,7 +58,7 @@ def test_the_default_finds_what_no_error_tells(spent):
 
     kld_model = KldModel.of(errors(), GEOMETRY)
     uniform = uniform_pairs(kld_model, GEOMETRY, GOAL.max_bytes)
-    found = fitted(kld_model, uniform, run, GOAL, GEOMETRY, spent=spent, n_trials=None, seed=0, progress=Silent())
+    found = fitted(kld_model, uniform, run, GOAL, by(spent))
     assert found.n_bytes + spent <= GOAL.n_bytes
     assert found.kld <= 1.05 * best_within(GOAL.n_bytes - spent)
     assert found.kld < 0.8 * min(kld(p) for p in uniform if GEOMETRY.bytes(p) + spent <= GOAL.n_bytes)
@@ -69,7 +73,7 @@ def test_a_few_runs_are_as_many_as_allowed():
 
     kld_model = KldModel.of(errors(), GEOMETRY)
     uniform = uniform_pairs(kld_model, GEOMETRY, GOAL.max_bytes)
-    fitted(kld_model, uniform, run, GOAL, GEOMETRY, spent=0, n_trials=12, seed=0, progress=Silent())
+    fitted(kld_model, uniform, run, GOAL, by(0, 12))
     assert len(uniform) < len(runs) <= 12
 
 
@@ -77,13 +81,13 @@ def test_a_kld_is_met_with_few_bytes():
     kld_model = KldModel.of(errors(), GEOMETRY)
     goal = WithinKld(best_within(GOAL.n_bytes) * 1.02)
     uniform = uniform_pairs(kld_model, GEOMETRY, None)
-    found = fitted(kld_model, uniform, kld, goal, GEOMETRY, spent=0, n_trials=None, seed=0, progress=Silent())
+    found = fitted(kld_model, uniform, kld, goal, by())
     assert found.kld <= goal.max_kld and found.n_bytes <= 1.1 * GOAL.n_bytes
 
 
 def test_the_papers_search_takes_its_types_and_stays_within_the_goal():
     types = ("q8_0", "q4_0", "q2_64")
-    found = paper(errors(), types, kld, GOAL, GEOMETRY, spent=0, n_trials=40, seed=0, progress=Silent())
+    found = paper(errors(), types, kld, GOAL, by(0, 40))
     assert {t for p in found.pairs for t in (p.type_k, p.type_v)} <= {*types}
     assert found.n_bytes <= GOAL.n_bytes
 

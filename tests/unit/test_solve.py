@@ -98,9 +98,8 @@ def test_prices_of_whole_layers_tell_what_each_costs(model):
     x, floor = fit(model, [*known(model, n_runs=4), *map(run, floor_plans(model))])
     for row in range(4):
         plan = model.lowered({row: Pair("q5_0", "q5_0")})
-        assert floor + model.features(plan) @ x == pytest.approx(
-            kld(plan), rel=0.2
-        )  # by one price each; without, layers differ eightfold
+        # by one price each; without, layers differ eightfold
+        assert floor + model.features(plan) @ x == pytest.approx(kld(plan), rel=0.2)
 
 
 def test_a_type_that_ruins_the_model_is_no_price(model):
