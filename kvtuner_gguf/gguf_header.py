@@ -36,6 +36,8 @@ TENSOR_TYPES = {
     40: ("nvfp4", 64, 36), 41: ("q1_0", 128, 18), 42: ("q2_0", 64, 18),
 }  # fmt: skip
 _BUDGET = 1 << 26  # what a header may cost, in bytes as _spend counts them; 262,144 tokens with merges cost 15 MB
+_BLOCK = 1 << 20  # bytes that are read at once
+_LENGTH = struct.Struct("<Q")
 MOST_ALIGNMENT = 16 << 20
 
 
@@ -176,8 +178,7 @@ class Parser:
             return list(struct.unpack(f"<{n}{code}", self._bytes(n_bytes)))
         if wanted:
             return [self._string() for _ in range(n)]
-        for _ in range(n):
-            self._skip(self._unpack("Q"))
+        self._skip_strings(n)
         return None
 
     def _tensor_table(self, n_tensors: int) -> list[tuple[str, tuple[int, ...], int, int]]:
@@ -224,6 +225,23 @@ class Parser:
             self.file.read(n)  # within the buffer, faster than seek
         else:
             self.file.seek(self.pos)
+
+    def _skip_strings(self, n: int) -> None:
+        """By blocks: a vocabulary has hundreds of thousands."""
+        block, start = b"", self.pos
+        for _ in range(n):
+            at = self.pos - start
+            if at + 8 > len(block):
+                self._need(8)
+                self.file.seek(self.pos)
+                block, start, at = self.file.read(min(_BLOCK, self.size - self.pos)), self.pos, 0
+                if len(block) < 8:
+                    raise PlanError(f"ended at {self.pos + len(block)}: it is being changed. Try again later.")
+            n_bytes = _LENGTH.unpack_from(block, at)[0]
+            self.pos += 8
+            self._need(n_bytes)
+            self.pos += n_bytes
+        self.file.seek(self.pos)
 
     def _unpack(self, code: str) -> Any:
         return struct.unpack("<" + code, self._bytes(struct.calcsize("<" + code)))[0]
