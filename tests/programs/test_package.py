@@ -13,7 +13,7 @@ import pytest
 import kvtuner_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTICES = ["LICENSE", "LICENSE_THIRD_PARTY"]
+NOTICES = ["LICENSE", "LICENSE_THIRD_PARTY", "licenses/libgomp.txt"]
 BUILT = (".git", ".*_cache", "build", "dist", "*.gguf", ".venv", "__pycache__", "*.egg-info")  # none of it is a source
 
 
@@ -39,7 +39,8 @@ def test_the_sdist_holds_the_notices_and_what_is_built(built):
 
 def test_the_wheel_holds_the_notices(built):
     folder = next(built.glob("*.dist-info"))
-    assert sorted(file.name for file in (folder / "licenses").iterdir()) == NOTICES
+    held = [str(file.relative_to(folder / "licenses")) for file in (folder / "licenses").rglob("*") if file.is_file()]
+    assert sorted(held) == NOTICES
     assert "License-Expression: MIT\n" in (folder / "METADATA").read_text()
 
 
