@@ -19,7 +19,7 @@ def main(
 ) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not stand between our lines
-    sys.path += [str(HERE.parent), str(HERE.parent / "native"), str(HERE.parent / "unit")]
+    sys.path += [str(HERE.parent), str(HERE.parent / "native")]
     from fault import Fault
     from harness import kept
 

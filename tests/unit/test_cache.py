@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
-import subprocess
 import sys
 from pathlib import Path
 
@@ -75,37 +73,6 @@ def test_scratch_goes_however_the_block_ends(end):
     except BaseException as error:
         assert type(error) is end
     assert os.listdir(cache.cache_dir()) == []
-
-
-HOLDER = """
-import sys, time
-from kvtuner_gguf.cache import scratch
-with scratch() as folder:
-    (folder / "large").write_bytes(b"x")
-    print(folder, flush=True)
-    time.sleep(60)
-"""
-
-
-@posix
-def test_what_a_killed_process_left_goes_and_what_a_living_one_has_stays():
-    def holder() -> tuple[subprocess.Popen, Path]:
-        process = subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True)
-        return process, Path(process.stdout.readline().strip())
-
-    dead, left = holder()
-    dead.send_signal(signal.SIGKILL)
-    dead.wait()
-    living, held = holder()
-    try:
-        with cache.scratch():
-            assert (held / "large").exists() and not left.exists()
-    finally:
-        living.kill()
-        living.communicate()
-    dead.stdout.close()
-    with cache.scratch():
-        assert not held.exists()
 
 
 @posix

@@ -5,10 +5,16 @@ from __future__ import annotations
 import ast
 
 import import_graph
+import pytest
 
 
-def test_nothing_goes_in_a_circle():
-    assert import_graph.circle(import_graph.python_graph()) == ""
+@pytest.fixture(scope="module")
+def imports() -> dict[str, set[str]]:
+    return import_graph.python_graph()
+
+
+def test_nothing_goes_in_a_circle(imports):
+    assert import_graph.circle(imports) == ""
 
 
 def test_native_code_includes_nothing_in_a_circle():
@@ -20,15 +26,14 @@ def test_native_folders_include_from_the_floors_below_alone():
     assert import_graph.climbing(between, import_graph.NATIVE_FLOORS) == []
 
 
-def test_modules_import_from_the_floors_below_alone():
-    assert import_graph.climbing(import_graph.python_graph(), import_graph.FLOORS) == []
+def test_modules_import_from_the_floors_below_alone(imports):
+    assert import_graph.climbing(imports, import_graph.FLOORS) == []
 
 
-def test_running_a_plan_needs_no_calibration():
-    graph = import_graph.python_graph()
-    runs = {name for name in graph if not name.startswith("calibrate")} - import_graph.MAY_CALIBRATE
+def test_running_a_plan_needs_no_calibration(imports):
+    runs = {name for name in imports if not name.startswith("calibrate")} - import_graph.MAY_CALIBRATE
     assert {
-        name: to for name in runs if (to := {other for other in graph[name] if other.startswith("calibrate")})
+        name: to for name in runs if (to := {other for other in imports[name] if other.startswith("calibrate")})
     } == {}
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -238,21 +236,6 @@ def test_names_that_are_no_utf_8_work(tmp_path, plan_file):
         assert result.exit_code == 0, result.output
     assert Plan.load(sidecar) == PLAN and read_plan(copy) is None and read_plan(model) is None
     assert r"\xff.gguf" in run("strip", copy).output
-
-
-def test_nothing_is_measured_for_an_output_that_is_none(model):
-    command = [
-        sys.executable,
-        "-c",
-        "from kvtuner_gguf.cli import main; main()",
-        "calibrate",
-        str(model),
-        "-o",
-        str(model.parent / "none" / "x.gguf"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 1 and "none" in result.stderr and not result.stdout
-    assert len(result.stderr.splitlines()) == 1  # no stage began
 
 
 def test_a_calibration_whose_place_is_gone_at_the_end_tells_what_writes_it_without_measuring(

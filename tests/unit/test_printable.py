@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from click.testing import CliRunner
 from gguf_bytes import gguf, string, u32
-from small_gguf import PLAN, make_model
 
 from kvtuner_gguf import Pair, Plan, PlanError
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.errors import MOST_CHARACTERS, KvtunerError
-from kvtuner_gguf.gguf_file import write_plan
 from kvtuner_gguf.printable import json_printable, printable
 from kvtuner_gguf.report import table
 
@@ -77,13 +72,3 @@ def test_a_hostile_plan_is_exported_as_the_same_json_and_printable(tmp_path):
     plan = Plan((Pair("q8_0", "q4_0"),), calibration={"text": "a\u202eb"})
     text = json_printable(plan.to_json())
     assert "\u202e" not in text and Plan.from_json(text) == plan
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_standard_output_that_is_full_is_an_error(tmp_path):
-    model = write_plan(make_model(tmp_path / "m.gguf"), PLAN)
-    with open("/dev/full", "wb") as full:
-        command = [sys.executable, "-c", "from kvtuner_gguf.cli import main; main()", "export", str(model)]
-        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert result.returncode == 1 and result.stderr.startswith("Error: standard output: "), result.stderr
-    assert len(result.stderr.splitlines()) == 1
