@@ -53,8 +53,9 @@ def test_search_never_leaves_the_front_it_claims(seed):
 
 
 def test_search_is_the_same_for_a_seed():
-    assert search(Model()) == search(Model())
-    assert search(Model()) != search(Model(), seed=2)
+    first = search(Model(), n_trials=60)  # beyond the first population, which is random
+    assert first == search(Model(), n_trials=60)
+    assert first != search(Model(), n_trials=60, seed=2)
 
 
 def test_search_never_evaluates_twice():
@@ -87,12 +88,11 @@ def test_search_finds_most_of_the_true_front():
     trials = search(Model(), n_trials=600)
     every = [assign(GROUPS, chosen, 12) for chosen in itertools.product(MENU, repeat=5)]
     model = Model()
-    truth = [(GEOMETRY.bytes(pairs), model(pairs)) for pairs in every]
-    found = front(trials)
+    truth = np.array([(GEOMETRY.bytes(pairs), model(pairs)) for pairs in every])
+    found = np.array(front(trials))
     # mean over budgets of how much more than the best possible; measured 0.035 to 0.088 over seeds 0 to 5
-    budgets = sorted({n_bytes for n_bytes, _ in truth})
-    best = np.array([min(kld for n, kld in truth if n <= budget) for budget in budgets])
-    ours = np.array([min(kld for n, kld in found if n <= budget) for budget in budgets])
+    budgets = np.unique(truth[:, 0])
+    best, ours = (np.array([kld[n <= budget].min() for budget in budgets]) for n, kld in (truth.T, found.T))
     assert (ours / best - 1).mean() < 0.1
 
 
