@@ -234,9 +234,8 @@ class Parser:
             if at + 8 > len(block):
                 self._need(8)
                 self.file.seek(self.pos)
-                block, start, at = self.file.read(min(_BLOCK, self.size - self.pos)), self.pos, 0
-                if len(block) < 8:
-                    raise PlanError(f"ended at {self.pos + len(block)}: it is being changed. Try again later.")
+                start, block = self.pos, self._bytes(min(_BLOCK, self.size - self.pos))
+                self.pos, at = start, 0
             n_bytes = _LENGTH.unpack_from(block, at)[0]
             self.pos += 8
             self._need(n_bytes)

@@ -72,6 +72,14 @@ def load() -> Iterator[Callable[..., Session]]:
 
 
 @pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder, not there yet, that holds this test's cache folder and is its home."""
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "HOME"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
 def signals_as_at_start() -> Iterator[None]:
     """SIGHUP and SIGINT as a program in the foreground has them: under nohup, and in the background of a script, they
     are ignored, which children inherit."""

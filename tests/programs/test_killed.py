@@ -23,12 +23,6 @@ def model(tmp_path):
     return make_model(tmp_path / "model.gguf")
 
 
-@pytest.fixture
-def own_cache(tmp_path, monkeypatch):
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-
-
 @posix
 @pytest.mark.parametrize("unnamed", [False, True])
 @pytest.mark.parametrize("new_file", [False, True])

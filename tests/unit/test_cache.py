@@ -13,13 +13,7 @@ from kvtuner_gguf import cache
 from kvtuner_gguf.errors import KvtunerError
 
 posix = pytest.mark.skipif(os.name == "nt", reason="needs POSIX modes, locks and signals")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path / "home"))
-    return tmp_path / "home"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def mode(path: Path) -> int:

@@ -20,12 +20,10 @@ DATA = b"a model" * 1000
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA", "HOME"):
-        monkeypatch.setenv(name, str(tmp_path / "cache"))
+def cache(own_cache, monkeypatch):
     monkeypatch.setattr(module, "SHA256", hashlib.sha256(DATA).hexdigest())
     monkeypatch.setattr(module, "SIZE_BYTES", len(DATA))
-    return tmp_path / "cache" / "kvtuner-gguf"
+    return own_cache / "kvtuner-gguf"
 
 
 @pytest.fixture
