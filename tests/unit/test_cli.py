@@ -149,7 +149,7 @@ def test_a_pipe_that_nobody_writes_to_is_refused_and_not_waited_for(model, tmp_p
     assert result.exit_code == 1 and "pipe" in result.output and "Check the path" in result.output, result.output
 
 
-@pytest.mark.parametrize("depth", [*range(300, 1000, 7), 10**5])
-def test_a_sidecar_of_many_levels_is_an_error(depth):
-    with pytest.raises(PlanError, match="type_k: got|not JSON"):  # either too deep to show, or to read
-        Plan.from_json('{"schema_version": 1, "type_k": ' + "[" * depth + "]" * depth + ', "type_v": ["f16"]}')
+def test_a_sidecar_of_many_levels_is_an_error():
+    for depth in (*range(300, 1000, 7), 10**5):
+        with pytest.raises(PlanError, match="type_k: got|not JSON"):  # either too deep to show, or to read
+            Plan.from_json('{"schema_version": 1, "type_k": ' + "[" * depth + "]" * depth + ', "type_v": ["f16"]}')
