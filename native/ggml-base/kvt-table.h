@@ -3,7 +3,7 @@
 #pragma once
 
 // G(name in capitals)                                                          ggml's own
-// X(name in capitals, name, number, values in a block, bits of a code)         ours
+// X(name in capitals, name, number, values in a block, bits of a code)         ours; kB_N: bits on average, in four groups
 // A number is never used again; upstream takes the next free one, so ours are far above.
 #define KVT_CACHE_TYPES(G, X) \
     G(F32)    \
@@ -16,10 +16,16 @@
     G(Q4_1)   \
     G(Q4_0)   \
     G(IQ4_NL) \
+    X(K4_64, k4_64, 207, 64, 4) \
     X(Q3_32, q3_32, 203, 32, 3) \
     X(Q3_64, q3_64, 202, 64, 3) \
+    X(K3_64, k3_64, 206, 64, 3) \
     X(Q2_32, q2_32, 201, 32, 2) \
-    X(Q2_64, q2_64, 200, 64, 2)
+    X(Q2_64, q2_64, 200, 64, 2) \
+    X(K2_64, k2_64, 205, 64, 2)
+
+// types whose quarters of a block have bits of their own: for a K in a basis (kvt-cond.h)
+#define KVT_GROUP_TYPES(X) X(K4_64) X(K3_64) X(K2_64)
 
 // ours alone
 #define KVT_TYPES(X)   KVT_CACHE_TYPES(KVT_NO_ROW, X)

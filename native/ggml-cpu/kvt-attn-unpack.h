@@ -188,6 +188,54 @@ struct kvt_row_q3_32 : kvt_row_block<kvt_block_q3_32, 32> {
     }
 };
 
+// groups of 16 values, a vector each
+static const int8_t kvt_levels_k1[16] = KVT_LEVELS_K1;
+static const int8_t kvt_levels_k2[16] = KVT_LEVELS_K2;
+static const int8_t kvt_levels_k3[16] = KVT_LEVELS_K3;
+static const int8_t kvt_levels_k4[16] = KVT_LEVELS_K4;
+
+static KVT_INLINE vb vb_bit(vb a, int from, int to) {
+    return vb_and(vb_shr16(a, from - to), vb_set1((int8_t) (1 << to)));
+}
+
+// 4*code - 126 of 6 bits, the low two in lo, the high four in hi: the parts share no bit
+static KVT_INLINE vb vb_level_k6(vb lo, vb hi) {
+    static const int8_t of_lo[16] = { 0, 4, 8, 12 };
+    static const int8_t of_hi[16] = { -126, -110, -94, -78, -62, -46, -30, -14, 2, 18, 34, 50, 66, 82, 98, 114 };
+    return vb_or(vb_look(vb_lut(of_lo), lo), vb_look(vb_lut(of_hi), hi));
+}
+
+struct kvt_row_k2_64 : kvt_row_block<kvt_block_k2_64, 64> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        const vb q = vb_load(KVT_AT(qs), nb);
+        c[0]       = vb_look(vb_lut(kvt_levels_k4), vb_or(vb_and(q, vb_set1(3)), vb_or(vb_bit(q, 5, 2), vb_bit(q, 7, 3))));
+        c[1]       = vb_look(vb_lut(kvt_levels_k2), vb_and(vb_shr16(q, 2), vb_set1(3)));
+        c[2]       = vb_look(vb_lut(kvt_levels_k1), vb_bit(q, 4, 0));
+        c[3]       = vb_look(vb_lut(kvt_levels_k1), vb_bit(q, 6, 0));
+    }
+};
+
+struct kvt_row_k3_64 : kvt_row_block<kvt_block_k3_64, 64> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        static const int8_t low[16] = { 15, 15, 15, 15, 15, 15, 15, 15 }, high[16] = { 0, 0, 0, 0, 0, 0, 0, 0, 15, 15, 15, 15, 15, 15, 15, 15 };
+        const vb            q = vb_load(KVT_AT(qs), nb), h = vb_load8(KVT_AT(qh), nb);
+        c[0]                  = vb_level_k6(vb_and(q, vb_set1(3)), vb_or(vb_and(h, vb_lut(low)), vb_and(vb_shr16(h, 4), vb_lut(high))));
+        c[1]                  = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 2), vb_set1(3)), vb_bit(q, 7, 2)));
+        c[2]                  = vb_look(vb_lut(kvt_levels_k2), vb_and(vb_shr16(q, 4), vb_set1(3)));
+        c[3]                  = vb_look(vb_lut(kvt_levels_k1), vb_bit(q, 6, 0));
+    }
+};
+
+struct kvt_row_k4_64 : kvt_row_block<kvt_block_k4_64, 64> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        const vb q = vb_load(KVT_AT(qs), nb), h = vb_load(KVT_AT(qh), nb);
+        c[0]       = vb_level_k6(vb_and(q, vb_set1(3)), vb_and(h, vb_set1(15)));
+        c[1]       = vb_look(vb_lut(kvt_levels_k4), vb_or(vb_and(vb_shr16(q, 2), vb_set1(3)), vb_and(vb_shr16(h, 2), vb_set1(12))));
+        c[2]       = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 4), vb_set1(3)), vb_bit(h, 6, 2)));
+        c[3]       = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 6), vb_set1(3)), vb_bit(h, 7, 2)));
+    }
+};
+
 #endif
 
 #ifdef KVT_DOT

@@ -162,7 +162,8 @@ int32_t kvt_ctx_k_cond(const llama_context * ctx, int32_t il) {
     if (!l) {
         return KVT_E_NONE;
     }
-    return l->kvt.cond ? (l->kvt.cond->mean ? KVT_K_MEAN : 0) | (l->kvt.cond->scale ? KVT_K_SCALE : 0) : 0;
+    const kvt_cond_layer * cond = l->kvt.cond;
+    return cond ? (cond->mean ? KVT_K_MEAN : 0) | (cond->scale ? KVT_K_SCALE : 0) | (cond->basis_k ? KVT_K_BASIS : 0) : 0;
 }
 
 int32_t kvt_ctx_holds(const llama_context * ctx, llama_seq_id seq_id, llama_pos pos) {

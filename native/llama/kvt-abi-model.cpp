@@ -80,6 +80,13 @@ int32_t kvt_model_set_plan(llama_model * model, const char * const * type_k, con
     return err;
 }
 
+static void kvt_replace_vectors(llama_model & model, int32_t il, kvt_k_vectors vectors) {
+    auto plan = std::make_shared<kvt_plan>(*model.kvt); // contexts that exist keep the old one
+    plan->k_vectors.resize(model.hparams.n_layer_all);
+    plan->k_vectors[il] = std::move(vectors);
+    model.kvt           = std::move(plan);
+}
+
 int32_t kvt_model_set_k_vectors(llama_model * model, int32_t il, const float * mean, const float * scale, int32_t n_values) {
     if (!model || il < 0 || il >= (int32_t) model->hparams.n_layer_all || n_values < 0) {
         return kvt_error(KVT_E_ARG, format("kvt_model_set_k_vectors: model is null, layer %d is not one of it, or n_values %d is negative", il, n_values));
@@ -101,10 +108,28 @@ int32_t kvt_model_set_k_vectors(llama_model * model, int32_t il, const float * m
         return kvt_error(KVT_E_ARG, fault);
     }
 
-    auto plan = std::make_shared<kvt_plan>(*model->kvt); // contexts that exist keep the old one
-    plan->k_vectors.resize(model->hparams.n_layer_all);
-    plan->k_vectors[il] = std::move(vectors);
-    model->kvt          = std::move(plan);
+    kvt_replace_vectors(*model, il, std::move(vectors));
+    return 0;
+}
+
+int32_t kvt_model_set_k_basis(llama_model * model, int32_t il, const int8_t * rows, const float * row_scale, int32_t n_values) {
+    if (!model || il < 0 || il >= (int32_t) model->hparams.n_layer_all || n_values < 0 || !rows != !row_scale) {
+        return kvt_error(KVT_E_ARG, format("kvt_model_set_k_basis: model or one of rows and row_scale is null, layer %d is not one of it, or n_values %d is negative", il, n_values));
+    }
+    if (!model->kvt || !model->kvt->in_force()) {
+        return kvt_error(KVT_E_STATE, "kvt_model_set_k_basis: no plan is in force. Set the types first");
+    }
+
+    kvt_k_vectors vectors = model->kvt->k_vectors.empty() ? kvt_k_vectors() : model->kvt->k_vectors[il];
+    vectors.basis         = nullptr;
+    if (rows) {
+        const size_t      n_have = (size_t) n_values * model->hparams.n_embd_head_k(il);
+        const std::string fault  = kvt_k_basis_set(vectors, { rows, rows + n_have }, { row_scale, row_scale + n_values }, model->hparams, il);
+        if (!fault.empty()) {
+            return kvt_error(KVT_E_ARG, fault);
+        }
+    }
+    kvt_replace_vectors(*model, il, std::move(vectors));
     return 0;
 }
 

@@ -121,6 +121,7 @@ kvt_cache_types kvt_cache::types(uint32_t il) {
         res.v = plan_v ? GGML_TYPE_F16 : res.v;
     }
 
+    types_k[il] = res.k;
     quantized_k = quantized_k || ggml_is_quantized(res.k);
     quantized_v = quantized_v || ggml_is_quantized(res.v);
 
@@ -142,12 +143,15 @@ const kvt_cond_layer * kvt_cache::cond(uint32_t il, ggml_backend_buffer_type_t b
     }
 
     kvt_k_vectors vectors = plan->k_vectors[il];
+    if (!kvt_takes_basis(types_k.at(il))) {
+        vectors.basis = nullptr;
+    }
 
     // the mean shifts all scores of a query alike, which softmax ignores: unless they are capped, or compete with a sink
     const bool capped = hparams.attn_soft_cap || kvt_arch_has(model.arch, KVT_ARCH_CAPPED);
     const bool sinks  = il < model.layers.size() && model.layers[il].attn_sinks;
     if (!vectors.mean.empty() && (capped || sinks)) {
-        departures[format("the mean of K is left in, since the attention has %s; its scale applies", sinks ? "sinks" : "a soft cap")].push_back(il);
+        departures[format("the mean of K is left in, since the attention has %s; the rest applies", sinks ? "sinks" : "a soft cap")].push_back(il);
         vectors.mean.clear();
     }
     return vectors.empty() ? nullptr : k_cond.add(il, vectors, hparams.n_head_kv(il), buft);

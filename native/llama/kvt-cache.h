@@ -46,13 +46,13 @@ struct kvt_cache {
     void rotate(std::vector<L> & layers, bool attn_rot_k, bool attn_rot_v, const F & shared) const {
         for (L & layer : layers) {
             if (!shared(layer.il)) {
-                layer.kvt.rot_k = rotated(attn_rot_k, layer.k->type);
+                layer.kvt.rot_k = rotated(attn_rot_k, layer.k->type) && !(layer.kvt.cond && layer.kvt.cond->basis_k);
                 layer.kvt.rot_v = layer.v && rotated(attn_rot_v, layer.v->type);
             }
         }
     }
 
-    // what to keep of layer il, whose tensors are in buft; not rotated yet
+    // what to keep of layer il, whose types() were asked for before, and whose tensors are in buft; not rotated yet
     kvt_layer layer(uint32_t il, ggml_backend_buffer_type_t buft);
 
     // the vectors of K, once all layers are known
@@ -88,6 +88,8 @@ private:
     std::map<std::string, std::vector<uint32_t>> departures; // from the plan: what is done instead, and why -> layers
 
     kvt_cond k_cond;
+
+    std::map<uint32_t, ggml_type> types_k; // of K, as types() gave them
 
     bool rotated(bool attn_rot, ggml_type type) const { return attn_rot && (!in_force() || ggml_is_quantized(type)); }
 

@@ -1,6 +1,7 @@
 // kvt-cond.cpp - conditioning of K: kept beside the cache, applied in the graph, told by a state
 #include "kvt-cond.h"
 #include "kvt-hash.h"
+#include "kvt-table.h"
 
 #include "llama-impl.h"
 #include "llama-hparams.h"
@@ -16,7 +17,7 @@
 ggml_context * kvt_cond::ctx_for(ggml_backend_buffer_type_t buft) {
     auto & ctx = ctxs[buft];
     if (!ctx) {
-        ggml_init_params params = { 3 * LLAMA_MAX_LAYERS * ggml_tensor_overhead(), nullptr, true }; // mem_size, mem_buffer, no_alloc
+        ggml_init_params params = { 5 * LLAMA_MAX_LAYERS * ggml_tensor_overhead(), nullptr, true }; // mem_size, mem_buffer, no_alloc
         ctx.reset(ggml_init(params));
         if (!ctx) {
             throw std::runtime_error("failed to create ggml context for the vectors of K");
@@ -25,34 +26,60 @@ ggml_context * kvt_cond::ctx_for(ggml_backend_buffer_type_t buft) {
     return ctx.get();
 }
 
+ggml_tensor * kvt_cond::add_tensor(ggml_context * ctx, const char * name, uint32_t il, std::vector<int64_t> ne, const std::vector<float> & values) {
+    if (values.empty()) {
+        return nullptr;
+    }
+    ggml_tensor * t = ggml_new_tensor(ctx, GGML_TYPE_F32, ne.size(), ne.data());
+    ggml_format_name(t, "k_%s_l%u", name, il);
+    data.emplace_back(t, values);
+    return t;
+}
+
 const kvt_cond_layer * kvt_cond::add(uint32_t il, const kvt_k_vectors & vectors, int64_t n_head_kv, ggml_backend_buffer_type_t buft) {
     ggml_context * ctx = ctx_for(buft);
 
     uint64_t hash = KVT_HASH_START;
 
-    const auto tensor = [&](const char * name, const std::vector<float> & values) -> ggml_tensor * {
-        if (values.empty()) {
-            return nullptr;
-        }
-        ggml_tensor * t = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, values.size() / n_head_kv, n_head_kv);
-        ggml_format_name(t, "k_%s_l%u", name, il);
-        data.emplace_back(t, values);
-        return t;
-    };
-    const auto add_hash = [&](char tag, const std::vector<float> & values) {
+    const auto add_hash = [&](char tag, const auto & values) {
         hash = kvt_hash(hash, &tag, sizeof(tag));
-        hash = kvt_hash(hash, values.data(), values.size() * sizeof(float));
+        hash = kvt_hash(hash, values.data(), values.size() * sizeof(values[0]));
     };
+    add_hash('m', vectors.mean);
+    add_hash('s', vectors.scale);
+
+    kvt_cond_layer & layer = layers[il];
+    if (const kvt_k_basis * basis = vectors.basis.get()) {
+        const int64_t n = basis->rows.size() / basis->row_scale.size();
+
+        add_hash('b', basis->rows);
+        add_hash('r', basis->row_scale);
+        layer.basis_k = add_tensor(ctx, "basis_k", il, { n, n, n_head_kv }, basis->of_k);
+        layer.basis_q = add_tensor(ctx, "basis_q", il, { n, n, n_head_kv }, basis->of_q);
+    }
+    const auto vector = [&](const char * name, const std::vector<float> & values) {
+        return add_tensor(ctx, name, il, { (int64_t) values.size() / n_head_kv, n_head_kv }, values);
+    };
+    layer.mean = vector("mean", vectors.mean);
+    layer.hash = hash;
+    if (layer.basis_k) {
+        return &layer;
+    }
 
     std::vector<float> scale_inv(vectors.scale.size());
     for (size_t i = 0; i < scale_inv.size(); i++) {
         scale_inv[i] = 1.0f / vectors.scale[i];
     }
 
-    add_hash('m', vectors.mean);
-    add_hash('s', vectors.scale);
+    layer.scale     = vector("scale", vectors.scale);
+    layer.scale_inv = vector("scale_inv", scale_inv);
+    return &layer;
+}
 
-    return &(layers[il] = { tensor("mean", vectors.mean), tensor("scale", vectors.scale), tensor("scale_inv", scale_inv), hash });
+bool kvt_takes_basis(ggml_type type) {
+#define KVT_TYPE_IS(NAME) || type == GGML_TYPE_##NAME
+    return !ggml_is_quantized(type) KVT_GROUP_TYPES(KVT_TYPE_IS);
+#undef KVT_TYPE_IS
 }
 
 void kvt_cond::alloc(bool no_alloc) {
@@ -85,12 +112,28 @@ void kvt_cond::alloc(bool no_alloc) {
 // graph
 //
 
+// m [n, n, n_head_kv] times x [n, n_head, n_tokens], whose neighbours share a matrix
+static ggml_tensor * kvt_in_basis(ggml_context * ctx, ggml_tensor * m, ggml_tensor * x) {
+    GGML_ASSERT(x->ne[0] == m->ne[0] && x->ne[1] % m->ne[2] == 0 && x->ne[3] == 1);
+    if (x->ne[2] == 1) {
+        x = ggml_is_contiguous(x) ? x : ggml_cont(ctx, x);
+        x = ggml_reshape_3d(ctx, x, x->ne[0], x->ne[1] / m->ne[2], m->ne[2]);
+        x = ggml_mul_mat(ctx, m, x);
+        return ggml_reshape_3d(ctx, x, x->ne[0], x->ne[1] * x->ne[2], 1);
+    }
+    x = ggml_cont(ctx, ggml_permute(ctx, x, 0, 2, 1, 3)); // a head's tokens beside each other: one large product
+    return ggml_cont(ctx, ggml_permute(ctx, ggml_mul_mat(ctx, m, x), 0, 2, 1, 3));
+}
+
 ggml_tensor * kvt_cond_k(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * k) {
     if (!cond || !k) {
         return k;
     }
     if (cond->mean) {
         k = ggml_sub(ctx, k, cond->mean);
+    }
+    if (cond->basis_k) {
+        return kvt_in_basis(ctx, cond->basis_k, k);
     }
     return cond->scale_inv ? ggml_mul(ctx, k, cond->scale_inv) : k;
 }
@@ -99,6 +142,9 @@ ggml_tensor * kvt_cond_k_undo(ggml_context * ctx, const kvt_cond_layer * cond, g
     if (!cond || !k) {
         return k;
     }
+    if (cond->basis_q) { // its transpose is the inverse of basis_k
+        k = kvt_in_basis(ctx, ggml_cont(ctx, ggml_transpose(ctx, cond->basis_q)), k);
+    }
     if (cond->scale) {
         k = ggml_mul(ctx, k, cond->scale);
     }
@@ -106,6 +152,9 @@ ggml_tensor * kvt_cond_k_undo(ggml_context * ctx, const kvt_cond_layer * cond, g
 }
 
 static ggml_tensor * kvt_cond_q(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor * q) {
+    if (cond && cond->basis_q) {
+        return kvt_in_basis(ctx, cond->basis_q, q);
+    }
     if (!cond || !cond->scale) {
         return q;
     }
@@ -150,7 +199,7 @@ bool kvt_cond_state_read(llama_io_read_i & io, const kvt_cond_layer * cond, uint
     uint64_t hash;
     io.read(&hash, sizeof(hash));
     if (hash != cond->hash) {
-        LLAMA_LOG_ERROR("%s: layer %u: the state's K has a mean or scale of %016" PRIx64 ", this context's has %016" PRIx64 ": it was saved under another plan. Load it where it was saved, or process the prompt again\n",
+        LLAMA_LOG_ERROR("%s: layer %u: the state's K has a mean, scale or basis of %016" PRIx64 ", this context's has %016" PRIx64 ": it was saved under another plan. Load it where it was saved, or process the prompt again\n",
                 __func__, il, hash, cond->hash);
         return false;
     }

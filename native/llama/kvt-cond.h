@@ -2,6 +2,9 @@
 //
 //   K becomes (K - mean)/scale, Q becomes Q*scale. The scale cancels in Q*K; the mean shifts all scores of a query by the
 //   same Q*mean, which softmax ignores. So attention is the same, of a K that is easier to quantize.
+//
+//   With a basis K becomes M*(K - mean), and Q is multiplied by the inverse transpose of M, which holds the scale and the rotation, too:
+//   for types whose groups of channels have bits of their own, and where K is not quantized. Other types keep to the scale.
 #pragma once
 
 #include "kvt-vectors.h"
@@ -24,6 +27,9 @@ struct kvt_cond_layer {
     ggml_tensor * scale     = nullptr;
     ggml_tensor * scale_inv = nullptr;
 
+    ggml_tensor * basis_k = nullptr; // [head_dim, head_dim, n_head_kv], in the place of the scale and the rotation
+    ggml_tensor * basis_q = nullptr;
+
     uint64_t hash = 0; // of the vectors: a state tells by it how its K was conditioned
 };
 
@@ -45,7 +51,12 @@ private:
     std::vector<ggml_backend_buffer_ptr>                      bufs;
     std::map<ggml_backend_buffer_type_t, size_t>              sizes;
     std::vector<std::pair<ggml_tensor *, std::vector<float>>> data; // until alloc()
+
+    ggml_tensor * add_tensor(ggml_context * ctx, const char * name, uint32_t il, std::vector<int64_t> ne, const std::vector<float> & values);
 };
+
+// whether a K of this type is cached in its layer's basis, if there is one
+bool kvt_takes_basis(ggml_type type);
 
 // graph operations; cond or k may be null, which changes nothing
 //   k [head_dim, n_head_kv, n_tokens], q [head_dim, n_head, n_tokens]

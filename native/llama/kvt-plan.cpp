@@ -70,11 +70,12 @@ static std::string kvt_plan_checksum(const gguf_context * gguf) {
             crc               = kvt_crc32(crc, name, strlen(name) + 1);
         }
     }
-    for (const char * key : { "kvtuner.k_mean", "kvtuner.k_mean.n_values", "kvtuner.k_scale", "kvtuner.k_scale.n_values" }) {
+    for (const char * key : { "kvtuner.k_mean", "kvtuner.k_mean.n_values", "kvtuner.k_scale", "kvtuner.k_scale.n_values", "kvtuner.k_basis",
+            "kvtuner.k_basis.n_values", "kvtuner.k_basis_scale", "kvtuner.k_basis_scale.n_values" }) {
         const int64_t   kid  = gguf_find_key(gguf, key);
         const gguf_type type = kid >= 0 && gguf_get_kv_type(gguf, kid) == GGUF_TYPE_ARRAY ? gguf_get_arr_type(gguf, kid) : GGUF_TYPE_COUNT;
-        if (type == GGUF_TYPE_FLOAT32 || type == GGUF_TYPE_UINT32) {
-            crc = kvt_crc32(crc, gguf_get_arr_data(gguf, kid), 4 * gguf_get_arr_n(gguf, kid));
+        if (type == GGUF_TYPE_FLOAT32 || type == GGUF_TYPE_UINT32 || type == GGUF_TYPE_INT8) {
+            crc = kvt_crc32(crc, gguf_get_arr_data(gguf, kid), (type == GGUF_TYPE_INT8 ? 1 : 4) * gguf_get_arr_n(gguf, kid));
         }
     }
     return format("%08x", crc);
@@ -189,7 +190,7 @@ static void kvt_read_overrides(const llama_model_loader & ml, uint32_t n_layer, 
         const int64_t il   = il_k >= 0 ? il_k : il_v;
 
         if (il < 0 || il >= n_layer) {
-            plan.notes.push_back(format("override %s: need kvtuner.enabled, kvtuner.k_mean, kvtuner.k_scale, kvtuner.type_k.N or kvtuner.type_v.N with N from 0 to %u: it is ignored", kvt_printable(key.c_str()).c_str(), n_layer - 1));
+            plan.notes.push_back(format("override %s: need kvtuner.enabled, kvtuner.k_mean, kvtuner.k_scale, kvtuner.k_basis, kvtuner.type_k.N or kvtuner.type_v.N with N from 0 to %u: it is ignored", kvt_printable(key.c_str()).c_str(), n_layer - 1));
             continue;
         }
         const ggml_type type = o.tag == LLAMA_KV_OVERRIDE_TYPE_STR ? kvt_type_from_name(o.val_str) : KVT_TYPE_NONE;

@@ -1,4 +1,4 @@
-// kvt-plan.h - the plan of a model: K and V types of each layer, and the vectors of its K (C++, inside libllama only)
+// kvt-plan.h - the plan of a model: K and V types of each layer, and how its K is conditioned (C++, inside libllama only)
 #pragma once
 
 #include "kvt-names.h"

@@ -1,4 +1,4 @@
-// kvt-vectors.cpp - the mean and the scale of each layer's K: read from metadata, and what may be in them
+// kvt-vectors.cpp - mean, scale and basis of each layer's K: read from metadata, and what may be in them
 #include "kvt-vectors.h"
 
 #include "llama-impl.h"
@@ -11,11 +11,15 @@
 #include <cinttypes>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 // what is beyond is no calibration's. kvectors.py has the same bounds
 static const float KVT_MEAN_MAX     = 65504.0f; // K is measured in f16
 static const float KVT_SCALE_MIN    = 1e-4f;
 static const float KVT_SCALE_MAX    = 1e4f;
+static const float KVT_BASIS_SCALE_MIN = 1e-6f;
+static const float KVT_BASIS_SCALE_MAX = 1e6f;
+static const double KVT_BASIS_PIVOT_MIN = 1e-3; // of whole numbers up to 127
 static const float KVT_SCALE_SPREAD = 1.001e6f; // largest over smallest in a head; a calibration stays 1e3 to either side, but for rounding
 
 std::string kvt_k_vectors_fault(const kvt_k_vectors & vectors, const llama_hparams & hparams, uint32_t il) {
@@ -50,8 +54,79 @@ std::string kvt_k_vectors_fault(const kvt_k_vectors & vectors, const llama_hpara
     return "";
 }
 
+// the inverse of a[n][n] by Gauss and Jordan with partial pivoting, to inv; false if it is next to singular
+static bool kvt_invert(std::vector<double> a, size_t n, double * inv) {
+    for (size_t i = 0; i < n * n; i++) {
+        inv[i] = i % (n + 1) == 0;
+    }
+    for (size_t c = 0; c < n; c++) {
+        size_t p = c;
+        for (size_t r = c + 1; r < n; r++) {
+            p = std::fabs(a[r * n + c]) > std::fabs(a[p * n + c]) ? r : p;
+        }
+        if (!(std::fabs(a[p * n + c]) > KVT_BASIS_PIVOT_MIN)) {
+            return false;
+        }
+        for (size_t j = 0; j < n; j++) {
+            std::swap(a[c * n + j], a[p * n + j]);
+            std::swap(inv[c * n + j], inv[p * n + j]);
+        }
+        const double f = 1.0 / a[c * n + c];
+        for (size_t j = 0; j < n; j++) {
+            a[c * n + j] *= f;
+            inv[c * n + j] *= f;
+        }
+        for (size_t r = 0; r < n; r++) {
+            const double g = a[r * n + c];
+            for (size_t j = 0; r != c && j < n; j++) {
+                a[r * n + j] -= g * a[c * n + j];
+                inv[r * n + j] -= g * inv[c * n + j];
+            }
+        }
+    }
+    return true;
+}
+
+std::string kvt_k_basis_set(kvt_k_vectors & vectors, std::vector<int8_t> rows, std::vector<float> row_scale, const llama_hparams & hparams, uint32_t il) {
+    const size_t n_have = hparams.has_kv(il) ? hparams.n_embd_k_gqa(il) : 0;
+    const size_t n      = hparams.n_embd_head_k(il);
+    if (row_scale.size() != n_have || rows.size() != n_have * n || n_have == 0) {
+        return format("layer %u: basis of K has %zu values and %zu scales, need %zu and %zu", il, rows.size(), row_scale.size(), n_have * n, n_have);
+    }
+    for (size_t i = 0; i < n_have; i++) {
+        if (!(row_scale[i] >= KVT_BASIS_SCALE_MIN && row_scale[i] <= KVT_BASIS_SCALE_MAX)) {
+            return format("layer %u: scale of row %zu of K's basis is %g, need %g to %g", il, i, row_scale[i], KVT_BASIS_SCALE_MIN, KVT_BASIS_SCALE_MAX);
+        }
+    }
+    auto basis = std::make_shared<kvt_k_basis>();
+    basis->of_k.resize(rows.size());
+    basis->of_q.resize(rows.size());
+    std::vector<double> a(n * n), inv(n * n); // of the numbers as they are stored: the scales of rows and columns invert by themselves
+    for (size_t h = 0; h < n_have / n; h++) {
+        a.assign(rows.begin() + h * n * n, rows.begin() + (h + 1) * n * n);
+        if (!kvt_invert(a, n, inv.data())) {
+            return format("layer %u: basis of K in head %zu is singular", il, h);
+        }
+        for (size_t r = 0; r < n; r++) {
+            for (size_t c = 0; c < n; c++) {
+                const double f = row_scale[h * n + r] / (vectors.scale.empty() ? 1.0 : (double) vectors.scale[h * n + c]);
+
+                basis->of_k[(h * n + r) * n + c] = (float) (a[r * n + c] * f);
+                basis->of_q[(h * n + r) * n + c] = (float) (inv[c * n + r] / f);
+            }
+        }
+    }
+    basis->rows      = std::move(rows);
+    basis->row_scale = std::move(row_scale);
+    vectors.basis    = std::move(basis);
+    return "";
+}
+
 // the array of one key, cut into layers by KEY.n_values. false, with a note, if it cannot be used; true if there is none
-static bool kvt_read_vectors(const gguf_context * gguf, const std::string & key, uint32_t n_layer, std::vector<std::vector<float>> & layers, std::vector<std::string> & notes) {
+template <typename T>
+static bool kvt_read_vectors(const gguf_context * gguf, const std::string & key, uint32_t n_layer, std::vector<std::vector<T>> & layers, std::vector<std::string> & notes) {
+    const gguf_type type = std::is_same_v<T, float> ? GGUF_TYPE_FLOAT32 : GGUF_TYPE_INT8;
+
     layers.assign(n_layer, {});
 
     const std::string key_n = key + ".n_values";
@@ -68,8 +143,8 @@ static bool kvt_read_vectors(const gguf_context * gguf, const std::string & key,
     const auto arr_type = [&](int64_t id) {
         return gguf_get_kv_type(gguf, id) == GGUF_TYPE_ARRAY ? gguf_get_arr_type(gguf, id) : GGUF_TYPE_COUNT;
     };
-    if (arr_type(kid) != GGUF_TYPE_FLOAT32) {
-        notes.push_back(format("%s is not an array of f32", key.c_str()));
+    if (arr_type(kid) != type) {
+        notes.push_back(format("%s is not an array of %s", key.c_str(), gguf_type_name(type)));
         return false;
     }
     if (arr_type(kid_n) != GGUF_TYPE_UINT32) {
@@ -97,9 +172,9 @@ static bool kvt_read_vectors(const gguf_context * gguf, const std::string & key,
     for (uint32_t il = 0; il < n_layer; il++) {
         layers[il].resize(n_values[il]);
         if (n_values[il] > 0) { // an empty vector's memory is null
-            memcpy(layers[il].data(), data, n_values[il] * sizeof(float));
+            memcpy(layers[il].data(), data, n_values[il] * sizeof(T));
         }
-        data += n_values[il] * sizeof(float);
+        data += n_values[il] * sizeof(T);
     }
     return true;
 }
@@ -107,17 +182,24 @@ static bool kvt_read_vectors(const gguf_context * gguf, const std::string & key,
 void kvt_k_vectors_read(const llama_model_loader & ml, const llama_hparams & hparams, std::vector<kvt_k_vectors> & vectors, std::vector<std::string> & notes) {
     const uint32_t n_layer = hparams.n_layer_all;
 
-    std::vector<std::vector<float>> mean;
-    std::vector<std::vector<float>> scale;
+    std::vector<std::vector<float>>  mean;
+    std::vector<std::vector<float>>  scale;
+    std::vector<std::vector<int8_t>> basis;
+    std::vector<std::vector<float>>  basis_scale;
 
     bool ok = kvt_read_vectors(ml.metadata, "kvtuner.k_mean", n_layer, mean, notes) &&
-              kvt_read_vectors(ml.metadata, "kvtuner.k_scale", n_layer, scale, notes);
+              kvt_read_vectors(ml.metadata, "kvtuner.k_scale", n_layer, scale, notes) &&
+              kvt_read_vectors(ml.metadata, "kvtuner.k_basis", n_layer, basis, notes) &&
+              kvt_read_vectors(ml.metadata, "kvtuner.k_basis_scale", n_layer, basis_scale, notes);
 
     std::vector<kvt_k_vectors> read(n_layer);
     for (uint32_t il = 0; ok && il < n_layer; il++) {
-        read[il] = { std::move(mean[il]), std::move(scale[il]) };
+        read[il] = { std::move(mean[il]), std::move(scale[il]), nullptr };
 
-        const std::string fault = kvt_k_vectors_fault(read[il], hparams, il);
+        std::string fault = kvt_k_vectors_fault(read[il], hparams, il);
+        if (fault.empty() && !(basis[il].empty() && basis_scale[il].empty())) {
+            fault = kvt_k_basis_set(read[il], std::move(basis[il]), std::move(basis_scale[il]), hparams, il);
+        }
         if (!fault.empty()) {
             notes.push_back(fault);
             ok = false;
@@ -131,8 +213,8 @@ void kvt_k_vectors_read(const llama_model_loader & ml, const llama_hparams & hpa
 }
 
 bool kvt_k_vectors_override(const std::string & key, const llama_model_kv_override & o, std::vector<kvt_k_vectors> & vectors, std::vector<std::string> & notes) {
-    const bool is_mean = key == "kvtuner.k_mean";
-    if (!is_mean && key != "kvtuner.k_scale") {
+    const bool is_mean = key == "kvtuner.k_mean", is_basis = key == "kvtuner.k_basis";
+    if (!is_mean && !is_basis && key != "kvtuner.k_scale") {
         return false;
     }
     if (o.tag != LLAMA_KV_OVERRIDE_TYPE_BOOL) {
@@ -140,7 +222,9 @@ bool kvt_k_vectors_override(const std::string & key, const llama_model_kv_overri
         return true;
     }
     for (auto & layer : vectors) {
-        if (!o.val_bool) {
+        if (!o.val_bool && is_basis) {
+            layer.basis = nullptr;
+        } else if (!o.val_bool) {
             (is_mean ? layer.mean : layer.scale).clear();
         }
     }

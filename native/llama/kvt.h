@@ -64,6 +64,11 @@ LLAMA_API int32_t kvt_model_set_plan(struct llama_model * model, const char * co
 // multiplied by scale. Part of the plan in force, which kvt_model_set_plan starts without them (KVT_E_STATE if there is none)
 LLAMA_API int32_t kvt_model_set_k_vectors(struct llama_model * model, int32_t il, const float * mean, const float * scale, int32_t n_values);
 
+// basis of a layer's K: rows[n_values][head_dim] and a scale for each of them, n_values = n_head_kv*head_dim, NULL = none. K is cached as
+// M*(K - mean), where row i of M is row_scale[i]*rows[i]/scale, and Q multiplied by the inverse transpose; where K has a type of groups
+// (kB_N) or is not quantized. kvt_model_set_k_vectors, which comes before, takes it off
+LLAMA_API int32_t kvt_model_set_k_basis(struct llama_model * model, int32_t il, const int8_t * rows, const float * row_scale, int32_t n_values);
+
 // the weights that the plan in force was calibrated on, as kvt_model_weights_hash names them: others make a note, and no error.
 // KVT_E_STATE if there is no plan
 LLAMA_API int32_t kvt_model_set_plan_weights(struct llama_model * model, const char * hash);
@@ -104,9 +109,11 @@ struct kvt_layer_cache {
 // KVT_E_NONE if the layer has no KV of its own in this context
 LLAMA_API int32_t kvt_ctx_layer(const struct llama_context * ctx, int32_t il, struct kvt_layer_cache * layer);
 
-// how the K of layer il is conditioned in this context: 0, or KVT_K_MEAN and KVT_K_SCALE together. KVT_E_NONE as above
+// how the K of layer il is conditioned in this context: 0, or the sum of what is in force. The scale is a part of the basis, if there is
+// one. KVT_E_NONE as above
 #define KVT_K_MEAN  1
 #define KVT_K_SCALE 2
+#define KVT_K_BASIS 4
 LLAMA_API int32_t kvt_ctx_k_cond(const struct llama_context * ctx, int32_t il);
 
 // 1 if all is there that a token of the sequence at position pos builds on, else 0: in every cache each earlier position that it

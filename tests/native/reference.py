@@ -3,6 +3,7 @@ be."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,17 @@ MAGNITUDES = {
     2: np.array([3, 10], F32),
     3: np.array([14, 45, 79, 127], F32),
 }  # the positive levels; the others mirror them
+
+
+# of the types with four groups of 16 values: bits of a group -> positive levels, what they keep, weight
+GROUPS = {"k2_64": (4, 2, 1, 1), "k3_64": (6, 3, 2, 1), "k4_64": (6, 4, 3, 3)}
+GROUP_LEVELS = {
+    1: (np.array([48], F32), F32(0.6366), F32(1)),
+    2: (np.array([20, 66], F32), F32(0.8825), F32(1.75)),
+    3: (np.array([10, 30, 54, 86], F32), F32(0.9655), F32(3.25)),
+    4: (np.array([5, 15, 25, 36, 49, 62, 80, 105], F32), F32(0.9905), F32(6)),
+    6: (np.arange(2, 127, 4, dtype=F32), F32(1), F32(18)),
+}
 
 
 def fields(name: str) -> tuple[int, int]:
@@ -25,8 +37,13 @@ def quantize(name: str, x: np.ndarray) -> np.ndarray:
     bits, n = fields(name)
     blocks = np.asarray(x, F32).reshape(-1, n)
     with np.errstate(divide="ignore", over="ignore"):
-        d, codes = (_uniform if bits == 6 else _symmetric)(blocks, bits)
-    return np.hstack([d.view(np.uint8).reshape(-1, 2), _pack(codes, bits)]).reshape(len(x), -1)
+        if name in GROUPS:
+            d, codes = _groups(blocks, GROUPS[name])
+            packed = _pack_groups(codes, GROUPS[name])
+        else:
+            d, codes = (_uniform if bits == 6 else _symmetric)(blocks, bits)
+            packed = _pack(codes, bits)
+    return np.hstack([d.view(np.uint8).reshape(-1, 2), packed]).reshape(len(x), -1)
 
 
 def dequantize(name: str, data: np.ndarray) -> np.ndarray:
@@ -34,9 +51,17 @@ def dequantize(name: str, data: np.ndarray) -> np.ndarray:
     bits, n = fields(name)
     blocks = data.reshape(-1, 2 + n * bits // 8)
     d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(F32)
+    if name in GROUPS:
+        codes = _unpack_groups(blocks[:, 2:], GROUPS[name])
+        levels = [_mirrored(GROUP_LEVELS[b][0])[c] for b, c in zip(GROUPS[name], np.hsplit(codes, 4))]
+        return (d * np.hstack(levels)).reshape(len(data), -1)
     codes = _unpack(blocks[:, 2:], bits)
-    levels = np.concatenate([-MAGNITUDES[bits][::-1], MAGNITUDES[bits]]) if bits < 6 else np.arange(-32, 32, dtype=F32)
+    levels = _mirrored(MAGNITUDES[bits]) if bits < 6 else np.arange(-32, 32, dtype=F32)
     return (d * levels[codes]).reshape(len(data), -1)
+
+
+def _mirrored(levels: np.ndarray) -> np.ndarray:
+    return np.concatenate([-levels[::-1], levels])
 
 
 def _sum(values: np.ndarray) -> np.ndarray:
@@ -66,16 +91,58 @@ def _symmetric(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
             d, gain = am / mm, am * (am / mm)
         return d, gain
 
+    energy = _sum(a * a)
     if bits == 2:
-        rms = np.sqrt(_sum(a * a) / F32(x.shape[1]))
-        d, _ = refit(rms * (F32(1.51) / F32(10)), 3)
+        d, gain = refit(np.sqrt(energy / F32(x.shape[1])) * (F32(1.51) / F32(10)), 3)
     else:
         top = a.max(axis=1, keepdims=True)
         (lo, gain_lo), (hi, gain_hi) = (refit(top * (F32(f) / F32(127)), 2) for f in (0.75, 0.95))
-        d = np.where(gain_hi > gain_lo, hi, lo)
-    d = d.astype(np.float16)
-    index = nearest(d.astype(F32))
-    return d, np.where(x < 0, len(levels) - 1 - index, len(levels) + index)
+        d, gain = np.where(gain_hi > gain_lo, (hi, gain_hi), (lo, gain_lo))
+    index = nearest(d)
+    with np.errstate(invalid="ignore"):
+        longer = np.where(gain > 0, d * (energy / gain), d)
+    return np.minimum(longer, F32(65504) / levels[-1]).astype(np.float16), _signed(x, index, len(levels))
+
+
+def _signed(x: np.ndarray, index: np.ndarray, n_level: int) -> np.ndarray:
+    """Codes: n_level below zero, then n_level above."""
+    return np.where(x < 0, n_level - 1 - index, n_level + index)
+
+
+def _groups(x: np.ndarray, bits: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    a = _clean(x)
+    weight = np.repeat([GROUP_LEVELS[b][2] for b in bits], 16)
+
+    def nearest(d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(levels, their index) of each value, group by group."""
+        index, levels = [], []
+        for b, of_group in zip(bits, np.hsplit(a, 4)):
+            table = GROUP_LEVELS[b][0] * GROUP_LEVELS[b][1]
+            if b == 6:
+                scale = np.where(d > F32(1e-30), F32(1) / (F32(4) * d), F32(0))
+                i = np.rint(np.minimum(of_group * scale, F32(31.5)) - F32(0.5)).astype(np.int64)
+            else:
+                i = sum(((of_group > d * (F32(0.5) * (lo + hi))).astype(np.int64) for lo, hi in pairwise(table)), 0)
+                i = np.broadcast_to(i, of_group.shape)
+            index.append(i)
+            levels.append(table[i])
+        return np.hstack(levels), np.hstack(index)
+
+    def refit(d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        for _ in range(2):
+            m = nearest(d)[0]
+            am, mm = _sum(weight * (a * m)), _sum(weight * (m * m))
+            d, gain = am / mm, am * (am / mm)
+        return d, gain
+
+    start = np.sqrt(_sum(a * a) / F32(64)) * (F32(1) / F32(38.5))
+    d, gain = refit(start)
+    for factor in (F32(0.9), F32(1.1)):
+        other = refit(start * factor)
+        d, gain = np.where(other[1] > gain, other, (d, gain))
+    d = np.minimum(d, F32(65504) / F32(126)).astype(np.float16)
+    index = np.hsplit(nearest(d.astype(F32))[1], 4)
+    return d, np.hstack([_signed(v, i, 1 << (b - 1)) for v, i, b in zip(np.hsplit(x, 4), index, bits)])
 
 
 def _uniform(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -118,3 +185,42 @@ def _unpack(data: np.ndarray, bits: int) -> np.ndarray:
         return low | _unpack(data[:, n // 2 :], 2) << 4
     two = np.hstack([data[:, : n // 4] >> 2 * j & 3 for j in range(4)])
     return two if bits == 2 else two | np.unpackbits(data[:, n // 4 :], axis=1, bitorder="little") << 2
+
+
+# where the bits of a code of a group lie: (byte, bit) of each, from its lowest, as functions of the value's number; k3_64's second
+# half of the first group lies in the high halves of qh
+def _places(bits: tuple[int, ...], i: int) -> list[list[tuple[int, int]]]:
+    low = [[(i, 2 * g), (i, 2 * g + 1)] for g in range(4)]
+    if bits == GROUPS["k2_64"]:
+        return [[*low[0], low[2][1], low[3][1]], low[1], low[2][:1], low[3][:1]]
+    if bits == GROUPS["k3_64"]:
+        high = [(16 + i % 8, 4 * (i // 8) + b) for b in range(4)]
+        return [[*low[0], *high], [*low[1], low[3][1]], low[2], low[3][:1]]
+    return [
+        [*low[0], *((16 + i, b) for b in range(4))],
+        [*low[1], (16 + i, 4), (16 + i, 5)],
+        [*low[2], (16 + i, 6)],
+        [*low[3], (16 + i, 7)],
+    ]
+
+
+def _each_bit(bits: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
+    """(value, bit of its code, byte after the scale, bit of it) of every stored bit."""
+    for i in range(16):
+        for g, places in enumerate(_places(bits, i)):
+            for bit, (byte, at) in enumerate(places):
+                yield 16 * g + i, bit, byte, at
+
+
+def _pack_groups(codes: np.ndarray, bits: tuple[int, ...]) -> np.ndarray:
+    data = np.zeros((len(codes), 16 * sum(bits) // 8), np.uint8)
+    for value, bit, byte, at in _each_bit(bits):
+        data[:, byte] |= ((codes[:, value] >> bit & 1) << at).astype(np.uint8)
+    return data
+
+
+def _unpack_groups(data: np.ndarray, bits: tuple[int, ...]) -> np.ndarray:
+    codes = np.zeros((len(data), 64), np.int64)
+    for value, bit, byte, at in _each_bit(bits):
+        codes[:, value] |= (data[:, byte].astype(np.int64) >> at & 1) << bit
+    return codes

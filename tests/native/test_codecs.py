@@ -14,9 +14,10 @@ pytestmark = pytest.mark.native
 
 every_type = pytest.mark.parametrize("name", CODECS)
 quantized_types = pytest.mark.parametrize("name", [name for name, c in CODECS.items() if c.block_size > 1])
-RMS_ERROR = {"q6_32": 0.0204, "q3_32": 0.162, "q3_64": 0.173, "q2_32": 0.327, "q2_64": 0.337}
-"""Our types: relative RMS error on normal values that they must not exceed. Measured: .0202, .1606, .1722, .3250,
-.3337."""
+RMS_ERROR = {"q6_32": 0.0204, "q3_32": 0.163, "q3_64": 0.175, "q2_32": 0.345, "q2_64": 0.355}
+"""Our types: relative RMS error on normal values that they must not exceed."""
+
+NUMBERS = {"q2_64": 200, "q2_32": 201, "q3_64": 202, "q3_32": 203, "q6_32": 204, "k2_64": 205, "k3_64": 206, "k4_64": 207}
 
 our_types = pytest.mark.parametrize("name", RMS_ERROR)
 WIDEST = 64  # a multiple of every block
@@ -190,6 +191,6 @@ def test_no_value_makes_a_scale_infinite(name):
 @every_type
 def test_every_type_has_a_number_of_ggml(name):
     assert (
-        native.type_number(name) == {"q2_64": 200, "q2_32": 201, "q3_64": 202, "q3_32": 203, "q6_32": 204}.get(name)
+        native.type_number(name) == NUMBERS.get(name)
         or native.type_number(name) < 43
     )
