@@ -187,9 +187,8 @@ def _unpack(data: np.ndarray, bits: int) -> np.ndarray:
     return two if bits == 2 else two | np.unpackbits(data[:, n // 4 :], axis=1, bitorder="little") << 2
 
 
-# where the bits of a code of a group lie: (byte, bit) of each, from its lowest, as functions of the value's number; k3_64's second
-# half of the first group lies in the high halves of qh
 def _places(bits: tuple[int, ...], i: int) -> list[list[tuple[int, int]]]:
+    """Where the bits of the codes of value i of each group lie: (byte, bit), from the lowest bit."""
     low = [[(i, 2 * g), (i, 2 * g + 1)] for g in range(4)]
     if bits == GROUPS["k2_64"]:
         return [[*low[0], low[2][1], low[3][1]], low[1], low[2][:1], low[3][:1]]
