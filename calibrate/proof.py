@@ -11,6 +11,7 @@ import numpy as np
 
 from kvtuner_gguf.calibrate.progress import Progress
 from kvtuner_gguf.calibrate.results import Trial
+from kvtuner_gguf.codecs import codec
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair, Pairs
@@ -115,12 +116,13 @@ def everywhere(type_name: str, has_kv: Sequence[bool]) -> Pairs:
 
 
 def _shuffled(pairs: Pairs, has_kv: Sequence[bool], seed: int) -> Pairs:
-    """The same pairs on other layers: what the choice of layers is worth."""
-    il = [i for i, has in enumerate(has_kv) if has]
-    order = np.random.default_rng(seed).permutation(il)
-    result = list(pairs)
-    for i, j in zip(il, order):
-        result[i] = pairs[j]
+    """The same pairs on other layers: what the choice of layers is worth. Types of groups stay among the layers that
+    have one, and so a basis."""
+    rng, result = np.random.default_rng(seed), list(pairs)
+    for groups in (False, True):
+        il = [i for i, has in enumerate(has_kv) if has and codec(pairs[i].type_k).groups == groups]
+        for i, j in zip(il, rng.permutation(il)):
+            result[i] = pairs[j]
     return tuple(result)
 
 
