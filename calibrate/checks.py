@@ -4,7 +4,7 @@ measured."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,8 @@ class Plannable:
     goal           at the geometry's context
     geometry       what the model caches at the context
     sizes          of the text that the stages work on
-    types          il -> the K types and the V types that the layer can take, of those to choose from and f16
+    types          il -> the K types and the V types that the layer can take, of those to choose from and f16; those of
+                   groups as if each K were in a basis
     scratch_bytes  of the largest file that is kept while it runs: captured K and V, or a reference
     """
 
@@ -49,13 +50,23 @@ def plannable_of(options: Options, sizes: Sizes) -> Plannable:
     """
     with Session(options.model, no_alloc=True, n_gpu_layers=options.n_gpu_layers) as session:
         session.check_writes_text()
-        geometry, types = session.geometry(options.n_ctx), session.supported(options.measured_types)
+        geometry, supported = session.geometry(options.n_ctx), session.supported(options.measured_types)
+        types = offered(supported, supported if options.conditioning[2] else ())
         sizes = sizes.fitting(session.fitting)
         captured = 2 * session.geometry(sizes.stream).n_values * sizes.n_captured
         check_can_plan(options.model, geometry)
         goal = options.goal.at(geometry)
         goal.check(geometry, cheapest_bytes(geometry, types))
         return Plannable(goal, geometry, sizes, types, max(captured, 2 * session.n_vocab * sizes.n_scored))
+
+
+def offered(types: Types, in_basis: Container[int]) -> Types:
+    """What may be chosen of what each layer can take: types of groups for no V, and for the K of these layers alone."""
+
+    def plain(side: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in side if not codec(name).groups)
+
+    return {il: (k if il in in_basis else plain(k), plain(v)) for il, (k, v) in types.items()}
 
 
 def cheapest_bytes(geometry: Geometry, types: Types) -> int:

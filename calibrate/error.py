@@ -8,9 +8,11 @@ mean of the ratios of single values would be ruled by those next to 0, and sever
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from kvtuner_gguf.calibrate.basis import hadamard, matrices
 from kvtuner_gguf.calibrate.results import ErrorTable
 from kvtuner_gguf.calibrate.samples import Capture, LayerSample
 from kvtuner_gguf.codecs import codec
@@ -117,17 +119,6 @@ def alibi_slopes(n_head: int, max_bias: float) -> np.ndarray:
     return np.array(slopes, dtype=np.float32)
 
 
-def hadamard(n: int) -> np.ndarray:
-    """(n, n) orthonormal Walsh-Hadamard matrix, its own inverse; n is a power of two.
-
-    Source: llama.cpp@0c1e570:src/llama-kv-cache.cpp:ggml_gen_hadamard.
-    """
-    h = np.ones((1, 1), dtype=np.float32)
-    while len(h) < n:
-        h = np.block([[h, h], [h, -h]])
-    return h / np.float32(np.sqrt(n))
-
-
 def rotate(x: np.ndarray, n: int) -> np.ndarray:
     """x with each n values along the last axis rotated by hadamard(n); twice gives x again. n = 0 leaves it alone."""
     if not n:
@@ -142,18 +133,22 @@ def after_codec(
 
     x        (n_head_kv, n_kv, head_dim) float32
     n_rot    rotation that the run time puts around a quantized type
-    vectors  mean and scale that it takes off K before, and that are put on again here, where the run time has them on Q
+    vectors  mean, scale and basis that it takes K to before, and that are undone here, where the run time has them on
+             Q; a basis under types of groups alone, in place of the rotation
     """
+    vectors = vectors.under(type_name)
     if codec(type_name).block_size == 1:
         n_rot = 0
-    elif vectors:
-        mean, scale = (
-            np.array(v, np.float32).reshape(len(x), 1, -1) if v else None for v in (vectors.mean, vectors.scale)
-        )
-        centred = x if mean is None else x - mean
-        x_hat = after_codec(centred if scale is None else centred / scale, type_name, n_rot, round_trip)
-        x_hat = x_hat if scale is None else x_hat * scale
-        return x_hat if mean is None else x_hat + mean
+    elif vectors.mean:
+        mean = np.array(vectors.mean, np.float32).reshape(len(x), 1, -1)
+        return after_codec(x - mean, type_name, n_rot, round_trip, replace(vectors, mean=())) + mean
+    elif vectors.basis:
+        matrix = matrices(vectors)
+        x_hat = after_codec((x @ matrix.swapaxes(1, 2)).astype(np.float32), type_name, 0, round_trip)
+        return np.linalg.solve(matrix, x_hat.swapaxes(1, 2)).swapaxes(1, 2).astype(np.float32)
+    elif vectors.scale:
+        scale = np.array(vectors.scale, np.float32).reshape(len(x), 1, -1)
+        return after_codec(x / scale, type_name, n_rot, round_trip) * scale
     n_head_kv, n_kv, head_dim = x.shape
     rows = rotate(x, n_rot).transpose(1, 0, 2).reshape(n_kv, -1)  # a row of the cache is one token, all heads
     rows_hat = round_trip(type_name, rows).reshape(n_kv, n_head_kv, head_dim)

@@ -26,7 +26,7 @@ MOST_BITS = 1e6  # far above any type
 class Search:
     """What a search goes by, whatever its way.
 
-    spent     bytes of K's vectors
+    spent     bytes of K's means and scales
     n_trials  real runs in all; None = as many as its way needs
     """
 
@@ -40,7 +40,7 @@ class Search:
 class Target(ABC):
     """What is asked of a goal at a context, of either kind.
 
-    spent     bytes of K's vectors
+    spent     bytes of K's means and scales
     on_copy   whether it may be searched on a copy of the model
     """
 

@@ -36,7 +36,7 @@ class KldModel:
     pairs    the pairs of the columns
     sq_k     (n_il, n_pair) squared error of the pair's K type alone, NaN where the layer cannot hold the pair
     sq_v     (n_il, n_pair) of its V type alone; 0 where V lies in K's rows
-    n_bytes  (n_il, n_pair) at the geometry's n_ctx
+    n_bytes  (n_il, n_pair) at the geometry's n_ctx, its vectors included
     """
 
     il: tuple[int, ...]
@@ -61,7 +61,7 @@ class KldModel:
             sq_v[:, i] = np.where(one_tensor, 0.0, v_alone)
         holes = np.isnan(error)
         sq_k[holes] = sq_v[holes] = np.nan
-        n_bytes = np.array([[_layer_bytes(geometry, il, pair) for pair in errors.pairs] for il in errors.il])
+        n_bytes = np.array([[geometry.layer(il).bytes((pair,)) for pair in errors.pairs] for il in errors.il])
         return cls(errors.il, errors.pairs, sq_k, sq_v, n_bytes, geometry.n_layer)
 
     @cached_property
@@ -98,11 +98,6 @@ class KldModel:
         """(n_il, n_pair) what each pair adds to the KLD; NaN where a layer cannot hold it."""
         n = len(self.il)
         return x[:n, None] * self.sq_k + x[n:, None] * self.sq_v
-
-
-def _layer_bytes(geometry: Geometry, il: int, pair: Pair) -> int:
-    one = Geometry((geometry.values_k[il],), (geometry.values_v[il],), geometry.n_ctx)
-    return one.bytes((pair,))
 
 
 def floor_shape(kld_model: KldModel, trials: Sequence[Trial]) -> np.ndarray:

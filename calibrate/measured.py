@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from kvtuner_gguf import native
 from kvtuner_gguf.calibrate.capture import capture
-from kvtuner_gguf.calibrate.checks import Plannable, Types, cheapest_bytes
+from kvtuner_gguf.calibrate.checks import Plannable, Types, cheapest_bytes, offered
 from kvtuner_gguf.calibrate.condition import condition
 from kvtuner_gguf.calibrate.error import attention_scores, error_table, k_error
 from kvtuner_gguf.calibrate.kld import Reference, make_reference
@@ -17,11 +20,12 @@ from kvtuner_gguf.calibrate.options import Options
 from kvtuner_gguf.calibrate.progress import Progress
 from kvtuner_gguf.calibrate.results import Conditions, ErrorTable
 from kvtuner_gguf.calibrate.runs import tag
-from kvtuner_gguf.calibrate.samples import Capture
+from kvtuner_gguf.calibrate.samples import Capture, LayerSample
 from kvtuner_gguf.calibrate.store import Store
 from kvtuner_gguf.calibrate.text import Text, chunks_of, source_text
 from kvtuner_gguf.codecs import CODECS, codec
 from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.kvectors import KVectors, vector_bytes
 from kvtuner_gguf.runtime import Session
 
@@ -55,13 +59,23 @@ class Measured:
     k_vectors: tuple[KVectors, ...]
     errors: ErrorTable
 
+    @property
+    def spent(self) -> int:
+        """Bytes of means and scales, which a search takes for spent, whatever the types."""
+        return spent_on(self.k_vectors)
+
+    def priced(self, geometry: Geometry) -> Geometry:
+        """The geometry that a search goes by: with the bases, which count where K has a type of groups."""
+        return replace(geometry, k_vectors=tuple(v.basis_alone for v in self.k_vectors))
+
 
 def measure_model(options: Options, plannable: Plannable, bench: Bench) -> Measured:
     """Text, vectors of K, and errors: from the records, or made. Raises CalibrationError where a stage does."""
     types = types_of_layers(options, plannable.types)
     text = text_of(options, plannable, bench)
     k_vectors = affordable_vectors(plannable, conditions(options, plannable, types, text, bench), bench)
-    errors = errors_of(plannable, types, text, k_vectors, bench)
+    in_basis = {il for il, vectors in enumerate(k_vectors) if vectors.basis}
+    errors = errors_of(plannable, offered(types, in_basis), text, k_vectors, bench)
     shutil.rmtree(bench.scratch / "capture", ignore_errors=True)  # large, and of no use from here on
     return Measured(text, k_vectors, errors)
 
@@ -95,34 +109,45 @@ def text_of(options: Options, plannable: Plannable, bench: Bench) -> Text:
 
 
 def conditions(options: Options, plannable: Plannable, types: Types, text: Text, bench: Bench) -> Conditions:
-    """How each layer's K is conditioned, by what it does to a type of about JUDGED_BITS, whatever the goal."""
-    mean, scale = options.conditioning
-    if not (mean or scale):
+    """How each layer's K is conditioned, by what it does to a type of about JUDGED_BITS, whatever the goal; in which
+    basis, where it may have a type of groups."""
+    mean, scale, _ = options.conditioning
+    in_basis = [il for il, (k, _) in types.items() if any(codec(t).groups for t in k)]
+    if not (mean or scale or in_basis):
         return Conditions((KVectors(),) * bench.session.n_layer, {})
-    quantized = {il: [t for t in k if codec(t).block_size > 1] for il, (k, _) in types.items()}
+    quantized = {il: [t for t in k if codec(t).block_size > 1] for il, (k, _) in offered(types, ()).items()}
     judged = {il: min(k, key=lambda t: abs(codec(t).bits_per_value - JUDGED_BITS)) for il, k in quantized.items() if k}
 
     def make() -> Conditions:
         captured = _captured(plannable, text, bench)
         error = partial(k_error, round_trip=native.round_trip)
-        with bench.progress.bar("condition: K without its mean, scaled", len(captured.il)) as advance:
-            return condition(
-                captured, error, lambda s: attention_scores(s, s.k), judged, mean=mean, scale=scale, progress=advance
-            )
 
-    name = f"conditions-{options.n_ctx}-{mean:d}{scale:d}-{'-'.join(dict.fromkeys(judged.values()))}.json"
+        def scores(sample: LayerSample) -> np.ndarray:
+            return attention_scores(sample, sample.k)
+
+        with bench.progress.bar("condition: K without its mean, scaled, in a basis", len(captured.il)) as advance:
+            return condition(captured, error, scores, judged, mean=mean, scale=scale, basis=in_basis, progress=advance)
+
+    tried = f"{mean:d}{scale:d}{bool(in_basis):d}"
+    name = f"conditions-{options.n_ctx}-{tried}-{'-'.join(dict.fromkeys(judged.values()))}.json"
     return bench.store.get(Conditions, name, make)
 
 
 def affordable_vectors(plannable: Plannable, found: Conditions, bench: Bench) -> tuple[KVectors, ...]:
-    """The vectors of K; none where the goal has no room for them beside the cheapest plan."""
-    n_bytes = vector_bytes(found.k_vectors)
+    """The vectors of K; none where the goal has no room for means and scales beside the cheapest plan. A basis counts
+    where its layer has a type of groups, so that a plan has it where there is room."""
+    n_bytes = spent_on(found.k_vectors)
     if plannable.goal.allows(n_bytes + cheapest_bytes(plannable.geometry, plannable.types)):
         return found.k_vectors
     bench.progress.say(
         f"K is cached as it is: the vectors that condition it take {n_bytes} bytes, which this goal does not have"
     )
     return ()
+
+
+def spent_on(k_vectors: Sequence[KVectors]) -> int:
+    """Bytes of means and scales."""
+    return vector_bytes(v.without_basis for v in k_vectors)
 
 
 def errors_of(

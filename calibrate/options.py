@@ -53,6 +53,7 @@ class Options:
     types         cache types to choose from; () = the default ones
     k_mean        whether K may be cached without its mean, where that helps; None = as the method has it
     k_scale       whether K may be scaled per channel, likewise
+    k_basis       whether K may be in a basis, which types of groups need, likewise
     """
 
     model: Path = field(metadata=_WEIGHTS)
@@ -69,6 +70,7 @@ class Options:
     types: tuple[str, ...] = field(default=(), metadata=_NOTHING)
     k_mean: bool | None = field(default=None, metadata=_NOTHING)
     k_scale: bool | None = field(default=None, metadata=_NOTHING)
+    k_basis: bool | None = field(default=None, metadata=_NOTHING)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Path(self.model))
@@ -81,10 +83,11 @@ class Options:
             codec(name)
 
     @property
-    def conditioning(self) -> tuple[bool, bool]:
-        """Whether K's mean may be taken off, and K scaled: the paper knows neither."""
-        default = self.method != "paper"
-        return default if self.k_mean is None else self.k_mean, default if self.k_scale is None else self.k_scale
+    def conditioning(self) -> tuple[bool, bool, bool]:
+        """Whether K's mean may be taken off, K scaled, and put in a basis: the paper knows none of it."""
+        asked = (self.k_mean, self.k_scale, self.k_basis)
+        mean, scale, basis = (self.method != "paper" if this is None else this for this in asked)
+        return mean, scale, basis
 
     @property
     def candidate_types(self) -> tuple[str, ...]:

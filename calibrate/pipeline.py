@@ -25,7 +25,7 @@ from kvtuner_gguf.calibrate.solve import cheapest, front, uniform_pairs
 from kvtuner_gguf.calibrate.store import Store, claimed, work_dir
 from kvtuner_gguf.calibrate.weights import search_session
 from kvtuner_gguf.calibrate.write import made_of, plan_of
-from kvtuner_gguf.kvectors import vector_bytes, where_quantized
+from kvtuner_gguf.kvectors import where_quantized
 from kvtuner_gguf.quality import Comparison
 from kvtuner_gguf.runtime import Session
 
@@ -83,7 +83,7 @@ def _calibrate(options: Options, plannable: Plannable, store: Store, folder: Pat
 def search(options: Options, plannable: Plannable, measured: Measured, bench: Bench) -> Found:
     """The plan found on the search's text, and what it competes with. Raises CalibrationError if none is within the
     goal."""
-    geometry, goal, spent = plannable.geometry, plannable.goal, vector_bytes(measured.k_vectors)
+    geometry, goal, spent = measured.priced(plannable.geometry), plannable.goal, measured.spent
     kld_model = KldModel.of(measured.errors, geometry)
     goal.check(geometry, cheapest(kld_model) + spent)
     uniform = uniform_pairs(kld_model, geometry, goal.max_bytes)
@@ -109,7 +109,7 @@ def proved(options: Options, plannable: Plannable, measured: Measured, found: Fo
     geometry, session = plannable.geometry, bench.session
     reference = heldout_reference(plannable, measured.text, bench)
     runs = Runs(session, reference, bench.store.evaluations, HELDOUT, measured.k_vectors)
-    allowed = max(found.best.n_bytes, plannable.goal.max_bytes or 0) + vector_bytes(measured.k_vectors)
+    allowed = max(found.best.n_bytes, plannable.goal.max_bytes or 0) + measured.spent
     supported = session.supported(("q8_0", "q4_0")).values()
     proof = prove(
         found.best,
@@ -146,8 +146,8 @@ def solve_saved(options: Options, progress: Progress) -> Solved:
 
 def solved(options: Options, plannable: Plannable, measured: Measured, store: Store, *, rotated: bool) -> Solved:
     """The plan of the goal by the runs of any search of these records, and the whole front."""
-    geometry, k_vectors = plannable.geometry, measured.k_vectors
-    spent, runs = vector_bytes(k_vectors), store.evaluations
+    geometry, k_vectors = measured.priced(plannable.geometry), measured.k_vectors
+    spent, runs = measured.spent, store.evaluations
     kld_model = KldModel.of(measured.errors, geometry)
     plannable.goal.check(geometry, cheapest(kld_model) + spent)
     by_search = {
@@ -164,7 +164,7 @@ def solved(options: Options, plannable: Plannable, measured: Measured, store: St
     predicted = floor + float(kld_model.features(pairs) @ x)
     points = [(p, kld, where_quantized(k_vectors, p)) for p, kld in front(kld_model, x, floor)]
     rows = [Point(geometry.bits_per_value(p, v), geometry.bytes(p, v), kld) for p, kld, v in points]
-    return Solved(plan, predicted, tuple(rows), geometry)
+    return Solved(plan, predicted, tuple(rows), plannable.geometry)
 
 
 def sizes_of(options: Options) -> Sizes:

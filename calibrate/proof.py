@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from kvtuner_gguf.calibrate.progress import Progress
 from kvtuner_gguf.calibrate.results import Trial
+from kvtuner_gguf.codecs import CODECS, codec
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair, Pairs
@@ -70,7 +71,7 @@ def prove(
     """
     has_kv = [bool(k) for k in geometry.values_k]
     uniform = {str(Pair(t, t)): everywhere(t, has_kv) for t in named}
-    shuffled = _shuffled(found.pairs, has_kv, seed)
+    shuffled, plain = _shuffled(found.pairs, has_kv, seed), ungrouped(found.pairs)
     vectors = judge.vectors_of(found.pairs)
     n_runs = 3 + len(rivals) + len(uniform)  # the floor, the plan, and the plan shuffled beside them
     with progress.bar("prove: held-out text", n_runs + any(vectors)) as advance:
@@ -83,14 +84,14 @@ def prove(
         f16 = everywhere("f16", has_kv)
         floor = quality_of(f16, judge.of_floor)
         of_plan = quality_of(found.pairs, judge.of_plan)
-        of_plain = quality_of(found.pairs) if any(vectors) else None
+        of_plain = quality_of(plain) if any(vectors) else None
         of_rivals = [(quality_of(t.pairs), t) for t in rivals]
         of_named = {name: quality_of(pairs) for name, pairs in uniform.items()}
         of_shuffled = quality_of(shuffled, judge.of_plan)
     row = partial(row_of, geometry)
     best = min(of_rivals, key=lambda r: r[0].kld_mean) if of_rivals else None
     rows = [floor_row(geometry, floor), row("plan", found.pairs, of_plan, vectors)]
-    rows += [row("plan, K not conditioned", found.pairs, of_plain)] if of_plain else []
+    rows += [row("plan, K not conditioned", plain, of_plain)] if of_plain else []
     rows += [row(f"best uniform pair, {best[1].uniform_pair}", best[1].pairs, best[0])] if best else []
     if shuffled != found.pairs:
         rows.append(row("plan, layers shuffled", shuffled, of_shuffled, judge.vectors_of(shuffled)))
@@ -114,13 +115,25 @@ def everywhere(type_name: str, has_kv: Sequence[bool]) -> Pairs:
     return Plan.uniform(Pair(type_name, type_name), len(has_kv), has_kv).pairs
 
 
+def ungrouped(pairs: Pairs) -> Pairs:
+    """The pairs as they may be without bases: a type of groups gives way to the nearest one of the same bits all over a
+    head."""
+    plain = [c for c in CODECS.values() if c.block_size > 1 and not c.groups]
+
+    def nearest(name: str) -> str:
+        return min(plain, key=lambda c: abs(c.bits_per_value - codec(name).bits_per_value)).name
+
+    return tuple(replace(p, type_k=nearest(p.type_k)) if p.type_k and codec(p.type_k).groups else p for p in pairs)
+
+
 def _shuffled(pairs: Pairs, has_kv: Sequence[bool], seed: int) -> Pairs:
-    """The same pairs on other layers: what the choice of layers is worth."""
-    il = [i for i, has in enumerate(has_kv) if has]
-    order = np.random.default_rng(seed).permutation(il)
-    result = list(pairs)
-    for i, j in zip(il, order):
-        result[i] = pairs[j]
+    """The same pairs on other layers: what the choice of layers is worth. Types of groups stay among the layers that
+    have one, and so a basis."""
+    rng, result = np.random.default_rng(seed), list(pairs)
+    for groups in (False, True):
+        il = [i for i, has in enumerate(has_kv) if has and codec(pairs[i].type_k).groups == groups]
+        for i, j in zip(il, rng.permutation(il)):
+            result[i] = pairs[j]
     return tuple(result)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -96,14 +97,18 @@ class Conditions:
     """How each layer's K is to be conditioned, and what that was measured to be worth.
 
     k_vectors  one for each layer of the model, empty where K is cached as it is
-    errors     il -> {"none": error, "mean": ...}: output_nrmse with K in the coarsest type, of each way that was tried
+    errors     il -> {"none": error, "mean": ...}: output_nrmse of each way that was tried, each in the type of K that
+               condition.py measures it with
     """
 
     k_vectors: tuple[KVectors, ...]
     errors: Mapping[int, Mapping[str, float]]
 
     def save(self, path: Path) -> None:
-        vectors = [{"mean": v.mean, "scale": v.scale} for v in self.k_vectors]
+        vectors = [
+            {**vars(v), "basis": base64.b64encode(v.basis).decode()} if v.basis else {"mean": v.mean, "scale": v.scale}
+            for v in self.k_vectors
+        ]
         save_json(
             path, "Conditions", {"k_vectors": vectors, "errors": {str(il): dict(e) for il, e in self.errors.items()}}
         )
@@ -115,7 +120,7 @@ class Conditions:
             path,
             "Conditions",
             lambda data: cls(
-                tuple(KVectors(tuple(v["mean"]), tuple(v["scale"])) for v in data["k_vectors"]),
+                tuple(KVectors(**v) for v in data["k_vectors"]),
                 {int(il): errors for il, errors in data["errors"].items()},
             ),
         )

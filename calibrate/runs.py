@@ -25,7 +25,7 @@ def search_name(session: Session, model: Path) -> str:
 
 def tag(k_vectors: Sequence[KVectors]) -> str:
     """Names the vectors of K in records; "" without any."""
-    text = "".join(f"{il}{v.mean}{v.scale}" for il, v in enumerate(k_vectors) if v)
+    text = "".join(f"{il}{v.mean}{v.scale}{v.basis.hex()}{v.basis_scale or ''}" for il, v in enumerate(k_vectors) if v)
     return "-" + hashlib.sha256(text.encode()).hexdigest()[:12] if text else ""
 
 

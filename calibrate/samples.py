@@ -94,21 +94,22 @@ class LayerSample:
         """The same text at another place of the context: K and Q of every token turned alike, so the same attention."""
         if self.turns is None:
             return self
-        first, second = self.rope_pairs
-        cos, sin = self.turns[place, :, 0], self.turns[place, :, 1]
-
-        def turn(x: np.ndarray) -> np.ndarray:
-            out = x.copy()
-            out[..., first] = x[..., first] * cos - x[..., second] * sin
-            out[..., second] = x[..., first] * sin + x[..., second] * cos
-            return out
-
-        return replace(self, q=turn(self.q), k=turn(self.k))
+        q, k = (turned(x, self.rope_pairs, self.turns[place]) for x in (self.q, self.k))
+        return replace(self, q=q, k=k)
 
     @property
     def v_in_k(self) -> bool:
         """True if V is the front of K's rows, as in MLA: there is one tensor then, so one type."""
         return self.head_dim_v < self.k.shape[-1] and np.array_equal(self.v, self.k[..., : self.head_dim_v])
+
+
+def turned(x: np.ndarray, pairs: tuple[np.ndarray, np.ndarray], turn: np.ndarray) -> np.ndarray:
+    """x with the pairs of channels of its last axis turned. turn (n_pair, 2) cos and sin"""
+    (first, second), (cos, sin) = pairs, turn.T
+    out = x.copy()
+    out[..., first] = x[..., first] * cos - x[..., second] * sin
+    out[..., second] = x[..., first] * sin + x[..., second] * cos
+    return out
 
 
 @dataclass(frozen=True)

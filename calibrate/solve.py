@@ -103,11 +103,13 @@ def near(pairs: Sequence[Pair], bits: float) -> list[Pair]:
 
 def uniform_pairs(kld_model: KldModel, geometry: Geometry, max_bytes: int | None) -> list[tuple[Pair, ...]]:
     """Uniform plans to compare with and to fit the model to: the likeliest within the budget; cheapest and best at the
-    ends.
+    ends. Stock can run them: none has a type of groups, which is nothing without a basis.
 
     max_bytes  None: no budget, and the plan of the most bytes is the last
     """
-    quantized = [(i, p) for i, p in enumerate(kld_model.pairs) if p.type_k != "f16" != p.type_v]
+    quantized = [
+        (i, p) for i, p in enumerate(kld_model.pairs) if p.type_k != "f16" != p.type_v and not codec(p.type_k).groups
+    ]
     everywhere = [p for i, p in quantized if not np.isnan(kld_model.sq_k[:, i]).any()]
     plans = {p: tuple(p if il in kld_model.il else Pair("", "") for il in range(kld_model.n_layer)) for p in everywhere}
     sizes = {p: geometry.bytes(plans[p]) for p in everywhere}

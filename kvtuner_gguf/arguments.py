@@ -114,6 +114,12 @@ def shared(*names: str) -> Callable[[Command], Command]:
             default=None,
             help="Whether K may be scaled per channel, where that helps. [default: yes; paper: no]",
         ),
+        "basis": click.option(
+            "--k-basis/--no-k-basis",
+            default=None,
+            help="Whether K may be in a basis, which types of groups (k4_64, k3_64, k2_64) need, where that helps. "
+            "[default: yes; paper: no]",
+        ),
         "force": click.option(
             "--force",
             is_flag=True,

@@ -79,7 +79,7 @@ def main() -> None:
     type=click.IntRange(8, 10000),
     help="Real runs of the search. [default: two per layer and about 24 more; paper 100]",
 )
-@shared("types", "mean", "scale")
+@shared("types", "mean", "scale", "basis")
 @click.option(
     "--resume",
     is_flag=True,
@@ -115,7 +115,7 @@ def calibrate(
 @click.option(
     "-o", "--output", type=FILE, help="Write the plan: a new GGUF, or with .json a sidecar. Default: show it only."
 )
-@shared("bits", "memory", "kld", "types", "mean", "scale", "c", "f", "chunks", "seed", "ngl", "force", "json")
+@shared("bits", "memory", "kld", "types", "mean", "scale", "basis", "c", "f", "chunks", "seed", "ngl", "force", "json")
 def solve(model: Path, output: Path | None, force: bool, as_json: bool, **given: Any) -> None:
     """Find another plan by what `calibrate` measured of MODEL, in seconds and without a run.
 

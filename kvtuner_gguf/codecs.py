@@ -15,8 +15,8 @@ class Codec:
     type_size   bytes of a block, scales included
     in_menu     whether a calibration chooses from it by default
     wider       the type of as many bits in wider blocks, which takes its place there where a head allows
-    groups      whether the quarters of a block have bits of their own: for a K whose channels come in a basis, and for
-                nothing else
+    groups      four groups of channels with bits of their own: for K alone, and in a basis (kvectors.py) alone, which
+                sorts the channels by what they matter
     """
 
     name: str
@@ -41,7 +41,8 @@ class Codec:
         return n_values // self.block_size * self.type_size
 
 
-# from the most to the least precise; ggml's names, block sizes and type sizes. qB_N and kB_N are ours: B bits, blocks of N
+# from the most to the least precise; ggml's names, block sizes and type sizes. qB_N and kB_N are ours: B bits, blocks
+# of N
 CODECS: dict[str, Codec] = {
     c.name: c
     for c in (
@@ -55,13 +56,13 @@ CODECS: dict[str, Codec] = {
         Codec("q4_1", 32, 20),
         Codec("q4_0", 32, 18),
         Codec("iq4_nl", 32, 18),
-        Codec("k4_64", 64, 34, in_menu=False, groups=True),
+        Codec("k4_64", 64, 34, groups=True),
         Codec("q3_32", 32, 14, wider="q3_64"),
         Codec("q3_64", 64, 26),
-        Codec("k3_64", 64, 26, in_menu=False, groups=True),
+        Codec("k3_64", 64, 26, groups=True),
         Codec("q2_32", 32, 10, wider="q2_64"),
         Codec("q2_64", 64, 18),
-        Codec("k2_64", 64, 18, in_menu=False, groups=True),
+        Codec("k2_64", 64, 18, groups=True),
     )
 }
 

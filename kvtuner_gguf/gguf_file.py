@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from .atomic import atomic_file
 from .errors import PlanError
-from .gguf_header import ARRAY, GGUF, SCALARS, STRING, Header, Parser, read_header
+from .gguf_header import ARRAY, GGUF, INT8, SCALARS, STRING, Header, Parser, read_header
 from .plan import PREFIX, Plan
 from .reading import StrPath, opened
 from .room import need, write_errors
@@ -175,6 +175,8 @@ def _n_bytes(parts: list[bytes | tuple[int, int]]) -> int:
 def _encoded(key: str, kind: str, value: Any) -> bytes:
     if kind == "arr_str":
         body = struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_encoded_str, value))
+    elif kind == "arr_i8":
+        body = struct.pack("<IIQ", ARRAY, INT8, len(value)) + value
     elif kind.startswith("arr_"):
         number = _NUMBERS[kind[4:]]
         body = struct.pack(f"<IIQ{len(value)}{SCALARS[number]}", ARRAY, number, len(value), *value)

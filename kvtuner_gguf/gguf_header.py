@@ -21,7 +21,7 @@ from .values import blamed_on
 GGUF = "a GGUF file"
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
+INT8, STRING, ARRAY = 1, 8, 9
 _NEEDED = ("general.architecture", "general.alignment", "split.no", "split.count")
 # ggml type number -> name as ggml_type_name gives it, values in a block, bytes of a block
 TENSOR_TYPES = {
@@ -164,7 +164,7 @@ class Parser:
             return self._array(self._unpack("I"), self._unpack("Q"), wanted)
         raise PlanError(f"{self.what} has the value type {kind}, need 0 to 12. Get the file again.")
 
-    def _array(self, kind: int, n: int, wanted: bool) -> list[object] | None:
+    def _array(self, kind: int, n: int, wanted: bool) -> list[object] | bytes | None:
         if kind not in SCALARS and kind != STRING:
             raise PlanError(f"{self.what} is an array of type {kind}, need scalars or strings. Get the file again.")
         code = SCALARS.get(kind, "Q")  # a string has at least its length
@@ -173,6 +173,9 @@ class Parser:
         if kind != STRING and not wanted:
             self._skip(n_bytes)
             return None
+        if kind == INT8:  # millions of them, which a list would make eight times as large
+            self._spend(n)
+            return self._bytes(n)
         self._spend(8 * n)
         if kind != STRING:
             return list(struct.unpack(f"<{n}{code}", self._bytes(n_bytes)))

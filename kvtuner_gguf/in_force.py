@@ -56,8 +56,10 @@ def put_pairs_in_force(model: int, pairs: Sequence[Pair] | None, k_vectors: Sequ
     native.set_plan(model, [p.type_k for p in pairs], [p.type_v for p in pairs])
     try:
         for il, vectors in enumerate(k_vectors):
-            if vectors:
+            if vectors.mean or vectors.scale:
                 native.set_k_vectors(model, il, vectors.mean, vectors.scale)
+            if vectors.basis:
+                native.set_k_basis(model, il, vectors.basis, vectors.basis_scale)
     except KvtunerError:
         native.clear_plan(model)
         raise

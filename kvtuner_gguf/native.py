@@ -21,7 +21,7 @@ from .threads import wait_briefly
 LLAMA_CPP_COMMIT = "0c1e57098"  # of the pinned source
 
 _KVT_E_TYPE, _KVT_E_NONE = -2, -3
-_K_MEAN, _K_SCALE = 1, 2
+_K_MEAN, _K_SCALE, _K_BASIS = 1, 2, 4
 _OMP_PAUSE_HARD = 2  # end the calling thread's pool: a child of fork would wait for its threads, which it has not got
 
 
@@ -124,6 +124,7 @@ _SIGNATURES = {
     "kvt_model_rope": (_i32, [_ptr, _i32, _ptr, _ptr]),
     "kvt_model_set_plan": (_i32, [_ptr, _strs, _strs, _i32]),
     "kvt_model_set_k_vectors": (_i32, [_ptr, _i32, _ptr, _ptr, _i32]),
+    "kvt_model_set_k_basis": (_i32, [_ptr, _i32, _ptr, _ptr, _i32]),
     "kvt_model_set_plan_weights": (_i32, [_ptr, _str]),
     "kvt_model_weights_hash": (_str, [_ptr]),
     "kvt_model_fingerprint": (_i32, [_ptr, _ptr]),
@@ -268,6 +269,7 @@ class LayerCache:
     bytes_k bytes_v  of the tensors     n_cells  cells, all streams
     rot_k rot_v      block of the Hadamard rotation, 0 = not rotated
     k_mean k_scale   whether a mean is taken off K, and a scale
+    k_basis          whether K is in a basis, instead of rotated
     """
 
     il: int
@@ -280,6 +282,7 @@ class LayerCache:
     rot_v: int
     k_mean: bool = False
     k_scale: bool = False
+    k_basis: bool = False
 
 
 def n_layer(model: int) -> int:
@@ -318,6 +321,13 @@ def set_k_vectors(model: int, il: int, mean: Sequence[float], scale: Sequence[fl
         raise NativeError(f"layer {il}: {len(mean)} means of K, {len(scale)} scales, need as many of both, or none.")
     pointers = [x.ctypes.data if x.size else None for x in sides]
     check(library().kvt_model_set_k_vectors(model, il, *pointers, max(x.size for x in sides)))
+
+
+def set_k_basis(model: int, il: int, basis: bytes, basis_scale: Sequence[float]) -> None:
+    """Basis of a layer's K, as KVectors holds it, in the plan that is set already, after `set_k_vectors`. Raises
+    NativeError."""
+    rows, scale = np.frombuffer(basis, dtype=np.int8), np.array(basis_scale, dtype=np.float32)
+    check(library().kvt_model_set_k_basis(model, il, rows.ctypes.data, scale.ctypes.data, scale.size))
 
 
 def set_plan_weights(model: int, weights: str) -> None:
@@ -374,7 +384,7 @@ def ctx_layers(model: int, ctx: int) -> list[LayerCache]:
         cond = check(library().kvt_ctx_k_cond(ctx, il))
         names = layer.type_k.decode(), layer.type_v.decode()
         numbers = layer.bytes_k, layer.bytes_v, layer.n_cells, layer.rot_k, layer.rot_v
-        layers.append(LayerCache(il, *names, *numbers, bool(cond & _K_MEAN), bool(cond & _K_SCALE)))
+        layers.append(LayerCache(il, *names, *numbers, *(bool(cond & bit) for bit in (_K_MEAN, _K_SCALE, _K_BASIS))))
     return layers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any, ClassVar
 from .atomic import atomic_file
 from .codecs import codec
 from .errors import PlanError
-from .kvectors import KVectors, joined, k_vectors_of, vector_bytes
+from .kvectors import SIDES, KVectors, joined, k_vectors_of, vector_bytes
 from .pair import Pair
 from .quality import QUALITY_FIELDS, Quality
 from .reading import opened
@@ -35,6 +36,10 @@ _FIELDS = (
     ("k_mean.n_values", "arr_u32", "k_mean_n_values"),
     ("k_scale", "arr_f32", "k_scale"),
     ("k_scale.n_values", "arr_u32", "k_scale_n_values"),
+    ("k_basis", "arr_i8", "k_basis"),
+    ("k_basis.n_values", "arr_u32", "k_basis_n_values"),
+    ("k_basis_scale", "arr_f32", "k_basis_scale"),
+    ("k_basis_scale.n_values", "arr_u32", "k_basis_scale_n_values"),
     ("checksum", "str", "checksum"),
     ("bits_per_value", "f32", "bits_per_value"),
     *((key, kind, f"quality.{key}") for key, kind in QUALITY_FIELDS),
@@ -44,7 +49,8 @@ _FIELDS = (
 )
 _CALIBRATION = "calibration."
 _CALIBRATION_KEY = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
-# types of a thousand layers are 30 KB; vectors of 80 layers of 64 heads, 128 channels each, 16 MB
+# types of a thousand layers are 30 KB; vectors of 80 layers of 64 heads, 128 channels each, 16 MB; bases of 80 layers
+# of 8 such heads, 14 MB
 _MAX_JSON_BYTES = 64 << 20
 
 
@@ -128,6 +134,16 @@ class Plan:
         return joined(v.scale for v in self.k_vectors)
 
     @property
+    def k_basis(self) -> bytes | None:
+        """The bases of all layers, one after another; None if there are none."""
+        return b"".join(v.basis for v in self.k_vectors) or None
+
+    @property
+    def k_basis_scale(self) -> tuple[float, ...] | None:
+        """The scales of their rows, likewise."""
+        return joined(v.basis_scale for v in self.k_vectors)
+
+    @property
     def k_mean_n_values(self) -> tuple[int, ...] | None:
         """How many values of k_mean each layer has, 0 = none."""
         return tuple(len(v.mean) for v in self.k_vectors) if self.k_mean else None
@@ -138,12 +154,22 @@ class Plan:
         return tuple(len(v.scale) for v in self.k_vectors) if self.k_scale else None
 
     @property
+    def k_basis_n_values(self) -> tuple[int, ...] | None:
+        """How many values of k_basis each layer has, 0 = none."""
+        return tuple(len(v.basis) for v in self.k_vectors) if self.k_basis else None
+
+    @property
+    def k_basis_scale_n_values(self) -> tuple[int, ...] | None:
+        """How many values of k_basis_scale each layer has, 0 = none."""
+        return tuple(len(v.basis_scale) for v in self.k_vectors) if self.k_basis_scale else None
+
+    @property
     def checksum(self) -> str:
         """8 hex digits of CRC-32 over what the run time obeys: the types and the vectors, as
         native/llama/kvt-plan.cpp reads them."""
         names = "".join(f"{name}\0" for name in (*self.type_k, *self.type_v)).encode()
-        sides = ((self.k_mean, self.k_mean_n_values), (self.k_scale, self.k_scale_n_values))
-        numbers = (struct.pack(f"<{len(x)}f{len(n)}I", *x, *n) for x, n in sides if x and n)
+        sides = ((getattr(self, key), getattr(self, f"{key}_n_values")) for key in SIDES)
+        numbers = (_packed(x) + struct.pack(f"<{len(n)}I", *n) for x, n in sides if x and n)
         return f"{zlib.crc32(b''.join((names, *numbers))):08x}"
 
     @property
@@ -165,7 +191,8 @@ class Plan:
         return [(group[0][0], group[-1][0], group[0][1]) for group in groups]
 
     def to_metadata(self) -> list[tuple[str, str, Any]]:
-        """The plan as GGUF metadata: (key, kind, value), kind one of u32, f32, str, arr_str, arr_f32, arr_u32."""
+        """The plan as GGUF metadata: (key, kind, value), kind one of u32, f32, str, arr_str, arr_f32,
+        arr_u32, and arr_i8, whose value is bytes."""
         rows = []
         for key, kind, where in _FIELDS:
             value: Any = self
@@ -173,7 +200,7 @@ class Plan:
                 value = getattr(value, name, None)
             if value is not None:
                 rows.append(
-                    (key, kind, str(value) if kind == "str" else list(value) if kind.startswith("arr_") else value)
+                    (key, kind, str(value) if kind == "str" else list(value) if type(value) is tuple else value)
                 )
         rows += ((_CALIBRATION + key, _calibration_kind(value), value) for key, value in self.calibration.items())
         return [(PREFIX + key, kind, value) for key, kind, value in rows]
@@ -221,7 +248,7 @@ class Plan:
     def to_json(self) -> str:
         """The sidecar's text: the keys of to_metadata without their prefix, one to a line, however long its array."""
         rows = (
-            (json.dumps(text, ensure_ascii=False) for text in (key[len(PREFIX) :], value))
+            (json.dumps(text, ensure_ascii=False, default=_base64) for text in (key[len(PREFIX) :], value))
             for key, _, value in self.to_metadata()
         )
         return "{\n" + ",\n".join("  " + ": ".join(row) for row in rows) + "\n}\n"
@@ -291,6 +318,16 @@ def _quality(found: Mapping[str, Any], name: str) -> Quality | None:
     if values and missing:
         raise PlanError(f"{name}: {', '.join(missing)} missing, need all figures or none. Calibrate again.")
     return Quality(**values) if values else None
+
+
+def _packed(values: bytes | Sequence[float]) -> bytes:
+    """As a GGUF holds them."""
+    return values if isinstance(values, bytes) else struct.pack(f"<{len(values)}f", *values)
+
+
+def _base64(values: bytes) -> str:
+    """As JSON holds an array of 8-bit numbers."""
+    return base64.b64encode(values).decode()
 
 
 def _calibration_kind(value: object) -> str:

@@ -79,10 +79,10 @@ def layers_text(pairs: Sequence[Pair]) -> str:
     return table(("layers", "K", "V"), rows)
 
 
-def conditions_text(layers: Sequence[tuple[int, bool, bool]]) -> str:
-    """Which layers' K is conditioned, from (il, mean, scale) each; "" if none's is."""
-    sides = (("mean", [il for il, mean, _ in layers if mean]), ("scale", [il for il, _, scale in layers if scale]))
-    return ", ".join(f"{name} in layers {_ranges(il)}" for name, il in sides if il)
+def conditions_text(layers: Sequence[tuple[int, bool, bool, bool]]) -> str:
+    """Which layers' K is conditioned, from (il, mean, scale, basis) each; "" if none's is."""
+    sides = {name: [layer[0] for layer in layers if layer[i]] for i, name in enumerate(("mean", "scale", "basis"), 1)}
+    return ", ".join(f"{name} in layers {_ranges(il)}" for name, il in sides.items() if il)
 
 
 def _ranges(il: Sequence[int]) -> str:
@@ -129,7 +129,7 @@ def outcome_text(outcome: Outcome, written: Path) -> str:
     plan = outcome.plan
     parts = (
         layers_text(plan.pairs)
-        + _conditions_line([(il, bool(v.mean), bool(v.scale)) for il, v in enumerate(plan.k_vectors)]),
+        + _conditions_line([(il, bool(v.mean), bool(v.scale), bool(v.basis)) for il, v in enumerate(plan.k_vectors)]),
         memory_text(plan.pairs, outcome.geometry, plan.vector_bytes),
         comparison_text(outcome.comparison),
         f"{verdict}\nWritten to {written}",
@@ -165,7 +165,7 @@ def solved_json(solved: Solved, written: Path | None) -> dict[str, Any]:
 
 def shown_text(shown: Shown) -> str:
     """A plan as the run time resolves it."""
-    line = _conditions_line([(layer.il, layer.k_mean, layer.k_scale) for layer in shown.layers])
+    line = _conditions_line([(layer.il, layer.k_mean, layer.k_scale, layer.k_basis) for layer in shown.layers])
     memory = memory_text(shown.pairs, shown.geometry, shown.vector_bytes)
     text = f"plan from: {shown.source}\n\n{layers_text(shown.pairs)}{line}\n\n{memory}"
     if shown.plan and shown.plan.quality:
@@ -177,7 +177,9 @@ def shown_text(shown: Shown) -> str:
 
 def shown_json(shown: Shown) -> dict[str, Any]:
     """The same for a program."""
-    conditioned = {layer.il: {"k_mean": layer.k_mean, "k_scale": layer.k_scale} for layer in shown.layers}
+    conditioned = {
+        layer.il: {"k_mean": layer.k_mean, "k_scale": layer.k_scale, "k_basis": layer.k_basis} for layer in shown.layers
+    }
     layers = [
         {"il": il, "type_k": p.type_k, "type_v": p.type_v, **conditioned.get(il, {})}
         for il, p in enumerate(shown.pairs)
@@ -196,6 +198,6 @@ def shown_json(shown: Shown) -> dict[str, Any]:
     }
 
 
-def _conditions_line(layers: Sequence[tuple[int, bool, bool]]) -> str:
+def _conditions_line(layers: Sequence[tuple[int, bool, bool, bool]]) -> str:
     text = conditions_text(layers)
     return f"\nK conditioned: {text}" if text else ""

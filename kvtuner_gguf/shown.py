@@ -51,9 +51,15 @@ def shown(
             layers = ctx.layers()
             notes += ctx.notes()
         found = given if isinstance(given, Plan) else _sound_plan(model) if source == "file" else None
-        vector_bytes = sum(4 * _k_values(layer) * (layer.k_mean + layer.k_scale) for layer in layers)
+        vector_bytes = sum(_vector_bytes(layer, found) for layer in layers)
         pairs, geometry = allocated_pairs(layers, session.n_layer), session.geometry(n_ctx)
     return Shown(source, pairs, tuple(layers), geometry, vector_bytes, found, tuple(notes))
+
+
+def _vector_bytes(layer: LayerCache, plan: Plan | None) -> int:
+    """Of the vectors in force; how large a basis is, the plan tells that it is from."""
+    of_basis = plan.k_vectors[layer.il].basis_alone.n_bytes if layer.k_basis and plan and plan.k_vectors else 0
+    return 4 * _k_values(layer) * (layer.k_mean + layer.k_scale) + of_basis
 
 
 def _k_values(layer: LayerCache) -> int:

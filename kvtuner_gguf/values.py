@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 import struct
@@ -32,6 +33,8 @@ def checked(key: str, kind: str, value: Any) -> Any:
         return [checked(key, "f32", x) for x in value]
     if kind == "arr_u32" and isinstance(value, (list, tuple)):
         return [checked(key, "u32", x) for x in value]
+    if kind == "arr_i8" and (found := _int8_bytes(value)) is not None:
+        return found
     if kind == "str" and _is_text(value):
         return value
     if kind == "u32" and isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < 1 << 32:
@@ -44,10 +47,23 @@ def checked(key: str, kind: str, value: Any) -> Any:
         "arr_str": "an array of strings",
         "arr_f32": "an array of floats",
         "arr_u32": "an array of whole numbers",
+        "arr_i8": "whole numbers from -128 to 127, or the base64 of their bytes",
         "str": "one line of text",
         "f32": "a finite 32-bit float",
     }
     raise PlanError(f"{key}: got {brief(value)}, need {need.get(kind, 'a whole number below 2^32')}. Calibrate again.")
+
+
+def _int8_bytes(value: object) -> bytes | None:
+    """An array of 8-bit numbers as it is kept, one byte each; None if the value is none."""
+    if isinstance(value, bytes):
+        return value
+    with suppress(ValueError, struct.error):  # no base64; no whole number, or out of range
+        if isinstance(value, str):
+            return base64.b64decode(value, validate=True)
+        if isinstance(value, (list, tuple)) and not any(isinstance(x, bool) for x in value):
+            return struct.pack(f"{len(value)}b", *value)
+    return None
 
 
 def _is_text(value: object) -> bool:

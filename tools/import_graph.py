@@ -27,10 +27,9 @@ FLOORS = (
     "calibrate.measured",
     "calibrate.evaluate calibrate.runs",
     "calibrate.checks calibrate.methods calibrate.store calibrate.write",
-    "calibrate.options",
-    "__init__ calibrate.capture calibrate.goals calibrate.text output",
-    "calibrate.condition calibrate.error calibrate.kld calibrate.prices calibrate.solve calibrate.weights "
-    "identity llama shown",
+    "calibrate.condition calibrate.error calibrate.options",
+    "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.text output",
+    "calibrate.kld calibrate.moments calibrate.prices calibrate.solve calibrate.weights identity llama shown",
     "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples "
     "gguf_file runtime",
     "calibrate.results gguf_header in_force report",

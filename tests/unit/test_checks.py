@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -13,10 +14,16 @@ from click.testing import CliRunner
 
 from kvtuner_gguf import Geometry
 from kvtuner_gguf.arguments import Memory
-from kvtuner_gguf.calibrate.checks import cheapest_bytes, check_can_plan, check_room, check_text
+from kvtuner_gguf.calibrate.checks import cheapest_bytes, check_can_plan, check_room, check_text, offered
 from kvtuner_gguf.calibrate.goals import WithinBits, WithinBytes, WithinKld
+from kvtuner_gguf.calibrate.measured import Measured
+from kvtuner_gguf.calibrate.options import PAPER_TYPES, Options
+from kvtuner_gguf.calibrate.runs import tag
 from kvtuner_gguf.cli import main
+from kvtuner_gguf.codecs import CODECS
 from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.kvectors import KVectors
+from kvtuner_gguf.pair import Pair
 
 # three layers at 64 tokens: two with 128 values of K and V each, one with none; the second cannot be quantized
 GEOMETRY = Geometry((8192, 0, 8192), (8192, 0, 4096), 64)
@@ -26,6 +33,52 @@ CHEAPEST = 8192 // 32 * 18 + 8192 // 32 * 34 + 2 * 8192 + 2 * 4096
 
 def test_the_cheapest_plan_worked_by_hand():
     assert cheapest_bytes(GEOMETRY, TYPES) == CHEAPEST
+
+
+def test_types_of_groups_are_for_k_in_a_basis_alone():
+    every = ("f16", "k4_64", "q3_64", "k3_64", "k2_64")
+    types = {0: (every, every), 2: (every, ("f16",)), 3: (("f16",), ())}
+    plain = ("f16", "q3_64")
+    assert offered(types, ()) == {0: (plain, plain), 2: (plain, ("f16",)), 3: (("f16",), ())}
+    assert offered(types, {0}) == {0: (every, plain), 2: (plain, ("f16",)), 3: (("f16",), ())}
+    assert offered(types, types) == {0: (every, plain), 2: (every, ("f16",)), 3: (("f16",), ())}
+
+
+def test_a_basis_counts_where_k_has_a_type_of_groups():
+    both = KVectors((0.5,) * 8, (2.0,) * 8, bytes(64), (1.0,) * 8)
+    pairs = tuple(map(Pair.parse, ("k3_64/q8_0", "q3_64/q8_0", "f16/q8_0")))
+    geometry = Geometry((6400,) * 3, (6400,) * 3, 100)
+    cache = geometry.bytes(pairs)
+    assert cache == 2 * 6400 // 64 * 26 + 2 * 6400 + 3 * 6400 // 32 * 34
+    assert geometry.bytes(pairs, (both,) * 3) == cache + (2 * 8 * 4 + 64 + 8 * 4) + 2 * 8 * 4
+    priced = replace(geometry, k_vectors=(both.basis_alone,) * 3)
+    assert priced.bytes(pairs) == cache + 64 + 8 * 4 and priced.bytes(pairs, ()) == cache
+    assert [
+        priced.layer(il).bytes(pairs[il : il + 1]) - geometry.layer(il).bytes(pairs[il : il + 1]) for il in range(3)
+    ] == [96, 0, 0]
+
+
+def test_what_was_measured_says_what_a_search_has_to_pay():
+    found = (KVectors((0.5,) * 8, (), bytes(64), (1.0,) * 8), KVectors(), KVectors(scale=(2.0,) * 8))
+    measured = Measured(None, found, None)
+    assert measured.spent == 2 * 8 * 4
+    assert measured.priced(GEOMETRY).k_vectors == (found[0].basis_alone, KVectors(), KVectors())
+    assert Measured(None, (), None).priced(GEOMETRY) == GEOMETRY
+
+
+def test_the_paper_knows_no_conditioning():
+    assert Options("m.gguf").conditioning == (True, True, True)
+    assert Options("m.gguf", method="paper").conditioning == (False, False, False)
+    assert Options("m.gguf", k_basis=False).conditioning == (True, True, False)
+    assert Options("m.gguf", method="paper", k_basis=True).conditioning == (False, False, True)
+    assert not any(CODECS[name].groups for name in PAPER_TYPES)
+
+
+def test_records_tell_bases_apart():
+    bases = [KVectors((), (), bytes(64), (1.0,) * 8), KVectors((), (), bytes(63) + b"1", (1.0,) * 8)]
+    bases += [KVectors((), (), bytes(64), (1.0,) * 7 + (2.0,)), KVectors((), (2.0,) * 8, bytes(64), (1.0,) * 8)]
+    assert len({tag((b,)) for b in bases} | {tag(()), tag((bases[0], bases[1]))}) == 6
+    assert tag((KVectors(),)) == ""
 
 
 def test_a_goal_below_the_cheapest_plan_names_what_is_needed():

@@ -87,9 +87,9 @@ def _sidecar(folder: Path) -> Path:
 def test_runs_of_conditioned_layers_are_named():
     from kvtuner_gguf.report import conditions_text
 
-    layers = [(il, il != 2, il in (0, 5)) for il in (0, 1, 2, 3, 5)]
-    assert conditions_text(layers) == "mean in layers 0-1,3,5, scale in layers 0,5"
-    assert conditions_text([(0, False, False)]) == ""
+    layers = [(il, il != 2, il in (0, 5), il == 3) for il in (0, 1, 2, 3, 5)]
+    assert conditions_text(layers) == "mean in layers 0-1,3,5, scale in layers 0,5, basis in layers 3"
+    assert conditions_text([(0, False, False, False)]) == ""
 
 
 @pytest.fixture

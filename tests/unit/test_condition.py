@@ -8,10 +8,11 @@ import pytest
 from test_error import make_capture, make_sample, round_trip
 
 from kvtuner_gguf.calibrate.capture import _turns_of
-from kvtuner_gguf.calibrate.condition import Moments, balanced_scale, best_way, tied
+from kvtuner_gguf.calibrate.condition import best_way
 from kvtuner_gguf.calibrate.condition import condition as condition_by
 from kvtuner_gguf.calibrate.condition import vectors_of as vectors_of_moments
 from kvtuner_gguf.calibrate.error import after_codec, attention_scores, error_table, k_error
+from kvtuner_gguf.calibrate.moments import Moments, balanced_scale, tied
 from kvtuner_gguf.calibrate.results import Conditions
 from kvtuner_gguf.kvectors import KVectors
 
@@ -159,7 +160,7 @@ def test_moments_are_those_of_all_places_together(far_pairs):
     sample = with_offset(make_sample(0, n_kv=64, n_rot=64, far_pairs=far_pairs, turns=turns), offset_of(0))
     have = Moments.of(sample, scores(sample))
     each = [replace(sample.turned(place), turns=None) for place in range(4)]
-    for name in ("mean", "mean_w", "k_sq", "q_sq"):
+    for name in ("mean", "mean_w", "k", "q"):
         want = np.mean([getattr(Moments.of(s, scores(s)), name) for s in each], axis=0)
         assert getattr(have, name) == pytest.approx(want, rel=1e-4, abs=1e-4)
 

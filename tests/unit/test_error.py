@@ -9,12 +9,12 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from samples import make_sample
 
+from kvtuner_gguf.calibrate.basis import hadamard
 from kvtuner_gguf.calibrate.error import (
     MEASURES,
     after_codec,
     attention,
     error_table,
-    hadamard,
     key_error,
     output_error,
     output_nrmse,

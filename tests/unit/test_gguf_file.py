@@ -17,6 +17,7 @@ from small_gguf import PLAN, fault, make_model, our_metadata, unchanged
 from kvtuner_gguf import gguf_file, gguf_header
 from kvtuner_gguf.gguf_file import read_plan, weights_hash, write_plan
 from kvtuner_gguf.gguf_header import read_header
+from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
 
@@ -66,6 +67,16 @@ def test_write_and_strip_restore_the_file(shape, in_place, tmp_path):
     ]
     write_plan(written, None)
     assert written.read_bytes() == original and read_plan(written) is None
+
+
+def test_a_basis_is_written_as_8_bit_numbers(model):
+    basis = KVectors((), (), bytes(range(256)), (0.5,) * 16)
+    plan = Plan(PLAN.pairs, k_vectors=(basis, KVectors(), basis))
+    write_plan(model, plan)
+    assert read_plan(model) == plan
+    field = GGUFReader(model).fields["kvtuner.k_basis"]
+    assert [t.name for t in field.types] == ["ARRAY", "INT8"]
+    assert np.array(field.contents()).astype(np.int8).tobytes() == bytes(range(256)) * 2
 
 
 def test_tensor_data_is_copied_to_the_last_byte(tmp_path):

@@ -1,10 +1,13 @@
 """Plan: invariants, both stored forms, and a message for every fault that names the value and the cure."""
 
+import base64
 import copy
 import json
 import os
 import pickle
 import stat
+import struct
+import zlib
 from functools import partial
 
 import numpy as np
@@ -51,6 +54,8 @@ def fault(call, *parts):
 
 
 VECTORS = (KVectors((0.1, -2.0), (1.0, 1 / 3)), KVectors(), KVectors(scale=(0.5, 2.0, 1.0)))
+BASIS, ROWS = bytes([127, 128, 3, 255]), (0.5, 1 / 3)  # one head of two channels: 127 -128 / 3 -1
+BASES = (KVectors((0.1, -2.0), (1.0, 1 / 3), BASIS, ROWS), KVectors(), KVectors((), (), BASIS * 2, ROWS * 2))
 
 
 def conditioned(k_vectors=VECTORS):
@@ -59,7 +64,14 @@ def conditioned(k_vectors=VECTORS):
 
 @pytest.mark.parametrize(
     "plan",
-    [full_plan(), Plan((Q8,)), Plan((Q8, Q4), calibration={"text": ""}), conditioned(), conditioned((KVectors(),) * 3)],
+    [
+        full_plan(),
+        Plan((Q8,)),
+        Plan((Q8, Q4), calibration={"text": ""}),
+        conditioned(),
+        conditioned((KVectors(),) * 3),
+        conditioned(BASES),
+    ],
 )
 def test_both_forms_round_trip_exactly(plan, tmp_path):
     assert Plan.from_json(plan.to_json()) == plan
@@ -300,6 +312,79 @@ def test_only_a_quantized_k_keeps_its_vectors():
     v = KVectors((1.0,))
     pairs = (Q8, NONE, Pair.parse("f16/q8_0"), Pair.parse("bf16/q8_0"), Q4)
     assert where_quantized((v,) * 5, pairs) == (v, KVectors(), KVectors(), KVectors(), v)
+
+
+def test_a_basis_is_stored_as_bytes():
+    rows = {key: (kind, value) for key, kind, value in conditioned(BASES).to_metadata()}
+    assert rows["kvtuner.k_basis"] == ("arr_i8", BASIS * 3)
+    assert rows["kvtuner.k_basis.n_values"] == ("arr_u32", [4, 0, 8])
+    assert rows["kvtuner.k_basis_scale"] == ("arr_f32", [0.5, 0.33333334] * 3)
+    assert rows["kvtuner.k_basis_scale.n_values"] == ("arr_u32", [2, 0, 4])
+    assert json.loads(conditioned(BASES).to_json())["k_basis"] == base64.b64encode(BASIS * 3).decode()
+    assert conditioned(BASES).vector_bytes == 4 * (2 + 2 + 6) + 12
+    assert [v.head_dim for v in BASES] == [2, 0, 2]
+
+
+@pytest.mark.parametrize("stored", [BASIS, [127, -128, 3, -1], (127, np.int8(-128), 3, -1), "f4AD/w=="])
+def test_a_basis_may_be_given_as_bytes_numbers_or_base64(stored):
+    assert KVectors(basis=stored, basis_scale=ROWS) == KVectors((), (), BASIS, ROWS)
+
+
+def test_the_checksum_covers_the_basis_after_what_it_covered_before():
+    def crc(*parts):
+        return f"{zlib.crc32(b''.join(parts)):08x}"
+
+    names = b"q8_0\0\0q4_0\0q4_0\0\0q4_0\0"
+    means = struct.pack("<2f3I", 0.1, -2, 2, 0, 0)
+    scales = struct.pack("<2f3I", 1, 1 / 3, 2, 0, 0)
+    bases = BASIS * 3 + struct.pack("<3I", 4, 0, 8)
+    rows = struct.pack("<6f3I", *ROWS * 3, 2, 0, 4)
+    assert conditioned(()).checksum == crc(names)
+    assert conditioned(tuple(v.without_basis for v in BASES)).checksum == crc(names, means, scales)
+    assert conditioned(BASES).checksum == crc(names, means, scales, bases, rows)
+
+
+def test_a_basis_is_in_force_under_types_of_groups_alone():
+    v = BASES[0]
+    assert v.under("k3_64") == v
+    assert v.under("q3_64") == v.under("q8_0") == v.without_basis == KVectors(v.mean, v.scale)
+    assert v.under("f16") == v.under("") == KVectors() == KVectors().under("k2_64")
+    assert v.basis_alone == KVectors((), (), BASIS, ROWS)
+    assert bool(v.basis_alone) and v.n_bytes == v.without_basis.n_bytes + v.basis_alone.n_bytes
+    pairs = (Pair.parse("k2_64/q4_0"), NONE, Q8)
+    assert where_quantized((v,) * 3, pairs) == (v, KVectors(), v.without_basis)
+
+
+def test_faulty_bases_are_refused():
+    for value in ([128, 0, 0, 0], [-129, 0, 0, 0], [1.0, 0, 0, 0], [True, 0, 0, 0], "f4AD/w=", "f4AD/w==x", 7, None):
+        fault(partial(KVectors, basis=value, basis_scale=ROWS), "k_basis: got ", "-128 to 127", "base64")
+    for value in (0.0, -1.0, 1e-7, 1e7):
+        fault(partial(KVectors, basis=BASIS, basis_scale=(1.0, value)), "k_basis_scale", f"{value:g}", "1e-06 to 1e+06")
+    fault(partial(KVectors, basis=BASIS), "4 values", "k_basis_scale has 0", "both or neither")
+    fault(partial(KVectors, basis_scale=ROWS), "0 values", "k_basis_scale has 2", "both or neither")
+    fault(partial(KVectors, basis=BASIS, basis_scale=(1.0,) * 3), "4 values", "has 3", "square")
+    fault(partial(KVectors, basis=BASIS + BASIS, basis_scale=ROWS), "8 values", "has 2", "square")
+    fault(partial(KVectors, basis=BASIS, basis_scale=(1.0,) * 8), "4 values", "has 8", "square")
+    fault(partial(KVectors, (1.0,) * 4, (), BASIS, ROWS), "k_mean: got 4 values", "k_basis_scale has 2")
+    fault(partial(KVectors, (), (1.0,), BASIS, ROWS), "k_scale: got 1 values", "k_basis_scale has 2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"k_basis": "not base64"}, ["k_basis: got 'not base64'", "base64"]),
+        ({"k_basis": None}, ["k_basis", "n_values"]),
+        ({"k_basis_scale.n_values": None}, ["k_basis_scale", "n_values"]),
+        ({"k_basis.n_values": [4, 0, 4]}, ["k_basis: got 12 values", "adds up to 8"]),
+        ({"k_basis.n_values": [4, 8]}, ["k_basis.n_values: got 2 layers", "k_mean.n_values has 3"]),
+        ({"k_basis.n_values": [8, 0, 4]}, ["layer 0", "k_basis: got 8 values", "k_basis_scale has 2"]),
+        ({"k_basis_scale.n_values": [0, 2, 4]}, ["layer 0", "k_basis: got 4 values", "k_basis_scale has 0"]),
+        ({"k_basis_scale": [0.0] * 6}, ["layer 0", "k_basis_scale", "0"]),
+    ],
+)
+def test_faulty_stored_bases_are_refused(changes, parts):
+    stored = {k: v for k, v in (json.loads(conditioned(BASES).to_json()) | changes).items() if v is not None}
+    fault(lambda: Plan.from_json(json.dumps(stored)), *parts)
 
 
 def test_faulty_vectors_are_refused():

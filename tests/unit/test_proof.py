@@ -6,7 +6,7 @@ import pytest
 
 from kvtuner_gguf import Geometry, Pair
 from kvtuner_gguf.calibrate.progress import Silent
-from kvtuner_gguf.calibrate.proof import best_rivals, everywhere, prove
+from kvtuner_gguf.calibrate.proof import _shuffled, best_rivals, everywhere, prove, ungrouped
 from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.calibrate.write import plan_of
 from kvtuner_gguf.kvectors import KVectors
@@ -100,3 +100,22 @@ def test_a_plan_says_what_it_beat_and_what_it_costs():
     assert plan.rival_bits == pytest.approx(RIVAL.bits_per_value) and plan.calibration["seed"] == 3
     alone = plan_of(PLAN.pairs, (), GEOMETRY, {})
     assert alone.quality is None and alone.rival is None
+
+
+def test_types_of_groups_are_shuffled_among_layers_with_a_basis():
+    pairs = tuple(map(Pair.parse, ("k4_64/q8_0", "q8_0/q4_0", "k2_64/q4_0", "q4_0/q2_64", "k3_64/q3_64", "q6_32/q8_0")))
+    found = {_shuffled(pairs, [True] * 6, seed) for seed in range(20)}
+    assert len(found) > 10 and all(sorted(plan) == sorted(pairs) for plan in found)
+    assert {tuple(i for i, p in enumerate(plan) if p.type_k.startswith("k")) for plan in found} == {(0, 2, 4)}
+
+
+def test_without_bases_types_of_groups_give_way_to_their_neighbours():
+    pairs = (*map(Pair.parse, ("k4_64/q8_0", "k3_64/q3_64", "k2_64/q2_64", "f16/q8_0", "q6_32/f16")), NONE)
+    assert [str(p) for p in ungrouped(pairs)] == [
+        "q4_0/q8_0",
+        "q3_64/q3_64",
+        "q2_64/q2_64",
+        "f16/q8_0",
+        "q6_32/f16",
+        "/",
+    ]

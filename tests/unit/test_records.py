@@ -38,6 +38,7 @@ TABLE = ErrorTable((Pair("q8_0", "q8_0"),), (0, 2), {"key_error": np.array([[0.1
 KINDS = [
     Text("a.txt", "0" * 64, np.arange(7, dtype=np.int32), np.arange(3, dtype=np.int32)),
     Conditions((KVectors(), KVectors((0.5,), (2.0,))), {1: {"none": 0.1, "mean": 0.05}}),
+    Conditions((KVectors((), (2.0,), b"\x81", (0.5,)), KVectors()), {0: {"none": 0.1, "klt": 0.05}}),
     TABLE,
 ]
 

@@ -10,9 +10,10 @@ import pytest
 from kvtuner_gguf.calibrate.kld_model import KldModel, fit, floor_shape
 from kvtuner_gguf.calibrate.prices import MOST, floor_plans, price, price_ladders, replaced
 from kvtuner_gguf.calibrate.results import ErrorTable, Trial
-from kvtuner_gguf.calibrate.solve import cheapest, fewest_bytes, front, kld_search, refine, solve
+from kvtuner_gguf.calibrate.solve import cheapest, fewest_bytes, front, kld_search, refine, solve, uniform_pairs
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
+from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair
 
 TYPES = ("f16", "q8_0", "q5_0", "q4_0")
@@ -215,3 +216,32 @@ def test_one_tensor_for_k_and_v_has_one_type(model):
     table = ErrorTable(pairs, (0,), {"stream_error": error})
     mla = KldModel.of(table, Geometry((3200,), (0,), 100))
     assert solve(mla, mla.prices(np.ones(2)), 3200 * 34 // 32) == (Pair("q8_0", "q8_0"),)
+
+
+def with_groups(n_basis: int) -> KldModel:
+    """Four layers with k3_64 for K, which is worth its basis of so many bytes where there is room."""
+    types = {**ERROR, "k3_64": 0.08}
+    pairs = tuple(Pair(k, v) for k, v in product(types, TYPES))
+    error = np.array([[np.hypot(types[p.type_k], ERROR[p.type_v]) for p in pairs]] * 4)
+    error[3, [p.type_k == "k3_64" for p in pairs]] = np.nan  # the last layer has no basis
+    basis = KVectors((), (), bytes(n_basis), (1.0,) * int(n_basis**0.5))
+    geometry = Geometry((3200,) * 4, (3200,) * 4, 100, (basis,) * 3 + (KVectors(),))
+    return KldModel.of(ErrorTable(pairs, (0, 1, 2, 3), {"stream_error": error}), geometry)
+
+
+def test_a_type_of_groups_is_chosen_where_its_basis_pays():
+    x = np.concatenate([X_K, X_V])
+    for n_basis, pays in ((64, True), (3600, False)):
+        found = with_groups(n_basis)
+        groups = Pair("k3_64", "q4_0")
+        cost = found.n_bytes[:, found.column[groups]]
+        assert cost[0] == 3200 // 64 * 26 + 3200 // 32 * 18 + n_basis + 4 * int(n_basis**0.5)
+        plan = solve(found, found.prices(x), 4 * 2 * 3200 // 32 * 18)
+        assert ("k3_64" in {p.type_k for p in plan[:3]}) == pays and plan[3].type_k != "k3_64"
+
+
+def test_no_uniform_pair_has_a_type_of_groups():
+    found = with_groups(64)
+    everywhere = KldModel(found.il, found.pairs, np.nan_to_num(found.sq_k), found.sq_v, found.n_bytes, 4)
+    plans = uniform_pairs(everywhere, GEOMETRY, None)
+    assert plans and not [p for plan in plans for p in plan if p.type_k == "k3_64"]
