@@ -9,7 +9,7 @@ from pathlib import Path
 from kvtuner_gguf.gguf_header import read_header
 
 # numbers of GGUF's value types
-U8, I32, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 5, 4, 6, 7, 8, 9, 10
+U8, I8, I32, U32, F32, BOOL, STRING, ARRAY, U64 = 0, 1, 5, 4, 6, 7, 8, 9, 10
 
 
 def text(value: str | bytes) -> bytes:

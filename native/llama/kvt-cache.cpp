@@ -122,7 +122,6 @@ kvt_cache_types kvt_cache::types(uint32_t il) {
     }
 
     types_k[il] = res.k;
-    quantized_k = quantized_k || ggml_is_quantized(res.k);
     quantized_v = quantized_v || ggml_is_quantized(res.v);
 
     return res;
@@ -158,7 +157,11 @@ const kvt_cond_layer * kvt_cache::cond(uint32_t il, ggml_backend_buffer_type_t b
 }
 
 kvt_layer kvt_cache::layer(uint32_t il, ggml_backend_buffer_type_t buft) {
-    return { false, false, cond(il, buft) };
+    const kvt_cond_layer * res  = cond(il, buft);
+    const auto             type = types_k.find(il);
+
+    quantized_k = quantized_k || (type != types_k.end() && ggml_is_quantized(type->second) && !(res && res->basis_k));
+    return { false, false, res };
 }
 
 void kvt_cache::cond_alloc() {

@@ -82,7 +82,7 @@ private:
     bool plan_k = false; // the plan decides this side
     bool plan_v = false;
 
-    bool quantized_k = false; // some layer was given a quantized type
+    bool quantized_k = false; // some layer was given a quantized type, and no basis, which is in the place of the rotation
     bool quantized_v = false;
 
     std::map<std::string, std::vector<uint32_t>> departures; // from the plan: what is done instead, and why -> layers

@@ -2,11 +2,11 @@
 made of, and its rivals.
 
 python tests/bench/plans.py MODEL.gguf [--bits 4.5,3.5,3.25,2.75] [--ways
-default,no-mean,no-scale,no-layers,error,paper] [-f TEXT]
+default,no-mean,no-scale,no-basis,no-layers,error,paper] [-f TEXT]
     [--contexts 2048x8,8192x1] [--shared-bits 4.5,3.25] [--chunks 4] [--on-copy]
 
 default      what `kvtuner-gguf calibrate` searches, without its proof
-no-mean      K keeps its mean     no-scale  K is not scaled
+no-mean      K keeps its mean     no-scale  K is not scaled     no-basis  the same bits all over a head
 no-layers    the best uniform pair of all types, with K conditioned
 error        the solver's plan by squared errors alone: no run has told what a layer matters
 paper        --method paper
@@ -39,13 +39,18 @@ from kvtuner_gguf.calibrate.solve import solve
 from kvtuner_gguf.calibrate.store import Store
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
 from kvtuner_gguf.calibrate.weights import search_session
-from kvtuner_gguf.kvectors import KVectors, vector_bytes, where_quantized
+from kvtuner_gguf.kvectors import KVectors, where_quantized
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.runtime import Session
 
 Plan = tuple[str, tuple[Pair, ...], tuple[KVectors, ...], str]  # name, pairs, vectors, what the search said
 STOCK = ("q8_0/q8_0", "q5_1/q5_1", "iq4_nl/iq4_nl", "q4_0/q4_0")
-FIXED = {"no-mean": {"k_mean": False}, "no-scale": {"k_scale": False}, "paper": {"method": "paper"}}
+FIXED = {
+    "no-mean": {"k_mean": False},
+    "no-scale": {"k_scale": False},
+    "no-basis": {"k_basis": False},
+    "paper": {"method": "paper"},
+}
 
 
 class Shown:
@@ -65,12 +70,13 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
     """The plan of this way, and with it the best uniform pair as stock caches K if the way is the default."""
     asked = Options(options.model, WithinBits(bits), n_chunk=options.chunks, resume=True, **FIXED.get(way, {}))
     known = plannable_of(asked, sizes_of(asked))
-    store, geometry = Store(work), known.geometry
+    store = Store(work)
     bench = Bench(session, store, work, Shown())
     measured = measure_model(asked, known, bench)
+    geometry = measured.priced(known.geometry)
     k_vectors, name = measured.k_vectors, f"{bits:g} {way}"
     kld_model, what = KldModel.of(measured.errors, geometry), search_name(session, asked.model) + tag(k_vectors)
-    budget = known.goal.n_bytes - vector_bytes(k_vectors)
+    budget = known.goal.n_bytes - measured.spent
 
     def plan(pairs: tuple[Pair, ...], said: str) -> Plan:
         return name, pairs, where_quantized(k_vectors, pairs), said
@@ -99,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--bits", default="4.5,3.5,3.25,2.75")
-    parser.add_argument("--ways", default="default,no-mean,no-scale,no-layers,error,paper")
+    parser.add_argument("--ways", default="default,no-mean,no-scale,no-basis,no-layers,error,paper")
     parser.add_argument("--shared-bits", help="goals of the ways other than default; by default all")
     parser.add_argument("--contexts", default="2048x8,8192x1")
     parser.add_argument("--work", type=Path, help="folder of records; by default a temporary one")

@@ -59,8 +59,17 @@ def metadata(pairs: Sequence[Pair]) -> list[tuple[str, GGUFValueType, object]]:
     return [(key, kinds[kind], value) for key, kind, value in Plan(tuple(pairs)).to_metadata()]
 
 
-def vectors(il: int, n_head_kv: int = 2, head_dim: int = 64, *, mean: bool = True, scale: bool = True) -> KVectors:
-    """A mean and a scale as large as real ones, of a layer: means up to several std of K, scales from 1/4 to 4."""
+def vectors(
+    il: int, n_head_kv: int = 2, head_dim: int = 64, *, mean: bool = True, scale: bool = True, basis: bool = False
+) -> KVectors:
+    """A mean, a scale and a basis as large as real ones, of a layer: means up to several std of K, scales from 1/4 to
+    4, and matrices that turn K by any angle and make it larger or smaller."""
     rng, n = np.random.default_rng(il), n_head_kv * head_dim
     means, scales = 2 * rng.standard_normal(n), 4.0 ** rng.uniform(-1, 1, n)
-    return KVectors(tuple(means.tolist()) if mean else (), tuple(scales.tolist()) if scale else ())
+    sides = tuple(means.tolist()) if mean else (), tuple(scales.tolist()) if scale else ()
+    if not basis:
+        return KVectors(*sides)
+    turns = np.linalg.qr(rng.standard_normal((n_head_kv, head_dim, head_dim)))[0]
+    largest = np.abs(turns).max(axis=-1, keepdims=True)
+    rows, row_scales = np.rint(turns / largest * 127).astype(np.int8), largest / 127 * 10 ** rng.uniform(-0.5, 0.5)
+    return KVectors(*sides, rows.tobytes(), tuple(row_scales.reshape(-1).tolist()))

@@ -2,19 +2,23 @@
 the other."""
 
 import struct
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
-from gguf_bytes import F32, U32, array, entry, strings, text, u32, with_entries
+from gguf_bytes import F32, I8, U32, array, entry, strings, text, u32, with_entries
+from models import OUTLIER_CHANNELS
 from running import N_TOKENS, feed, mixture, prompt, run, uniform, vectors
 from test_shift import next_logits
 from test_state import assert_refused, every_kind, restore, save, saved
 
 from kvtuner_gguf import native
+from kvtuner_gguf.codecs import CODECS
 from kvtuner_gguf.errors import NativeError, PlanError
 from kvtuner_gguf.gguf_file import read_plan, write_plan
 from kvtuner_gguf.kvectors import KVectors
+from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
 
 pytestmark = pytest.mark.native
@@ -55,11 +59,23 @@ def conditioned(ctx):
     return [(layer.k_mean, layer.k_scale) for layer in ctx.layers()]
 
 
+def in_force(ctx):
+    """(mean, scale, basis, block of the rotation) of each layer's K."""
+    return [(layer.k_mean, layer.k_scale, layer.k_basis, layer.rot_k) for layer in ctx.layers()]
+
+
+GROUP_TYPES = [name for name, c in CODECS.items() if c.groups]
+
+
 # ---- the same attention
 
 
 @every_model
-@pytest.mark.parametrize("sides", [{"scale": False}, {"mean": False}, {}], ids=["mean", "scale", "both"])
+@pytest.mark.parametrize(
+    "sides",
+    [{"scale": False}, {"mean": False}, {}, {"basis": True}, {"basis": True, "mean": False, "scale": False}],
+    ids=["mean", "scale", "both", "all with a basis", "basis alone"],
+)
 @pytest.mark.parametrize("name", ["f16", "f32"])
 def test_a_cache_that_is_not_quantized_gives_the_same_logits(load, tiny, model, sides, name):
     arch, arguments, shape = MODELS[model]
@@ -76,10 +92,10 @@ def test_a_cache_that_is_not_quantized_gives_the_same_logits(load, tiny, model, 
 def test_greedy_tokens_are_the_same(load, tiny):
     session = load(tiny("llama"))
 
-    def greedy(k_vectors):
-        session.set_plan(uniform("f16", 4), k_vectors)
+    def greedy(k_vectors, name="f16", **arguments):
+        session.set_plan(uniform(name, 4), k_vectors)
         tokens = prompt(8)
-        with session.context(512) as ctx:
+        with session.context(512, **arguments) as ctx:
             logits = feed(ctx, tokens)[-1]
             for pos in range(8, 200):
                 tokens.append(int(logits.argmax()))
@@ -87,12 +103,17 @@ def test_greedy_tokens_are_the_same(load, tiny):
         return tokens
 
     assert greedy(all_vectors(session, (2, 64))) == greedy(())
+    # f16 rounds what is turned, and flash attention reads f32 as f16
+    assert greedy(all_vectors(session, (2, 64), basis=True), "f32", flash_attn=False) == greedy(
+        (), "f32", flash_attn=False
+    )
 
 
+@pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize("n_seq_max", [1, 3])
-def test_sequences_do_not_mix(load, tiny, n_seq_max):
+def test_sequences_do_not_mix(load, tiny, n_seq_max, basis):
     session = load(tiny("gemma3"))
-    k_vectors = all_vectors(session, (2, 64))
+    k_vectors = all_vectors(session, (2, 64), basis=basis)
 
     def last(k_vectors):
         session.set_plan(uniform("f16", 6), k_vectors)
@@ -113,6 +134,35 @@ def test_the_mean_of_k_takes_its_outliers_off(load, tiny, name):
     want = run(session, uniform("f16", 4))
     plain, centred = (np.square(run(session, pairs, v) - want).mean() for v in ((), k_vectors))
     assert centred < 0.2 * plain
+
+
+def test_a_basis_is_in_force_under_types_of_groups_and_where_k_is_not_quantized(load, tiny):
+    """It holds the scale and the rotation. Other types keep to these."""
+    session = load(tiny("llama", n_layer=6))
+    types = ["k3_64", "f16", "q8_0", "k2_64", "q3_64", "k4_64"]
+    session.set_plan([Pair(t, "q8_0") for t in types], [vectors(il, basis=True) for il in range(6)])
+    with session.context(256) as ctx:
+        apart, together = (True, True, False, 64), (True, False, True, 0)
+        assert in_force(ctx) == [together, together, apart, together, apart, together]
+        assert ctx.notes() == []
+
+
+@pytest.mark.parametrize("name", GROUP_TYPES)
+def test_the_first_group_of_a_block_carries_what_matters(load, tiny, name):
+    """Channels of outliers, scaled to the size of the others, come through a type of groups if the basis puts them
+    first, and do not if it puts them last."""
+    session = load(tiny("qwen2", k_outlier=40.0, outlier_layers=range(4)))
+    want = run(session, uniform("f16", 4))
+    others = [c for c in range(64) if c not in OUTLIER_CHANNELS]
+
+    def error(order):
+        rows = np.tile(127 * np.eye(64, dtype=np.int8)[order], (2, 1, 1))
+        row_scale = np.where(np.isin(order, OUTLIER_CHANNELS), 1 / 40, 1) / 127
+        basis = KVectors(basis=rows.tobytes(), basis_scale=tuple(np.tile(row_scale, 2).tolist()))
+        return np.square(run(session, uniform(f"{name}/f16", 4), [basis] * 4) - want).mean()
+
+    most = {"k4_64": 0.4, "k3_64": 0.5, "k2_64": 0.9}[name]  # measured .30, .40, .81
+    assert error([*OUTLIER_CHANNELS, *others]) < most * error([*others, *OUTLIER_CHANNELS])
 
 
 def test_no_vectors_are_no_plan_of_vectors(load, tiny):
@@ -138,7 +188,7 @@ def test_where_the_mean_would_matter_it_is_left_in(load, tiny, arch, why):
     session.set_plan(pairs, all_vectors(session, (2, 64)))
     with session.context(256) as ctx:
         assert conditioned(ctx) == [(False, True)] * 4
-        note = f"the mean of K is left in, since the attention has {why}; its scale applies"
+        note = f"the mean of K is left in, since the attention has {why}; the rest applies"
         assert ctx.notes() == [f"layers 1,3: {note}", f"layers 0,2: {note}"]  # of the full cache, then of the window's
     session.set_plan(pairs, all_vectors(session, (2, 64), scale=False))
     with session.context(256) as ctx:
@@ -177,13 +227,14 @@ def test_a_dry_session_tells_the_same(load, tiny):
 
 
 @every_model
+@pytest.mark.parametrize("basis", [False, True])
 @pytest.mark.parametrize("name", ["f16", "f32", "bf16", "q8_0"])
-def test_a_shift_keeps_the_logits(load, tiny, model, name):
+def test_a_shift_keeps_the_logits(load, tiny, model, name, basis):
     """As without vectors: after a shift the logits are those of the same K, moved. f16 and f32 to rounding."""
     arch, arguments, shape = MODELS[model]
     session = load(tiny(arch, **arguments))
     pairs = uniform(f"{name}/f16", session.n_layer)
-    k_vectors = all_vectors(session, shape)
+    k_vectors = all_vectors(session, shape, basis=basis)
 
     def shifted(k_vectors):
         session.set_plan(pairs, k_vectors)
@@ -201,27 +252,29 @@ def test_a_shift_keeps_the_logits(load, tiny, model, name):
 
 @every_kind
 @pytest.mark.parametrize("model", ["llama", "sliding window", "hybrid"])
-@pytest.mark.parametrize("name", ["f16", "q8_0"])
+@pytest.mark.parametrize("name", ["f16", "q8_0", "k3_64"])
 def test_a_state_belongs_to_its_vectors(load, tiny, kind, model, name):
     arch, arguments, shape = MODELS[model]
     session = load(tiny(arch, **arguments))
-    pairs = uniform(name, session.n_layer)
-    k_vectors = all_vectors(session, shape)
+    pairs, groups = uniform(f"{name}/q8_0", session.n_layer), CODECS[name].groups
+    k_vectors = all_vectors(session, shape, basis=groups)
     session.set_plan(pairs, k_vectors)
     state, want = saved(session, kind)
     with session.context(256) as ctx:
         assert restore(ctx, kind, state) == len(state)
         assert np.array_equal(feed(ctx, [77], 40), want)
     session.set_plan(pairs)
-    assert_refused(
-        session, kind, state, f"the state has K {name} (conditioned), this context has {name}: it was saved under"
-    )
+    tags = " (not rotated) (conditioned)" if groups else " (conditioned)"
+    assert_refused(session, kind, state, f"the state has K {name}{tags}, this context has {name}: it was saved under")
     plain, _ = saved(session, kind)
     il = layers_with_kv(session)[-1]
-    other = KVectors(k_vectors[il].mean, (1.01 * k_vectors[il].scale[0], *k_vectors[il].scale[1:]))
+    of_layer = k_vectors[il]
+    other = replace(of_layer, scale=(1.01 * of_layer.scale[0], *of_layer.scale[1:]))
+    if groups:
+        other = replace(of_layer, basis=bytes([of_layer.basis[0] ^ 1]) + of_layer.basis[1:])
     session.set_plan(pairs, [*k_vectors[:il], other, *k_vectors[il + 1 :]])
-    assert_refused(session, kind, state, f"layer {il}: the state's K has a mean or scale of ")
-    assert_refused(session, kind, plain, f"the state has K {name}, this context has {name} (conditioned)")
+    assert_refused(session, kind, state, f"layer {il}: the state's K has a mean, scale or basis of ")
+    assert_refused(session, kind, plain, f"the state has K {name}, this context has {name}{tags}")
 
 
 @every_kind
@@ -231,7 +284,7 @@ def test_means_are_not_taken_for_scales(load, tiny, kind):
     session.set_plan(uniform("f16", 4), [KVectors(mean=ones)] * 4)
     state, _ = saved(session, kind)
     session.set_plan(uniform("f16", 4), [KVectors(scale=ones)] * 4)
-    assert_refused(session, kind, state, "layer 0: the state's K has a mean or scale of ")
+    assert_refused(session, kind, state, "layer 0: the state's K has a mean, scale or basis of ")
 
 
 def test_a_state_without_vectors_is_stocks(load, tiny):
@@ -254,13 +307,15 @@ def planned(tiny, tmp_path, pairs, k_vectors, arch="llama", name="planned.gguf")
 
 
 def test_the_file_carries_the_vectors(load, tiny, tmp_path):
-    pairs, k_vectors = mixture(4), [vectors(0), KVectors(), vectors(2, mean=False), vectors(3, scale=False)]
+    pairs = [*mixture(4)[:3], Pair("k2_64", "q4_0")]
+    k_vectors = [vectors(0), KVectors(), vectors(2, mean=False), vectors(3, scale=False, basis=True)]
     path = planned(tiny, tmp_path, pairs, k_vectors)
     assert read_plan(path).k_vectors == tuple(k_vectors)
     session = load(path)
     assert native.plan_notes(session.model) == []
     with session.context(256) as ctx:
         assert conditioned(ctx) == [(True, True), (False, False), (False, True), (True, False)]
+        assert [layer.k_basis for layer in ctx.layers()] == [False, False, False, True]
         have = feed(ctx, prompt(N_TOKENS))
     other = load(tiny("llama"))
     other.set_plan(pairs, k_vectors)
@@ -277,6 +332,7 @@ def test_the_file_carries_the_vectors(load, tiny, tmp_path):
         ({"kvtuner.k_mean": False, "kvtuner.k_scale": False}, (False, False)),
         ({"kvtuner.k_mean": True}, (True, True)),
         ({"kvtuner.type_k.0": "q5_1"}, (True, True)),
+        ({"kvtuner.k_basis": False}, (True, True)),
     ],
 )
 def test_overrides_switch_it_off(load, tiny, tmp_path, overrides, want):
@@ -307,7 +363,7 @@ def test_llama_takes_them_from_a_sidecar(tiny, tmp_path):
     llm.close()
 
 
-MEAN, SCALE = "kvtuner.k_mean", "kvtuner.k_scale"
+MEAN, SCALE, BASIS, ROW_SCALE = (f"kvtuner.k_{name}" for name in ("mean", "scale", "basis", "basis_scale"))
 N = 4 * 128
 
 
@@ -319,11 +375,19 @@ def counts(key, values, kind=U32):
     return array(f"{key}.n_values", kind, len(values), struct.pack(f"<{len(values)}I", *values))
 
 
+def small_ints(key, values):
+    return array(key, I8, len(values), bytes(v & 0xFF for v in values))
+
+
+ROWS = [*(127 * np.eye(64, dtype=int)).reshape(-1).tolist()] * 8  # two heads of each of four layers
+
+
 def good():
     return {
-        k: e
-        for key in (MEAN, SCALE)
-        for k, e in ((key, floats(key, [1.0] * N)), (f"{key}.n_values", counts(key, [128] * 4)))
+        **{key: floats(key, [1.0] * N) for key in (MEAN, SCALE, ROW_SCALE)},
+        **{f"{key}.n_values": counts(key, [128] * 4) for key in (MEAN, SCALE, ROW_SCALE)},
+        BASIS: small_ints(BASIS, ROWS),
+        f"{BASIS}.n_values": counts(BASIS, [2 * 64 * 64] * 4),
     }
 
 
@@ -374,7 +438,31 @@ FAULTS = {
         "layer 0: scale of K in head 0 is 0.0001 to 10000, need a factor of 1e6 at most",
     ),
     "scale denormal": (spoiled(SCALE, 1e-40), "layer 1: scale of K in channel 2 is"),
+    "basis of floats": ({BASIS: floats(BASIS, [1.0] * len(ROWS))}, "kvtuner.k_basis is not an array of i8"),
+    "basis without its scales": (
+        {ROW_SCALE: None, f"{ROW_SCALE}.n_values": None},
+        "layer 0: basis of K has 8192 values and 0 scales, need 8192 and 128",
+    ),
+    "basis of another head size": (
+        {f"{BASIS}.n_values": counts(BASIS, [4096, 12288, 8192, 8192])},
+        "layer 0: basis of K has 4096 values and 128 scales, need 8192 and 128",
+    ),
+    "a row of zeros": (
+        {BASIS: small_ints(BASIS, [0 if 64 <= i < 128 else v for i, v in enumerate(ROWS)])},
+        "layer 0: basis of K in head 0 is singular",
+    ),
+    "two rows alike": (
+        {BASIS: small_ints(BASIS, [*ROWS[:-64], *ROWS[-128:-64]])},
+        "layer 3: basis of K in head 1 is singular",
+    ),
+    "row scale 0": (
+        {ROW_SCALE: floats(ROW_SCALE, [0.0 if i == 130 else 1.0 for i in range(N)])},
+        "layer 1: scale of row 2 of K's basis is 0, need 1e-06 to 1e+06",
+    ),
 }
+
+
+TYPES = {"k": b"k3_64", "v": b"q8_0"}
 
 
 @pytest.fixture
@@ -382,7 +470,10 @@ def file_with(tiny, tmp_path):
     """file_with(changes) -> a planned model with the good entries, some replaced or left out."""
 
     def write(changes):
-        types = [u32("kvtuner.schema_version", 1), *(strings(f"kvtuner.type_{side}", [b"q8_0"] * 4) for side in "kv")]
+        types = [
+            u32("kvtuner.schema_version", 1),
+            *(strings(f"kvtuner.type_{side}", [t] * 4) for side, t in TYPES.items()),
+        ]
         entries = [e for e in (good() | changes).values() if e is not None]
         return with_entries(tiny("llama"), tmp_path / "model.gguf", types + entries)
 
@@ -393,7 +484,7 @@ def test_the_good_entries_are_vectors(load, file_with):
     session = load(file_with({}))
     assert native.plan_notes(session.model) == []
     with session.context(256) as ctx:
-        assert conditioned(ctx) == [(True, True)] * 4
+        assert in_force(ctx) == [(True, False, True, 0)] * 4
 
 
 @pytest.mark.parametrize("case", FAULTS)
@@ -404,15 +495,18 @@ def test_faulty_vectors_are_ignored_with_one_note(load, file_with, case):
     (note,) = native.plan_notes(session.model)
     assert want in note and note.endswith(": K is not conditioned. Calibrate again") and note.isprintable()
     with session.context(256) as ctx:
-        assert conditioned(ctx) == [(False, False)] * 4
-        assert [(layer.type_k, layer.type_v) for layer in ctx.layers()] == [("q8_0", "q8_0")] * 4
+        assert in_force(ctx) == [(False, False, False, 64)] * 4
+        assert [(layer.type_k, layer.type_v) for layer in ctx.layers()] == [("k3_64", "q8_0")] * 4
         assert np.isfinite(feed(ctx, prompt(8))).all()
     if case not in (
         "counts i32",
         "mean f64",
         "a head too few",
         "scale of a wide head",
-    ):  # to Python numbers are numbers, and it does not know the heads
+        "basis of floats",
+        "a row of zeros",
+        "two rows alike",
+    ):  # to Python numbers are numbers, and it does not know the heads, nor inverts a matrix
         with pytest.raises(PlanError):
             read_plan(path)
 
