@@ -27,7 +27,7 @@ class Attack:
         self.path = folder / "input" / "model.gguf"
         planned = write_plan(
             tiny_llama(folder / "a.gguf", n_layer=2),
-            Plan((Pair("q8_0", "q4_0"), Pair("q3_64", "f16")), k_vectors=(vectors(0), vectors(1))),
+            Plan((Pair("q8_0", "q4_0"), Pair("k3_64", "f16")), k_vectors=(vectors(0), vectors(1, basis=True))),
         )
         models = ((tiny_gemma3, 128), (tiny_qwen2, 128), (tiny_mla, 192), (tiny_hybrid, 64))
         self.bases = [Base.of(planned), *(Base.of(make(folder / f"{make.__name__}.gguf"), n) for make, n in models)]
@@ -96,5 +96,5 @@ def _steers(error: PlanError) -> bool:
     not take at all."""
     return any(
         f"kvtuner.{key}" in str(error) or f": {key}" in str(error)
-        for key in ("type_k", "type_v", "k_mean", "k_scale", "schema_version")
+        for key in ("type_k", "type_v", "k_mean", "k_scale", "k_basis", "schema_version")
     )

@@ -273,7 +273,7 @@ def odd_plan(rng: random.Random, n_layer: int, n_values: int) -> list[bytes]:
         "type_k": _names(rng.choices(names, k=n_layer)),
         "type_v": _names(rng.choices(names, k=n_layer)),
     }
-    for key, low, high in (("k_mean", -3.0, 3.0), ("k_scale", 0.25, 4.0)):
+    for key, low, high in (("k_mean", -3.0, 3.0), ("k_scale", 0.25, 4.0), ("k_basis_scale", 0.001, 1.0)):
         if rng.random() < 0.5:
             has = [rng.choice((0, n_values)) for _ in range(n_layer)]
             kv[key] = _floats([rng.uniform(low, high) for _ in range(sum(has))])
@@ -282,7 +282,17 @@ def odd_plan(rng: random.Random, n_layer: int, n_values: int) -> list[bytes]:
         kv["calibration.weights"] = _text(rng.choice(("", "0123456789abcdef", "\x1b]0;x\x07", "w" * 5000)))
     for _ in range(rng.choice((0, 1, 1, 2))):
         key = rng.choice(
-            (*kv, "enabled", "bits_per_value", "rival", "type_k.0", "calibration.seed", "k_mean", "k_scale.n_values")
+            (
+                *kv,
+                "enabled",
+                "bits_per_value",
+                "rival",
+                "type_k.0",
+                "calibration.seed",
+                "k_mean",
+                "k_scale.n_values",
+                "k_basis",
+            )
         )
         kv[key] = rng.choice(_ODD)(rng, n_layer, n_values)
     for key in rng.sample([*kv], k=rng.choice((0, 0, 0, 1, 2))):

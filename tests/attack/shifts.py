@@ -39,6 +39,7 @@ NAMES = (
     "q2_32",
     "q3_64",
     "q2_64",
+    "k4_64",
 )
 
 
@@ -58,7 +59,7 @@ class Attack:
         wide = self.widths[model] % 128 == 0
         name_k, name_v = (rng.choice([n for n in NAMES if wide or "64" not in n]) for _ in "kv")
         conditioned = (
-            [vectors(rng.randrange(100), head_dim=self.widths[model] // 2)]
+            [vectors(rng.randrange(100), head_dim=self.widths[model] // 2, basis=rng.random() < 0.5)]
             if rng.random() < 0.5 and "rope_dim" not in MODELS[model]
             else []
         )

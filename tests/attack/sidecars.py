@@ -16,6 +16,7 @@ from running import vectors
 
 from kvtuner_gguf.codecs import CODECS
 from kvtuner_gguf.errors import KvtunerError, PlanError
+from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair, allocated_pairs
 from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.quality import Quality
@@ -26,13 +27,13 @@ QUALITY = Quality(0.0123, 1.25, 0.975, 4096)
 PLANS = (
     Plan.uniform(Pair("q8_0", "q4_0"), N_LAYER),
     Plan(
-        tuple(Pair.parse(name) for name in ("q8_0/q4_0", "q4_0/f16", "q3_64/iq4_nl", "f16/q2_64")),
+        tuple(Pair.parse(name) for name in ("q8_0/q4_0", "q4_0/f16", "k3_64/iq4_nl", "f16/q2_64")),
         bits_per_value=5.1,
         quality=QUALITY,
         rival=Pair.parse("q5_0"),
         rival_quality=QUALITY,
         rival_bits=5.5,
-        k_vectors=(vectors(0), vectors(1, scale=False), vectors(2), vectors(3, mean=False, scale=False)),
+        k_vectors=(vectors(0), vectors(1, scale=False), vectors(2, basis=True), vectors(3, mean=False, scale=False)),
         calibration={"text": "Größe", "seed": 7},
     ),
 )
@@ -100,12 +101,17 @@ class Attack:
         need(asked == given or bool(notes), f"asked {asked}, allocated {given}, no note")
         for il, (layer, v) in enumerate(zip(layers, plan.k_vectors)):
             need(
-                (bool(v.mean), bool(v.scale)) == (layer.k_mean, layer.k_scale)
+                _in_force(v.under(layer.type_k)) == (layer.k_mean, layer.k_scale, layer.k_basis)
                 or CODECS[layer.type_k].block_size == 1
                 or bool(notes),
                 f"layer {il} is not conditioned as asked",
             )
         return "allocated"
+
+
+def _in_force(v: KVectors) -> tuple[bool, bool, bool]:
+    """Mean, scale, basis: it holds the scale."""
+    return bool(v.mean), bool(v.scale) and not v.basis, bool(v.basis)
 
 
 def _damaged(rng: random.Random, text: str) -> bytes:
@@ -132,6 +138,8 @@ def _odd_values(rng: random.Random, values: dict[str, object]) -> dict[str, obje
                 "calibration.x",
                 "k_mean",
                 "k_scale.n_values",
+                "k_basis",
+                "k_basis_scale",
                 "rival",
                 "enabled",
                 "",

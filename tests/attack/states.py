@@ -19,8 +19,21 @@ from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.runtime import Context, Session
 
 MODELS = (tiny_qwen2, tiny_gemma3, tiny_hybrid, tiny_mla)
-TYPES = ("f16", "bf16", "q8_0", "q6_32", "q5_1", "q4_0", "iq4_nl", "q3_64", "q2_32", "q8_0/f16", "f16/q4_0")
-VECTORS = ("none", "mean", "scale", "both", "others")
+TYPES = (
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_32",
+    "q5_1",
+    "q4_0",
+    "iq4_nl",
+    "q3_64",
+    "q2_32",
+    "q8_0/f16",
+    "f16/q4_0",
+    "k3_64/q8_0",
+)
+VECTORS = ("none", "mean", "scale", "both", "basis", "others")
 N_TOKENS = 40  # inside gemma3's window
 NEXT = [77, 5, 130]
 
@@ -61,9 +74,11 @@ class Attack:
         ctx = Context(session, 256)
         layers = [
             (layer.il, layer.type_k, layer.type_v, layer.rot_k, layer.rot_v, layer.k_mean, layer.k_scale)
+            + (layer.k_basis,)
             for layer in ctx.layers()
         ]
-        return session, ctx, (layers, any(layer.k_mean or layer.k_scale for layer in ctx.layers()) and vector)
+        conditioned = any(layer.k_mean or layer.k_scale or layer.k_basis for layer in ctx.layers())
+        return session, ctx, (layers, conditioned and _named(vector, ctx))
 
     def _saved(self, model: int, kind: str, put: Put) -> tuple[bytes, np.ndarray]:
         _, ctx, _ = self._context(model, put)
@@ -150,7 +165,13 @@ def _vectors(name: str, pairs: list[Pair]) -> tuple[KVectors, ...]:
     if name == "none":
         return ()
     offset = 10 if name == "others" else 0
-    return tuple(vectors(il + offset, mean=name != "scale", scale=name != "mean") for il in range(len(pairs)))
+    sides = {"mean": name != "scale", "scale": name != "mean", "basis": name == "basis"}
+    return tuple(vectors(il + offset, **sides) for il in range(len(pairs)))
+
+
+def _named(vector: str, ctx: Context) -> str:
+    """Vectors that are alike have one name: a basis that is nowhere in force leaves mean and scale."""
+    return "both" if vector == "basis" and not any(layer.k_basis for layer in ctx.layers()) else vector
 
 
 def _next(ctx: Context) -> np.ndarray | None:

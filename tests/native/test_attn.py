@@ -12,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.native
 
 BLOCKS = ("q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q3_32", "q3_64", "q2_32", "q2_64")
+GROUPS = ("k4_64", "k3_64", "k2_64")  # of K
 TYPES = ("f32", "f16", "bf16", *BLOCKS)
 
 BOUND = 2e-6
@@ -20,16 +21,25 @@ BOUND_BLOCKS = 3e-4
 """With blocks Q and the weights are rounded to 16 bits: half a step of 1/32767 of the largest one, at worst when all
 others are small. Stock's error there is above 2e-3, as it rounds Q to 8 bits."""
 
-PAIRS = [{"k": k, "v": v, "n_q": n_q, "n_kv": 300} for k, v in itertools.product(TYPES, TYPES) for n_q in (1, 33)]
+PAIRS = [
+    {"k": k, "v": v, "n_q": n_q, "n_kv": 300} for k, v in itertools.product((*TYPES, *GROUPS), TYPES) for n_q in (1, 33)
+]
 SHAPES = [
     {"k": k, "v": v, "dk": d, "dv": d, "n_gqa": n_gqa, "n_q": n_q, "n_kv": n_kv}
     for (k, v), d, n_gqa, (n_q, n_kv) in itertools.product(
-        (("f16", "f16"), ("q8_0", "q4_0"), ("q5_1", "iq4_nl"), ("q6_32", "q3_32"), ("q3_64", "q2_64")),
+        (
+            ("f16", "f16"),
+            ("q8_0", "q4_0"),
+            ("q5_1", "iq4_nl"),
+            ("q6_32", "q3_32"),
+            ("q3_64", "q2_64"),
+            ("k3_64", "q2_64"),
+        ),
         (64, 80, 96, 128, 256),
         (1, 3, 4, 8),
         ((1, 517), (4, 70), (33, 161)),
     )
-    if d % (64 if k == "q3_64" else 32) == 0 or k == "f16"
+    if d % (64 if v == "q2_64" else 32) == 0 or k == "f16"
 ]
 EXTRAS = [
     {**extra, "k": k, "v": v, "n_q": n_q, "n_kv": 333, "n_stream": n_stream}

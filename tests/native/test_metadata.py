@@ -253,8 +253,8 @@ def test_the_plan_of_a_split_model_is_in_its_first_shard(load, tmp_path, monkeyp
 def test_an_override_of_no_layer_is_ignored_with_a_note(load, tiny, key):
     session = load(tiny("llama"), overrides={key: "q8_0"})
     assert notes_of(session) == [
-        f"override {key}: need kvtuner.enabled, kvtuner.k_mean, kvtuner.k_scale, kvtuner.type_k.N or "
-        "kvtuner.type_v.N with N from 0 to 3: it is ignored"
+        f"override {key}: need kvtuner.enabled, kvtuner.k_mean, kvtuner.k_scale, kvtuner.k_basis, "
+        "kvtuner.type_k.N or kvtuner.type_v.N with N from 0 to 3: it is ignored"
     ]
     assert allocated(session) == [F16] * N_LAYER
 
