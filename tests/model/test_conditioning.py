@@ -36,15 +36,31 @@ def tokens(session):
 def k_vectors(session, tokens, tmp_path_factory):
     captured = capture(session, chunks_of(tokens, N_CTX, 2, "text"), tmp_path_factory.mktemp("capture"), n_ctx=2048)
     error = partial(k_error, round_trip=native.round_trip)
-    return condition(captured, error, lambda s: attention_scores(s, s.k), dict.fromkeys(captured.il, "q4_0")).k_vectors
+    judged = dict.fromkeys(captured.il, "q4_0")
+    return condition(captured, error, lambda s: attention_scores(s, s.k), judged, basis=captured.il).k_vectors
 
 
 def test_most_layers_are_better_without_their_mean(k_vectors):
     assert sum(bool(v.mean) for v in k_vectors) > 15
 
 
-def test_the_kld_of_a_quantized_cache_falls(session, tokens, k_vectors, tmp_path):
-    reference = make_reference(session, chunks_of(tokens[4 * N_CTX :], N_CTX, 3, "text"), tmp_path / "f16")
+@pytest.fixture(scope="module")
+def reference(session, tokens, tmp_path_factory):
+    chunks = chunks_of(tokens[4 * N_CTX :], N_CTX, 3, "text")
+    return make_reference(session, chunks, tmp_path_factory.mktemp("reference") / "f16")
+
+
+def test_bits_where_they_count_inside_a_head_halve_the_kld_of_k(session, reference, k_vectors):
+    """At the same bytes: K in a basis, in groups of 6, 3, 2 and 1 bits, and conditioned K of 3 bits everywhere."""
+    assert all(v.basis for v in k_vectors)
+    even, groups = (
+        measure(session, [Pair(name, "f16")] * session.n_layer, reference, k_vectors=k_vectors).kld_mean
+        for name in ("q3_64", "k3_64")
+    )
+    assert groups < 0.55 * even  # measured: .37 at chunks of 1024
+
+
+def test_the_kld_of_a_quantized_cache_falls(session, k_vectors, reference):
     floor = measure(session, None, reference, flash_attn=False)
     same = measure(session, [Pair("f16", "f16")] * session.n_layer, reference, k_vectors=k_vectors)
     plain, conditioned = (
