@@ -241,8 +241,9 @@ struct kvt_codec_levels {
         float a[N / T];
         kvt_abs<N / T>(x, a);
         const kvt_fit fit = B::template fit<N, T>(a);
+        const float   all = kvt_sum_sq<N / T, T>(a); // in no branch: every thread of a warp takes part, those of other blocks, too
         kvt_codes<B, N / T>(x, a, fit.d, c);
-        return kvt_to_half(kvt_least(fit.gain > 0.0f ? fit.d * (kvt_sum_sq<N / T, T>(a) / fit.gain) : fit.d, 65504.0f / B::level(B::n_level - 1)));
+        return kvt_to_half(kvt_least(fit.gain > 0.0f ? fit.d * (all / fit.gain) : fit.d, 65504.0f / B::level(B::n_level - 1)));
     }
 };
 
@@ -380,7 +381,9 @@ template <int bits> struct kvt_levels_k;
     template <> struct kvt_levels_k<BITS> { \
         static const int        n_level  = 1 << (BITS - 1); \
         static constexpr int8_t levels[] = KVT_LEVELS_K##BITS; \
-        static constexpr float  weight   = WEIGHT; \
+        KVT_FN float weight() { \
+            return WEIGHT; \
+        } \
         KVT_FN float level(int k) { \
             const float all[] = KVT_LEVELS_K##BITS; \
             return all[n_level + k] * KEPT; \
@@ -393,8 +396,11 @@ KVT_LEVELS_K(4, 0.9905f, 6.0f)
 #undef KVT_LEVELS_K
 
 template <> struct kvt_levels_k<6> {
-    static const int       n_level = 32;
-    static constexpr float weight  = 18.0f;
+    static const int n_level = 32;
+
+    KVT_FN float weight() {
+        return 18.0f;
+    }
 };
 
 // the level of |x|, and its number among the positive ones, k
@@ -421,7 +427,7 @@ KVT_FN float kvt_nearest_k(float a, float d, int * k) {
 // four groups of n values each that a thread holds, w*a*m and w*m*m of each
 template <int bits, int n>
 KVT_FN void kvt_products_k(const float * a, float d, float * am, float * mm) {
-    const float w = kvt_levels_k<bits>::weight;
+    const float w = kvt_levels_k<bits>::weight();
     for (int i = 0; i < n; i++) {
         int         k;
         const float m = kvt_nearest_k<bits>(a[i], d, &k);

@@ -55,19 +55,31 @@ KVT_FN uint32_t kvt_load4(const uint8_t * x) {
 // from codes, one in each byte, to levels
 //
 
-// levels i .. i + 3 as bytes of a word
+// levels i .. i + 3 as bytes of a word; two levels: twice, so that they are read whatever the second bit of a code is
 template <int n>
 constexpr uint32_t kvt_word(const int (&level)[n], int i) {
-    return (level[i] & 0xFFu) | (level[i + 1] & 0xFFu) << 8 | (level[i + 2] & 0xFFu) << 16 | (level[i + 3] & 0xFFu) << 24;
+    return (level[i] & 0xFFu) | (level[i + 1] & 0xFFu) << 8 | (level[(i + 2) % n] & 0xFFu) << 16 | (level[(i + 3) % n] & 0xFFu) << 24;
 }
 
 constexpr int kvt_table_q2[]     = KVT_LEVELS_Q2;
 constexpr int kvt_table_q3[]     = KVT_LEVELS_Q3;
+constexpr int kvt_table_k1[]     = KVT_LEVELS_K1;
+constexpr int kvt_table_k2[]     = KVT_LEVELS_K2;
+constexpr int kvt_table_k3[]     = KVT_LEVELS_K3;
+constexpr int kvt_table_k4[]     = KVT_LEVELS_K4;
 constexpr int kvt_table_iq4_nl[] = KVT_LEVELS_IQ4_NL;
 
 constexpr uint32_t kvt_q2_0     = kvt_word(kvt_table_q2, 0);
 constexpr uint32_t kvt_q3_0     = kvt_word(kvt_table_q3, 0);
 constexpr uint32_t kvt_q3_4     = kvt_word(kvt_table_q3, 4);
+constexpr uint32_t kvt_k1_0     = kvt_word(kvt_table_k1, 0);
+constexpr uint32_t kvt_k2_0     = kvt_word(kvt_table_k2, 0);
+constexpr uint32_t kvt_k3_0     = kvt_word(kvt_table_k3, 0);
+constexpr uint32_t kvt_k3_4     = kvt_word(kvt_table_k3, 4);
+constexpr uint32_t kvt_k4_0     = kvt_word(kvt_table_k4, 0);
+constexpr uint32_t kvt_k4_4     = kvt_word(kvt_table_k4, 4);
+constexpr uint32_t kvt_k4_8     = kvt_word(kvt_table_k4, 8);
+constexpr uint32_t kvt_k4_c     = kvt_word(kvt_table_k4, 12);
 constexpr uint32_t kvt_iq4_nl_0 = kvt_word(kvt_table_iq4_nl, 0);
 constexpr uint32_t kvt_iq4_nl_4 = kvt_word(kvt_table_iq4_nl, 4);
 constexpr uint32_t kvt_iq4_nl_8 = kvt_word(kvt_table_iq4_nl, 8);
@@ -76,6 +88,11 @@ constexpr uint32_t kvt_iq4_nl_c = kvt_word(kvt_table_iq4_nl, 12);
 // one byte each -> one nibble each, in the low half
 KVT_FN uint32_t kvt_nibbles(uint32_t codes) {
     return kvt_prmt(codes | codes >> 4, 0, 0x4420);
+}
+
+// four out of 16 levels, in words of four, by nibbles
+KVT_FN uint32_t kvt_lookup16(uint32_t t0, uint32_t t4, uint32_t t8, uint32_t tc, uint32_t code) {
+    return kvt_prmt(kvt_prmt(t0, t4, code), kvt_prmt(t8, tc, code), 0x3210 | (code & 0x8888) >> 1);
 }
 
 // bits 0, 1, 2, 3 -> bits 2, 6, 10, 14: the third bit of each nibble
@@ -110,31 +127,29 @@ KVT_FN void kvt_write2(const uint8_t * c, uint8_t * qs, int j) {
 // the types. levels: of values 4*i .. 4*i + 3; write: the codes that thread j holds
 //
 
-template <typename C>
-struct kvt_cuda_q2 : C {
-    typedef typename C::block_t block_t;
+template <typename C> struct kvt_cuda;
 
-    KVT_FN uint32_t levels(const block_t & x, unsigned i) {
-        return kvt_prmt(kvt_q2_0, 0, kvt_nibbles(kvt_read2<C::n>(x.qs, i)));
+template <typename block, int N>
+struct kvt_cuda<kvt_codec_q2<block, N>> : kvt_codec_q2<block, N> {
+    KVT_FN uint32_t levels(const block & x, unsigned i) {
+        return kvt_prmt(kvt_q2_0, 0, kvt_nibbles(kvt_read2<N>(x.qs, i)));
     }
 
-    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        kvt_write2<C::n>(c, y->qs, j);
+    KVT_FN void write(const uint8_t * c, block * y, int j) {
+        kvt_write2<N>(c, y->qs, j);
     }
 };
 
-template <typename C>
-struct kvt_cuda_q3 : C {
-    typedef typename C::block_t block_t;
-
-    KVT_FN uint32_t levels(const block_t & x, unsigned i) {
+template <typename block, int N>
+struct kvt_cuda<kvt_codec_q3<block, N>> : kvt_codec_q3<block, N> {
+    KVT_FN uint32_t levels(const block & x, unsigned i) {
         const uint32_t high = x.qh[i / 2] >> 4 * (i % 2) & 0x0F;
-        return kvt_prmt(kvt_q3_0, kvt_q3_4, kvt_nibbles(kvt_read2<C::n>(x.qs, i)) | kvt_third_bits(high));
+        return kvt_prmt(kvt_q3_0, kvt_q3_4, kvt_nibbles(kvt_read2<N>(x.qs, i)) | kvt_third_bits(high));
     }
 
-    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        kvt_write2<C::n>(c, y->qs, j);
-        for (int i = 0; i < C::n / KVT_THREADS; i++) {
+    KVT_FN void write(const uint8_t * c, block * y, int j) {
+        kvt_write2<N>(c, y->qs, j);
+        for (int i = 0; i < N / KVT_THREADS; i++) {
             int bits = (c[i] >> 2) << j;
             for (int bit = KVT_THREADS / 2; bit > 0; bit /= 2) {
                 bits |= KVT_SHUFFLE(bits, bit);
@@ -146,12 +161,10 @@ struct kvt_cuda_q3 : C {
     }
 };
 
-template <typename C>
-struct kvt_cuda_q6 : C {
-    typedef typename C::block_t block_t;
-
+template <>
+struct kvt_cuda<kvt_codec_q6_32> : kvt_codec_q6_32 {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
-        const uint32_t code     = (kvt_load4(x.ql + 4 * (i % 4)) >> 4 * (i / 4) & 0x0F0F0F0F) | kvt_read2<C::n>(x.qh, i) << 4;
+        const uint32_t code     = (kvt_load4(x.ql + 4 * (i % 4)) >> 4 * (i / 4) & 0x0F0F0F0F) | kvt_read2<n>(x.qh, i) << 4;
         const uint32_t negative = ~code & 0x20202020; // code - 32 as int8: bits 5, 6 and 7 are the sign
         return (code & 0x1F1F1F1F) | negative * 7;
     }
@@ -159,7 +172,78 @@ struct kvt_cuda_q6 : C {
     KVT_FN void write(const uint8_t * c, block_t * y, int j) {
         const uint8_t high[2] = { (uint8_t) (c[0] >> 4), (uint8_t) (c[1] >> 4) };
         y->ql[j]              = (c[0] & 15) | (c[1] & 15) << 4;
-        kvt_write2<C::n>(high, y->qh, j);
+        kvt_write2<n>(high, y->qh, j);
+    }
+};
+
+//
+// group types. A warp reads all groups at once, and a thread the same one of every block: what depends on the group are masks, words
+// of a table, and a choice between two results, not what is done
+//
+
+// 4*code - 126 as int8, from bits 0, 1 and bits 2 to 5 of each code
+KVT_FN uint32_t kvt_levels_k6(uint32_t low, uint32_t high) {
+    return (low << 2 | high << 4) ^ 0x82828282;
+}
+
+template <>
+struct kvt_cuda<kvt_codec_k2_64> : kvt_codec_k2_64 {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) {
+        const unsigned group = i / 4;
+        const uint32_t q     = kvt_load4(x.qs + 4 * (i % 4));
+        const uint32_t bit2  = group == 0 ? 0x04040404 : 0;
+        const uint32_t t0    = group == 0 ? kvt_k4_0 : (group == 1 ? kvt_k2_0 : kvt_k1_0);
+        const uint32_t code  = (q >> 2 * group & 0x03030303) | (q >> 3 & bit2) | (q >> 4 & bit2 << 1);
+        return kvt_lookup16(t0, kvt_k4_4, kvt_k4_8, kvt_k4_c, kvt_nibbles(code));
+    }
+
+    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
+        y->qs[j] = (c[0] & 3) | c[1] << 2 | (c[2] | (c[0] >> 1 & 2)) << 4 | (c[3] | (c[0] >> 2 & 2)) << 6;
+    }
+};
+
+template <>
+struct kvt_cuda<kvt_codec_k3_64> : kvt_codec_k3_64 {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) {
+        const unsigned group = i / 4;
+        const uint32_t q     = kvt_load4(x.qs + 4 * (i % 4));
+        const uint32_t high  = kvt_load4(x.qh + 4 * (i % 2)) >> 2 * (i & 2) & 0x0F0F0F0F;
+        const uint32_t low   = q >> 2 * group & 0x03030303;
+        const uint32_t bit2  = group == 1 ? 0x04040404 : 0;
+        const uint32_t t0    = group == 1 ? kvt_k3_0 : (group == 2 ? kvt_k2_0 : kvt_k1_0);
+        const uint32_t few   = kvt_prmt(t0, kvt_k3_4, kvt_nibbles(low | (q >> 5 & bit2)));
+        const uint32_t many  = kvt_levels_k6(low, high);
+        return group == 0 ? many : few;
+    }
+
+    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
+        y->qs[j]       = (c[0] & 3) | (c[1] & 3) << 2 | c[2] << 4 | (c[3] | (c[1] >> 1 & 2)) << 6;
+        const int own  = c[0] >> 2;
+        const int next = KVT_SHUFFLE(own, 8); // eight values on
+        if (j < 8) {
+            y->qh[j] = own | next << 4;
+        }
+    }
+};
+
+template <>
+struct kvt_cuda<kvt_codec_k4_64> : kvt_codec_k4_64 {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) {
+        const unsigned group = i / 4;
+        const uint32_t low   = kvt_read2<n>(x.qs, i);
+        const uint32_t high  = kvt_load4(x.qh + 4 * (i % 4));
+        const uint32_t bits  = group == 1 ? 0x0C0C0C0C : 0x04040404;
+        const unsigned shift = group == 1 ? 2 : group + 2;
+        const uint32_t t0    = group == 1 ? kvt_k4_0 : kvt_k3_0;
+        const uint32_t t4    = group == 1 ? kvt_k4_4 : kvt_k3_4;
+        const uint32_t few   = kvt_lookup16(t0, t4, kvt_k4_8, kvt_k4_c, kvt_nibbles(low | (high >> shift & bits)));
+        const uint32_t many  = kvt_levels_k6(low, high & 0x0F0F0F0F);
+        return group == 0 ? many : few;
+    }
+
+    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
+        kvt_write2<n>(c, y->qs, j);
+        y->qh[j] = c[0] >> 2 | (c[1] >> 2) << 4 | (c[2] >> 2) << 6 | (c[3] >> 2) << 7;
     }
 };
 
@@ -170,7 +254,7 @@ struct kvt_cuda_iq4_nl {
 
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         const uint32_t code = kvt_nibbles(kvt_load4(x.qs + 4 * (i % 4)) >> 4 * (i / 4) & 0x0F0F0F0F);
-        return kvt_prmt(kvt_prmt(kvt_iq4_nl_0, kvt_iq4_nl_4, code), kvt_prmt(kvt_iq4_nl_8, kvt_iq4_nl_c, code), 0x3210 | (code & 0x8888) >> 1);
+        return kvt_lookup16(kvt_iq4_nl_0, kvt_iq4_nl_4, kvt_iq4_nl_8, kvt_iq4_nl_c, code);
     }
 };
 
@@ -180,7 +264,7 @@ struct kvt_codec {
 };
 
 #define KVT_CODEC_CUDA(NAME, name, number, n, bits) \
-    template <> struct kvt_codec<GGML_TYPE_##NAME> : kvt_cuda_q##bits<kvt_codec_##name> {};
+    template <> struct kvt_codec<GGML_TYPE_##NAME> : kvt_cuda<kvt_codec_##name> {};
 KVT_TYPES(KVT_CODEC_CUDA)
 #undef KVT_CODEC_CUDA
 

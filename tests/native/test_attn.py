@@ -87,7 +87,7 @@ def check(cases: list[dict], folder: Path | None = None) -> None:
 
     for case, result in zip(cases, run(folder or native.lib_dir(), cases), strict=True):
         assert result["finite"], case
-        bound = BOUND_BLOCKS if case["k"] in BLOCKS or case["v"] in BLOCKS else BOUND
+        bound = BOUND_BLOCKS if case["k"] in (*BLOCKS, *GROUPS) or case["v"] in BLOCKS else BOUND
         assert result["error"] < bound, (case, result)
         assert result["ref"] is None or result["ref"] < 1e-7, (case, result)
 

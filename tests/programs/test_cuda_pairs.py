@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 
@@ -39,19 +40,24 @@ def pairs_of(folder: Path, macro: str) -> set[tuple[str, str]]:
     return {(k.lower(), v.lower()) for k, v in re.findall(r"X\((\w+), (\w+)\)", line)}
 
 
+def for_v(names: Iterable[str]) -> list[str]:
+    """Those that V may have, too: group types are for K."""
+    return [name for name in names if not CODECS[name].groups]
+
+
 def test_the_pairs_are_those_of_the_codecs(tmp_path):
     run = generate(tmp_path)
     assert run.returncode == 0, run.stderr
     names = set(CODECS) - {"f32", "bf16"}  # the graph casts an f32 cache to f16; bf16 stands beside itself only
-    assert pairs_of(tmp_path, "KVT_FATTN_PAIRS") == {*product(names, repeat=2), ("bf16", "bf16")}
+    assert pairs_of(tmp_path, "KVT_FATTN_PAIRS") == {*product(names, for_v(names)), ("bf16", "bf16")}
 
 
 def test_every_pair_of_the_menu_has_a_decoding_kernel(tmp_path):
     run = generate(tmp_path)
     assert run.returncode == 0, run.stderr
     have = pairs_of(tmp_path, "KVT_FATTN_PAIRS")
-    types_k = DEFAULT_TYPES + PAPER_TYPES
-    assert set(product(types_k, [name for name in types_k if not CODECS[name].groups])) <= have
+    menu = DEFAULT_TYPES + PAPER_TYPES
+    assert set(product(menu, for_v(menu))) <= have
 
     # and each is compiled once: by ggml-cuda, or as one of ours
     stock = {tuple(pair.split("-")) for pair in re.search(r"stock (\S+)", run.stdout)[1].split(";")}
@@ -81,3 +87,9 @@ def test_a_pair_that_does_not_exist_is_named(tmp_path):
     run = generate(tmp_path, "-DKVTUNER_CUDA_PAIRS=q8_0-q9_9")
     assert run.returncode != 0
     assert "'q8_0-q9_9' names 'q9_9'" in run.stderr
+
+
+def test_a_type_for_k_only_is_not_taken_for_v(tmp_path):
+    run = generate(tmp_path, "-DKVTUNER_CUDA_PAIRS=k3_64-q2_64;q8_0-k3_64")
+    assert run.returncode != 0
+    assert "'q8_0-k3_64' has 'k3_64' for V, and that is a type for K only" in " ".join(run.stderr.split())
