@@ -15,6 +15,7 @@ from running import feed, mixture, prompt, uniform, vectors
 from test_state import restore, save
 
 from kvtuner_gguf.kvectors import KVectors
+from kvtuner_gguf.native import LayerCache
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.runtime import Context, Session
 
@@ -73,11 +74,10 @@ class Attack:
         session.set_plan(pairs, _vectors(vector, pairs))
         ctx = Context(session, 256)
         layers = [
-            (layer.il, layer.type_k, layer.type_v, layer.rot_k, layer.rot_v, layer.k_mean, layer.k_scale)
-            + (layer.k_basis,)
+            (*(getattr(layer, name) for name in ("il", "type_k", "type_v", "rot_k", "rot_v")), *_conditioning(layer))
             for layer in ctx.layers()
         ]
-        conditioned = any(layer.k_mean or layer.k_scale or layer.k_basis for layer in ctx.layers())
+        conditioned = any(any(_conditioning(layer)) for layer in ctx.layers())
         return session, ctx, (layers, conditioned and _named(vector, ctx))
 
     def _saved(self, model: int, kind: str, put: Put) -> tuple[bytes, np.ndarray]:
@@ -167,6 +167,10 @@ def _vectors(name: str, pairs: list[Pair]) -> tuple[KVectors, ...]:
     offset = 10 if name == "others" else 0
     sides = {"mean": name != "scale", "scale": name != "mean", "basis": name == "basis"}
     return tuple(vectors(il + offset, **sides) for il in range(len(pairs)))
+
+
+def _conditioning(layer: LayerCache) -> tuple[bool, bool, bool]:
+    return layer.k_mean, layer.k_scale, layer.k_basis
 
 
 def _named(vector: str, ctx: Context) -> str:
