@@ -219,20 +219,20 @@ struct kvt_row_k3_64 : kvt_row_block<kvt_block_k3_64, 64> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         static const int8_t low[16] = { 15, 15, 15, 15, 15, 15, 15, 15 }, high[16] = { 0, 0, 0, 0, 0, 0, 0, 0, 15, 15, 15, 15, 15, 15, 15, 15 };
         const vb            q = vb_load(KVT_AT(qs), nb), h = vb_load8(KVT_AT(qh), nb);
-        c[0]                  = vb_level_k6(vb_and(q, vb_set1(3)), vb_or(vb_and(h, vb_lut(low)), vb_and(vb_shr16(h, 4), vb_lut(high))));
-        c[1]                  = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 2), vb_set1(3)), vb_bit(q, 7, 2)));
-        c[2]                  = vb_look(vb_lut(kvt_levels_k2), vb_and(vb_shr16(q, 4), vb_set1(3)));
-        c[3]                  = vb_look(vb_lut(kvt_levels_k1), vb_bit(q, 6, 0));
+        c[0] = vb_level_k6(vb_and(q, vb_set1(3)), vb_or(vb_and(h, vb_lut(low)), vb_and(vb_shr16(h, 4), vb_lut(high))));
+        c[1] = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 2), vb_set1(3)), vb_bit(q, 7, 2)));
+        c[2] = vb_look(vb_lut(kvt_levels_k2), vb_and(vb_shr16(q, 4), vb_set1(3)));
+        c[3] = vb_look(vb_lut(kvt_levels_k1), vb_bit(q, 6, 0));
     }
 };
 
 struct kvt_row_k4_64 : kvt_row_block<kvt_block_k4_64, 64> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         const vb q = vb_load(KVT_AT(qs), nb), h = vb_load(KVT_AT(qh), nb);
-        c[0]       = vb_level_k6(vb_and(q, vb_set1(3)), vb_and(h, vb_set1(15)));
-        c[1]       = vb_look(vb_lut(kvt_levels_k4), vb_or(vb_and(vb_shr16(q, 2), vb_set1(3)), vb_and(vb_shr16(h, 2), vb_set1(12))));
-        c[2]       = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 4), vb_set1(3)), vb_bit(h, 6, 2)));
-        c[3]       = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 6), vb_set1(3)), vb_bit(h, 7, 2)));
+        c[0] = vb_level_k6(vb_and(q, vb_set1(3)), vb_and(h, vb_set1(15)));
+        c[1] = vb_look(vb_lut(kvt_levels_k4), vb_or(vb_and(vb_shr16(q, 2), vb_set1(3)), vb_and(vb_shr16(h, 2), vb_set1(12))));
+        c[2] = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 4), vb_set1(3)), vb_bit(h, 6, 2)));
+        c[3] = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 6), vb_set1(3)), vb_bit(h, 7, 2)));
     }
 };
 

@@ -160,7 +160,12 @@ kvt_layer kvt_cache::layer(uint32_t il, ggml_backend_buffer_type_t buft) {
     const kvt_cond_layer * res  = cond(il, buft);
     const auto             type = types_k.find(il);
 
-    quantized_k = quantized_k || (type != types_k.end() && ggml_is_quantized(type->second) && !(res && res->basis_k));
+    if (type != types_k.end() && ggml_is_quantized(type->second) && !(res && res->basis_k)) {
+        quantized_k = true;
+        if (plan_k && kvt_takes_basis(type->second)) {
+            departures[format("K %s without a basis, in which its groups would hold what matters: it loses much. Calibrate again", ggml_type_name(type->second))].push_back(il);
+        }
+    }
     return { false, false, res };
 }
 

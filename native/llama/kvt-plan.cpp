@@ -71,7 +71,7 @@ static std::string kvt_plan_checksum(const gguf_context * gguf) {
         }
     }
     for (const char * key : { "kvtuner.k_mean", "kvtuner.k_mean.n_values", "kvtuner.k_scale", "kvtuner.k_scale.n_values", "kvtuner.k_basis",
-            "kvtuner.k_basis.n_values", "kvtuner.k_basis_scale", "kvtuner.k_basis_scale.n_values" }) {
+                 "kvtuner.k_basis.n_values", "kvtuner.k_basis_scale", "kvtuner.k_basis_scale.n_values" }) {
         const int64_t   kid  = gguf_find_key(gguf, key);
         const gguf_type type = kid >= 0 && gguf_get_kv_type(gguf, kid) == GGUF_TYPE_ARRAY ? gguf_get_arr_type(gguf, kid) : GGUF_TYPE_COUNT;
         if (type == GGUF_TYPE_FLOAT32 || type == GGUF_TYPE_UINT32 || type == GGUF_TYPE_INT8) {

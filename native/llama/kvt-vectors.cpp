@@ -14,13 +14,13 @@
 #include <type_traits>
 
 // what is beyond is no calibration's. kvectors.py has the same bounds
-static const float KVT_MEAN_MAX     = 65504.0f; // K is measured in f16
-static const float KVT_SCALE_MIN    = 1e-4f;
-static const float KVT_SCALE_MAX    = 1e4f;
-static const float KVT_BASIS_SCALE_MIN = 1e-6f;
-static const float KVT_BASIS_SCALE_MAX = 1e6f;
+static const float  KVT_MEAN_MAX        = 65504.0f; // K is measured in f16
+static const float  KVT_SCALE_MIN       = 1e-4f;
+static const float  KVT_SCALE_MAX       = 1e4f;
+static const float  KVT_BASIS_SCALE_MIN = 1e-6f;
+static const float  KVT_BASIS_SCALE_MAX = 1e6f;
 static const double KVT_BASIS_PIVOT_MIN = 1e-3; // of whole numbers up to 127
-static const float KVT_SCALE_SPREAD = 1.001e6f; // largest over smallest in a head; a calibration stays 1e3 to either side, but for rounding
+static const float  KVT_SCALE_SPREAD    = 1.001e6f; // largest over smallest in a head; a calibration stays 1e3 to either side, but for rounding
 
 std::string kvt_k_vectors_fault(const kvt_k_vectors & vectors, const llama_hparams & hparams, uint32_t il) {
     const size_t n_have = hparams.has_kv(il) ? hparams.n_embd_k_gqa(il) : 0;

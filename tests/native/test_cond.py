@@ -165,6 +165,15 @@ def test_the_first_group_of_a_block_carries_what_matters(load, tiny, name):
     assert error([*OUTLIER_CHANNELS, *others]) < most * error([*others, *OUTLIER_CHANNELS])
 
 
+def test_a_type_of_groups_without_a_basis_is_told(load, tiny):
+    session = load(tiny("llama"))
+    session.set_plan([Pair(t, "q8_0") for t in ("k3_64", "q3_64", "k3_64", "k2_64")], [vectors(0, basis=True)])
+    with session.context(256) as ctx:
+        why = "without a basis, in which its groups would hold what matters: it loses much. Calibrate again"
+        assert sorted(ctx.notes()) == [f"layers 2: K k3_64 {why}", f"layers 3: K k2_64 {why}"]
+        assert np.isfinite(feed(ctx, prompt(8))).all()
+
+
 def test_no_vectors_are_no_plan_of_vectors(load, tiny):
     session = load(tiny("llama"))
     pairs = mixture(4)
