@@ -124,7 +124,7 @@ _SIGNATURES = {
     "kvt_model_rope": (_i32, [_ptr, _i32, _ptr, _ptr]),
     "kvt_model_set_plan": (_i32, [_ptr, _strs, _strs, _i32]),
     "kvt_model_set_k_vectors": (_i32, [_ptr, _i32, _ptr, _ptr, _i32]),
-    "kvt_model_set_k_basis": (_i32, [_ptr, _i32, _ptr, _ptr, _i32]),
+    "kvt_model_set_k_basis": (_i32, [_ptr, _i32, _ptr, _i32, _ptr, _i32]),
     "kvt_model_set_plan_weights": (_i32, [_ptr, _str]),
     "kvt_model_weights_hash": (_str, [_ptr]),
     "kvt_model_fingerprint": (_i32, [_ptr, _ptr]),
@@ -327,7 +327,7 @@ def set_k_basis(model: int, il: int, basis: bytes, basis_scale: Sequence[float])
     """Basis of a layer's K, as KVectors holds it, in the plan that is set already, after `set_k_vectors`. Raises
     NativeError."""
     rows, scale = np.frombuffer(basis, dtype=np.int8), np.array(basis_scale, dtype=np.float32)
-    check(library().kvt_model_set_k_basis(model, il, rows.ctypes.data, scale.ctypes.data, scale.size))
+    check(library().kvt_model_set_k_basis(model, il, rows.ctypes.data, rows.size, scale.ctypes.data, scale.size))
 
 
 def set_plan_weights(model: int, weights: str) -> None:

@@ -112,9 +112,9 @@ int32_t kvt_model_set_k_vectors(llama_model * model, int32_t il, const float * m
     return 0;
 }
 
-int32_t kvt_model_set_k_basis(llama_model * model, int32_t il, const int8_t * rows, const float * row_scale, int32_t n_values) {
-    if (!model || il < 0 || il >= (int32_t) model->hparams.n_layer_all || n_values < 0 || !rows != !row_scale) {
-        return kvt_error(KVT_E_ARG, format("kvt_model_set_k_basis: model or one of rows and row_scale is null, layer %d is not one of it, or n_values %d is negative", il, n_values));
+int32_t kvt_model_set_k_basis(llama_model * model, int32_t il, const int8_t * rows, int32_t n_values, const float * row_scale, int32_t n_rows) {
+    if (!model || il < 0 || il >= (int32_t) model->hparams.n_layer_all || n_values < 0 || n_rows < 0 || !rows != !row_scale) {
+        return kvt_error(KVT_E_ARG, format("kvt_model_set_k_basis: model or one of rows and row_scale is null, layer %d is not one of it, or one of %d values and %d rows is negative", il, n_values, n_rows));
     }
     if (!model->kvt || !model->kvt->in_force()) {
         return kvt_error(KVT_E_STATE, "kvt_model_set_k_basis: no plan is in force. Set the types first");
@@ -123,8 +123,7 @@ int32_t kvt_model_set_k_basis(llama_model * model, int32_t il, const int8_t * ro
     kvt_k_vectors vectors = model->kvt->k_vectors.empty() ? kvt_k_vectors() : model->kvt->k_vectors[il];
     vectors.basis         = nullptr;
     if (rows) {
-        const size_t      n_have = (size_t) n_values * model->hparams.n_embd_head_k(il);
-        const std::string fault  = kvt_k_basis_set(vectors, { rows, rows + n_have }, { row_scale, row_scale + n_values }, model->hparams, il);
+        const std::string fault = kvt_k_basis_set(vectors, { rows, rows + n_values }, { row_scale, row_scale + n_rows }, model->hparams, il);
         if (!fault.empty()) {
             return kvt_error(KVT_E_ARG, fault);
         }

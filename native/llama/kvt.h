@@ -64,10 +64,10 @@ LLAMA_API int32_t kvt_model_set_plan(struct llama_model * model, const char * co
 // multiplied by scale. Part of the plan in force, which kvt_model_set_plan starts without them (KVT_E_STATE if there is none)
 LLAMA_API int32_t kvt_model_set_k_vectors(struct llama_model * model, int32_t il, const float * mean, const float * scale, int32_t n_values);
 
-// basis of a layer's K: rows[n_values][head_dim] and a scale for each of them, n_values = n_head_kv*head_dim, NULL = none. K is cached as
+// basis of a layer's K: rows, n_values = n_head_kv*head_dim*head_dim, and a scale for each of the n_rows of them, NULL = none. K is cached as
 // M*(K - mean), where row i of M is row_scale[i]*rows[i]/scale, and Q multiplied by the inverse transpose; where K has a type of groups
 // (kB_N) or is not quantized. kvt_model_set_k_vectors, which comes before, takes it off
-LLAMA_API int32_t kvt_model_set_k_basis(struct llama_model * model, int32_t il, const int8_t * rows, const float * row_scale, int32_t n_values);
+LLAMA_API int32_t kvt_model_set_k_basis(struct llama_model * model, int32_t il, const int8_t * rows, int32_t n_values, const float * row_scale, int32_t n_rows);
 
 // the weights that the plan in force was calibrated on, as kvt_model_weights_hash names them: others make a note, and no error.
 // KVT_E_STATE if there is no plan

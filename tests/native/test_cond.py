@@ -165,6 +165,13 @@ def test_the_first_group_of_a_block_carries_what_matters(load, tiny, name):
     assert error([*OUTLIER_CHANNELS, *others]) < most * error([*others, *OUTLIER_CHANNELS])
 
 
+def test_a_basis_for_other_heads_is_refused(load, tiny):
+    """Of as many channels: what is there is not read beyond its end."""
+    session = load(tiny("llama", head_dim=128))
+    with pytest.raises(NativeError, match="layer 1: basis of K has 16384 values and 256 scales, need 32768 and 256"):
+        session.set_plan(uniform("k3_64", 4), [KVectors(), vectors(1, 4, 64, basis=True)])
+
+
 def test_a_type_of_groups_without_a_basis_is_told(load, tiny):
     session = load(tiny("llama"))
     session.set_plan([Pair(t, "q8_0") for t in ("k3_64", "q3_64", "k3_64", "k2_64")], [vectors(0, basis=True)])

@@ -61,7 +61,7 @@ def aarch64_bin(builder) -> Path:
     [
         "hsk=(64|128|256),.*kv=113,nb=3,mask=1,sinks=.,max_bias=0.0",
         "type_K=q6_32,type_V=q[28]",
-        "type_K=q3_(32|64),type_V=(f16|q2_64|q5_1)",
+        "type_K=(q3_(32|64)|k[234]_64),type_V=(f16|q2_64|q5_1)",
     ],
 )
 def test_attention_on_aarch64(aarch64_bin, cases):
