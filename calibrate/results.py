@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair, Pairs
+from kvtuner_gguf.values import as_json
 
 Evaluate = Callable[[Pairs], float]  # one pair per layer -> KLD against the f16 cache, nats
 
@@ -106,7 +106,7 @@ class Conditions:
 
     def save(self, path: Path) -> None:
         vectors = [
-            {**vars(v), "basis": base64.b64encode(v.basis).decode()} if v.basis else {"mean": v.mean, "scale": v.scale}
+            {**vars(v), "basis": as_json(v.basis)} if v.basis else {"mean": v.mean, "scale": v.scale}
             for v in self.k_vectors
         ]
         save_json(

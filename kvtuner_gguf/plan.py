@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from .pair import Pair
 from .quality import QUALITY_FIELDS, Quality
 from .reading import opened
 from .room import write_errors
-from .values import blamed_on, brief, checked
+from .values import as_json, blamed_on, brief, checked
 
 PREFIX = "kvtuner."
 # The one list of what a plan stores: key after PREFIX, kind of value, where it stands in a Plan.
@@ -143,25 +142,29 @@ class Plan:
         """The scales of their rows, likewise."""
         return joined(v.basis_scale for v in self.k_vectors)
 
+    def _n_values(self, side: str) -> tuple[int, ...] | None:
+        n_values = tuple(len(getattr(v, side)) for v in self.k_vectors)
+        return n_values if any(n_values) else None
+
     @property
     def k_mean_n_values(self) -> tuple[int, ...] | None:
         """How many values of k_mean each layer has, 0 = none."""
-        return tuple(len(v.mean) for v in self.k_vectors) if self.k_mean else None
+        return self._n_values("mean")
 
     @property
     def k_scale_n_values(self) -> tuple[int, ...] | None:
         """How many values of k_scale each layer has, 0 = none."""
-        return tuple(len(v.scale) for v in self.k_vectors) if self.k_scale else None
+        return self._n_values("scale")
 
     @property
     def k_basis_n_values(self) -> tuple[int, ...] | None:
         """How many values of k_basis each layer has, 0 = none."""
-        return tuple(len(v.basis) for v in self.k_vectors) if self.k_basis else None
+        return self._n_values("basis")
 
     @property
     def k_basis_scale_n_values(self) -> tuple[int, ...] | None:
         """How many values of k_basis_scale each layer has, 0 = none."""
-        return tuple(len(v.basis_scale) for v in self.k_vectors) if self.k_basis_scale else None
+        return self._n_values("basis_scale")
 
     @property
     def checksum(self) -> str:
@@ -248,7 +251,7 @@ class Plan:
     def to_json(self) -> str:
         """The sidecar's text: the keys of to_metadata without their prefix, one to a line, however long its array."""
         rows = (
-            (json.dumps(text, ensure_ascii=False, default=_base64) for text in (key[len(PREFIX) :], value))
+            (json.dumps(text, ensure_ascii=False, default=as_json) for text in (key[len(PREFIX) :], value))
             for key, _, value in self.to_metadata()
         )
         return "{\n" + ",\n".join("  " + ": ".join(row) for row in rows) + "\n}\n"
@@ -323,11 +326,6 @@ def _quality(found: Mapping[str, Any], name: str) -> Quality | None:
 def _packed(values: bytes | Sequence[float]) -> bytes:
     """As a GGUF holds them."""
     return values if isinstance(values, bytes) else struct.pack(f"<{len(values)}f", *values)
-
-
-def _base64(values: bytes) -> str:
-    """As JSON holds an array of 8-bit numbers."""
-    return base64.b64encode(values).decode()
 
 
 def _calibration_kind(value: object) -> str:

@@ -54,6 +54,11 @@ def checked(key: str, kind: str, value: Any) -> Any:
     raise PlanError(f"{key}: got {brief(value)}, need {need.get(kind, 'a whole number below 2^32')}. Calibrate again.")
 
 
+def as_json(values: bytes) -> str:
+    """An array of 8-bit numbers as JSON holds it."""
+    return base64.b64encode(values).decode()
+
+
 def _int8_bytes(value: object) -> bytes | None:
     """An array of 8-bit numbers as it is kept, one byte each; None if the value is none."""
     if isinstance(value, bytes):
