@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -12,6 +13,10 @@ import pytest
 
 if TYPE_CHECKING:
     from kvtuner_gguf.runtime import Session
+
+# Matrices here are small: numpy's OpenBLAS takes twice the time with two threads, and five times beside other programs
+# on the same processors, which its threads spin for. It reads this as it is loaded, which is after this file.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
