@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from samples import assert_near
 from test_error import make_capture, make_sample, round_trip
 
 from kvtuner_gguf.calibrate.capture import _turns_of
@@ -143,7 +144,7 @@ THETA = 10000.0 ** (-np.arange(32) / 32)
 def test_text_at_another_place_has_the_same_attention(far_pairs):
     sample = make_sample(0, n_kv=64, n_rot=64, far_pairs=far_pairs, turns=turns_of(THETA, [0, 1000]))
     assert np.array_equal(sample.turned(0).k, sample.k) and not np.allclose(sample.turned(1).k, sample.k, atol=0.1)
-    assert scores(sample.turned(1)) == pytest.approx(scores(sample), abs=1e-5)
+    assert_near(scores(sample.turned(1)), scores(sample), atol=1e-5)
 
 
 @pytest.mark.parametrize("far_pairs", [False, True])
@@ -162,7 +163,7 @@ def test_moments_are_those_of_all_places_together(far_pairs):
     each = [replace(sample.turned(place), turns=None) for place in range(4)]
     for name in ("mean", "mean_w", "k", "q"):
         want = np.mean([getattr(Moments.of(s, scores(s)), name) for s in each], axis=0)
-        assert getattr(have, name) == pytest.approx(want, rel=1e-4, abs=1e-4)
+        assert_near(getattr(have, name), want, rtol=5e-5, atol=5e-5)
 
 
 def test_a_mean_that_turns_away_is_not_taken_off():
@@ -183,17 +184,17 @@ def test_conditioning_alone_changes_no_score():
     mean, scale = rng.standard_normal((2, 1, 64)), 4 ** rng.uniform(-1, 1, (2, 1, 64))
     k = ((sample.k - mean) / scale).astype(np.float32)
     q = (sample.q.reshape(2, 3, -1, 64) * scale[:, None]).reshape(sample.q.shape).astype(np.float32)
-    assert attention_scores(replace(sample, q=q, k=k), k) == pytest.approx(attention_scores(sample, sample.k), abs=1e-5)
+    assert_near(attention_scores(replace(sample, q=q, k=k), k), scores(sample), atol=1e-5)
 
 
 def test_after_codec_puts_on_what_it_took_off():
     sample = with_offset(make_sample(0, n_kv=64), offset_of(0))
     v = vectors_of([sample], True, True)
     exact = after_codec(sample.k, "q4_0", 64, lambda name, rows: rows, v)
-    assert exact == pytest.approx(sample.k, abs=1e-5)
+    assert_near(exact, sample.k, atol=1e-5)
     mean, scale = (np.reshape(x, (2, 1, 64)).astype(np.float32) for x in (v.mean, v.scale))
     want = after_codec((sample.k - mean) / scale, "q4_0", 64, round_trip) * scale + mean
-    assert after_codec(sample.k, "q4_0", 64, round_trip, v) == pytest.approx(want, abs=1e-6)
+    assert_near(after_codec(sample.k, "q4_0", 64, round_trip, v), want, atol=1e-6)
     assert after_codec(make_sample(0).k, "f16", 64, round_trip, vectors_of([make_sample(0)], True, True)) is not None
 
 
