@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,9 +18,14 @@ CODE = {".py", ".h", ".cpp", ".cu", ".cuh", ".cmake"}
 def purpose(path: Path) -> str:
     """The first sentence of a file: of its docstring, or of the comment that it begins with; "" if it has none."""
     text = path.read_text()
-    said = ast.get_docstring(ast.parse(text)) or "" if path.suffix == ".py" else _comment(text)
+    said = _docstring(text) if path.suffix == ".py" else _comment(text)
     said = re.split(r"\.\s+(?=[A-Z`])", " ".join(said.split("\n\n")[0].split()), maxsplit=1)[0].rstrip(".")
     return said.removeprefix(f"{path.name} - ").replace("|", "\\|").replace("<", "\\<")
+
+
+@cache
+def _docstring(code: str) -> str:
+    return ast.get_docstring(ast.parse(code)) or ""
 
 
 def _comment(text: str) -> str:

@@ -71,9 +71,12 @@ def python_graph(typing: bool = False) -> Graph:
     }
 
 
+parsed = cache(ast.parse)
+
+
 @cache
 def _statements(code: str, typing: bool) -> list[ast.Import | ast.ImportFrom]:
-    return list(_imports(ast.parse(code), typing))
+    return list(_imports(parsed(code), typing))
 
 
 def _imports(tree: ast.AST, typing: bool, inside: bool = False) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -81,7 +84,8 @@ def _imports(tree: ast.AST, typing: bool, inside: bool = False) -> Iterator[ast.
         yield tree
     guarded = tree.body if isinstance(tree, ast.If) and ast.unparse(tree.test).endswith("TYPE_CHECKING") else []
     for child in ast.iter_child_nodes(tree):
-        yield from _imports(child, typing, inside or child in guarded)
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):  # no other holds statements
+            yield from _imports(child, typing, inside or child in guarded)
 
 
 def _targets(node: ast.Import | ast.ImportFrom, path: Path, files: dict[str, Path]) -> Iterator[str]:

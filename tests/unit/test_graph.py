@@ -72,7 +72,7 @@ def test_a_calibration_opens_no_context_without_saying_its_plan():
     silent = [
         f"{path.name}:{call.lineno}"
         for path in (import_graph.ROOT / "calibrate").glob("*.py")
-        for call in ast.walk(ast.parse(path.read_text()))
+        for call in ast.walk(import_graph.parsed(path.read_text()))
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "context"
         if len(call.args) < 2 and "pairs" not in {keyword.arg for keyword in call.keywords}
     ]
