@@ -230,19 +230,21 @@ class Parser:
             self.file.seek(self.pos)
 
     def _skip_strings(self, n: int) -> None:
-        """By blocks: a vocabulary has hundreds of thousands."""
-        block, start = b"", self.pos
+        """By blocks, and without a call for each: a vocabulary has hundreds of thousands."""
+        block, start, at, length = b"", self.pos, 0, _LENGTH.unpack_from
         for _ in range(n):
-            at = self.pos - start
             if at + 8 > len(block):
+                start, at = start + at, 0
+                self.pos = start
                 self._need(8)
-                self.file.seek(self.pos)
-                start, block = self.pos, self._bytes(min(_BLOCK, self.size - self.pos))
-                self.pos, at = start, 0
-            n_bytes = _LENGTH.unpack_from(block, at)[0]
-            self.pos += 8
-            self._need(n_bytes)
-            self.pos += n_bytes
+                self.file.seek(start)
+                block = self._bytes(min(_BLOCK, self.size - start))
+            n_bytes = length(block, at)[0]
+            at += 8 + n_bytes
+            if start + at > self.size:
+                self.pos = start + at - n_bytes
+                self._need(n_bytes)
+        self.pos = start + at
         self.file.seek(self.pos)
 
     def _unpack(self, code: str) -> Any:
