@@ -14,7 +14,7 @@ class Codec:
     block_size  values in a block
     type_size   bytes of a block, scales included
     in_menu     whether a calibration chooses from it by default
-    wider       the type of as many bits in wider blocks, which takes its place there where a head allows
+    better      the type of no more bits that errs less, which takes its place there where a head allows
     groups      four groups of channels with bits of their own: for K alone, and in a basis (kvectors.py) alone, which
                 sorts the channels by what they matter
     """
@@ -23,7 +23,7 @@ class Codec:
     block_size: int
     type_size: int
     in_menu: bool = True
-    wider: str = ""
+    better: str = ""
     groups: bool = False
 
     @property
@@ -41,8 +41,8 @@ class Codec:
         return n_values // self.block_size * self.type_size
 
 
-# from the most to the least precise; ggml's names, block sizes and type sizes. qB_N and kB_N are ours: B bits, blocks
-# of N
+# from the most to the least precise; ggml's names, block sizes and type sizes. qB_N, kB_N and tB_N are ours: B bits,
+# blocks of N
 CODECS: dict[str, Codec] = {
     c.name: c
     for c in (
@@ -55,13 +55,16 @@ CODECS: dict[str, Codec] = {
         Codec("q5_0", 32, 22),
         Codec("q4_1", 32, 20),
         Codec("q4_0", 32, 18),
-        Codec("iq4_nl", 32, 18),
+        Codec("iq4_nl", 32, 18, better="t4_64"),
+        Codec("t4_64", 64, 34),
         Codec("k4_64", 64, 34, groups=True),
-        Codec("q3_32", 32, 14, wider="q3_64"),
-        Codec("q3_64", 64, 26),
+        Codec("q3_32", 32, 14, better="t3_64"),
+        Codec("t3_64", 64, 26),
+        Codec("q3_64", 64, 26, better="t3_64"),
         Codec("k3_64", 64, 26, groups=True),
-        Codec("q2_32", 32, 10, wider="q2_64"),
-        Codec("q2_64", 64, 18),
+        Codec("q2_32", 32, 10, better="t2_64"),
+        Codec("t2_64", 64, 18),
+        Codec("q2_64", 64, 18, better="t2_64"),
         Codec("k2_64", 64, 18, groups=True),
     )
 }

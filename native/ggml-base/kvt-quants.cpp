@@ -1,6 +1,7 @@
 // kvt-quants.cpp - ggml-base's side of our types: the reference encoder, and to_float
 #include "kvt-quants.h"
 #include "kvt-groups.h"
+#include "kvt-trellis.h"
 
 #define KVT_BASE(NAME, name, number, n, bits) \
     void kvt_quantize_row_##name##_ref(const float * x, void * y, int64_t k) { \

@@ -3,7 +3,7 @@
 #pragma once
 
 // G(name in capitals)                                                          ggml's own
-// X(name in capitals, name, number, values in a block, bits of a code)         ours; kB_N: bits on average, in four groups
+// X(name in capitals, name, number, values in a block, bits of a code)         ours; kB_N: bits on average, in four groups; tB_N: trellis
 // A number is never used again; upstream takes the next free one, so ours are far above.
 #define KVT_CACHE_TYPES(G, X) \
     G(F32)    \
@@ -16,11 +16,14 @@
     G(Q4_1)   \
     G(Q4_0)   \
     G(IQ4_NL) \
+    X(T4_64, t4_64, 210, 64, 4) \
     X(K4_64, k4_64, 207, 64, 4) \
     X(Q3_32, q3_32, 203, 32, 3) \
+    X(T3_64, t3_64, 209, 64, 3) \
     X(Q3_64, q3_64, 202, 64, 3) \
     X(K3_64, k3_64, 206, 64, 3) \
     X(Q2_32, q2_32, 201, 32, 2) \
+    X(T2_64, t2_64, 208, 64, 2) \
     X(Q2_64, q2_64, 200, 64, 2) \
     X(K2_64, k2_64, 205, 64, 2)
 

@@ -129,7 +129,9 @@ static KVT_INLINE vb   vb_set1 (int8_t x)              { return _mm512_set1_epi8
 static KVT_INLINE vb   vb_lut  (const int8_t * p)      { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) p)); }
 static KVT_INLINE vb   vb_and  (vb a, vb b)            { return _mm512_and_si512(a, b); }
 static KVT_INLINE vb   vb_or   (vb a, vb b)            { return _mm512_or_si512(a, b); }
+static KVT_INLINE vb   vb_add  (vb a, vb b)            { return _mm512_add_epi8(a, b); }
 static KVT_INLINE vb   vb_sub  (vb a, vb b)            { return _mm512_sub_epi8(a, b); }
+static KVT_INLINE vb   vb_shl16(vb a, int n)           { return _mm512_slli_epi16(a, n); }
 static KVT_INLINE vb   vb_shr16(vb a, int n)           { return _mm512_srli_epi16(a, n); }
 static KVT_INLINE vb   vb_look (vb lut, vb i)          { return _mm512_shuffle_epi8(lut, i); }
 static KVT_INLINE vb   vb_test (vb a, vb bits, vb x)   { return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(a, bits), x); }
@@ -261,7 +263,9 @@ static KVT_INLINE vb   vb_set1 (int8_t x)              { return _mm256_set1_epi8
 static KVT_INLINE vb   vb_lut  (const int8_t * p)      { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)); }
 static KVT_INLINE vb   vb_and  (vb a, vb b)            { return _mm256_and_si256(a, b); }
 static KVT_INLINE vb   vb_or   (vb a, vb b)            { return _mm256_or_si256(a, b); }
+static KVT_INLINE vb   vb_add  (vb a, vb b)            { return _mm256_add_epi8(a, b); }
 static KVT_INLINE vb   vb_sub  (vb a, vb b)            { return _mm256_sub_epi8(a, b); }
+static KVT_INLINE vb   vb_shl16(vb a, int n)           { return _mm256_slli_epi16(a, n); }
 static KVT_INLINE vb   vb_shr16(vb a, int n)           { return _mm256_srli_epi16(a, n); }
 static KVT_INLINE vb   vb_look (vb lut, vb i)          { return _mm256_shuffle_epi8(lut, i); }
 static KVT_INLINE vb   vb_test (vb a, vb bits, vb x)   { return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(a, bits), bits), x); }
@@ -340,7 +344,9 @@ static KVT_INLINE vb   vb_set1 (int8_t x)              { return vdupq_n_s8(x); }
 static KVT_INLINE vb   vb_lut  (const int8_t * p)      { return vld1q_s8(p); }
 static KVT_INLINE vb   vb_and  (vb a, vb b)            { return vandq_s8(a, b); }
 static KVT_INLINE vb   vb_or   (vb a, vb b)            { return vorrq_s8(a, b); }
+static KVT_INLINE vb   vb_add  (vb a, vb b)            { return vaddq_s8(a, b); }
 static KVT_INLINE vb   vb_sub  (vb a, vb b)            { return vsubq_s8(a, b); }
+static KVT_INLINE vb   vb_shl16(vb a, int n)           { return vreinterpretq_s8_u16(vshlq_u16(vreinterpretq_u16_s8(a), vdupq_n_s16((int16_t) n))); }
 static KVT_INLINE vb   vb_shr16(vb a, int n)           { return vreinterpretq_s8_u16(vshlq_u16(vreinterpretq_u16_s8(a), vdupq_n_s16((int16_t) -n))); }
 static KVT_INLINE vb   vb_look (vb lut, vb i)          { return vqtbl1q_s8(lut, vreinterpretq_u8_s8(i)); }
 static KVT_INLINE vb   vb_test (vb a, vb bits, vb x)   { return vandq_s8(vreinterpretq_s8_u8(vtstq_s8(a, bits)), x); }

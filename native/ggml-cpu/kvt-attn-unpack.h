@@ -215,14 +215,20 @@ struct kvt_row_k2_64 : kvt_row_block<kvt_block_k2_64, 64> {
     }
 };
 
+// of 16 values, in 8 bytes: of values 0..7 in the low halves, of 8..15 in the high ones
+static KVT_INLINE vb vb_halves(const char * qh, size_t nb) {
+    static const int8_t low[16] = { 15, 15, 15, 15, 15, 15, 15, 15 }, high[16] = { 0, 0, 0, 0, 0, 0, 0, 0, 15, 15, 15, 15, 15, 15, 15, 15 };
+    const vb            h = vb_load8(qh, nb);
+    return vb_or(vb_and(h, vb_lut(low)), vb_and(vb_shr16(h, 4), vb_lut(high)));
+}
+
 struct kvt_row_k3_64 : kvt_row_block<kvt_block_k3_64, 64> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        static const int8_t low[16] = { 15, 15, 15, 15, 15, 15, 15, 15 }, high[16] = { 0, 0, 0, 0, 0, 0, 0, 0, 15, 15, 15, 15, 15, 15, 15, 15 };
-        const vb            q = vb_load(KVT_AT(qs), nb), h = vb_load8(KVT_AT(qh), nb);
-        c[0] = vb_level_k6(vb_and(q, vb_set1(3)), vb_or(vb_and(h, vb_lut(low)), vb_and(vb_shr16(h, 4), vb_lut(high))));
-        c[1] = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 2), vb_set1(3)), vb_bit(q, 7, 2)));
-        c[2] = vb_look(vb_lut(kvt_levels_k2), vb_and(vb_shr16(q, 4), vb_set1(3)));
-        c[3] = vb_look(vb_lut(kvt_levels_k1), vb_bit(q, 6, 0));
+        const vb q = vb_load(KVT_AT(qs), nb);
+        c[0]       = vb_level_k6(vb_and(q, vb_set1(3)), vb_halves(KVT_AT(qh), nb));
+        c[1]       = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 2), vb_set1(3)), vb_bit(q, 7, 2)));
+        c[2]       = vb_look(vb_lut(kvt_levels_k2), vb_and(vb_shr16(q, 4), vb_set1(3)));
+        c[3]       = vb_look(vb_lut(kvt_levels_k1), vb_bit(q, 6, 0));
     }
 };
 
@@ -233,6 +239,62 @@ struct kvt_row_k4_64 : kvt_row_block<kvt_block_k4_64, 64> {
         c[1] = vb_look(vb_lut(kvt_levels_k4), vb_or(vb_and(vb_shr16(q, 2), vb_set1(3)), vb_and(vb_shr16(h, 2), vb_set1(12))));
         c[2] = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 4), vb_set1(3)), vb_bit(h, 6, 2)));
         c[3] = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 6), vb_set1(3)), vb_bit(h, 7, 2)));
+    }
+};
+
+// windows of 8 bits in a ring: their low and high halves, and the bytes before those of a vector
+static const int8_t kvt_levels_t2[2][16] = { KVT_LEVELS_T2_LOW, KVT_LEVELS_T2_HIGH };
+static const int8_t kvt_levels_t3[2][16] = { KVT_LEVELS_T3_LOW, KVT_LEVELS_T3_HIGH };
+static const int8_t kvt_levels_t4[2][16] = { KVT_LEVELS_T4_LOW, KVT_LEVELS_T4_HIGH };
+
+static KVT_INLINE vb vb_window(const int8_t (*levels)[16], vb low, vb high) {
+    return vb_add(vb_look(vb_lut(levels[0]), low), vb_look(vb_lut(levels[1]), high));
+}
+
+static KVT_INLINE vb vb_before(vb a) {
+    static const int8_t before[16] = { 15, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14 };
+    return vb_look(a, vb_lut(before));
+}
+
+// a >> n, and above its 8 - n bits the low ones of b, as a nibble
+static KVT_INLINE vb vb_across(vb a, vb b, int n) {
+    return vb_or(vb_and(vb_shr16(a, n), vb_set1((int8_t) (255 >> n))), vb_and(vb_shl16(b, 8 - n), vb_set1((int8_t) (15 & 255 << (8 - n)))));
+}
+
+static KVT_INLINE vb vb_nibble(vb a, int n) {
+    return vb_and(vb_shr16(a, n), vb_set1(15));
+}
+
+struct kvt_row_t2_64 : kvt_row_block<kvt_block_t2_64, 64> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        const vb q = vb_load(KVT_AT(qs), nb), b = vb_before(q);
+        const vb n4 = vb_nibble(q, 4), n6 = vb_across(q, b, 6);
+        c[3] = vb_window(kvt_levels_t2, vb_nibble(q, 0), n4);
+        c[2] = vb_window(kvt_levels_t2, vb_nibble(q, 2), n6);
+        c[1] = vb_window(kvt_levels_t2, n4, vb_nibble(b, 0));
+        c[0] = vb_window(kvt_levels_t2, n6, vb_nibble(b, 2));
+    }
+};
+
+struct kvt_row_t3_64 : kvt_row_block<kvt_block_t3_64, 64> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        const vb q = vb_load(KVT_AT(qs), nb), h = vb_halves(KVT_AT(qh), nb), b = vb_before(q);
+        const vb above = vb_or(h, vb_shl16(vb_nibble(b, 0), 4)); // bits 8 to 15, as above those of q
+        c[3]           = vb_window(kvt_levels_t3, vb_nibble(q, 0), vb_nibble(q, 4));
+        c[2]           = vb_window(kvt_levels_t3, vb_nibble(q, 3), vb_across(q, h, 7));
+        c[1]           = vb_window(kvt_levels_t3, vb_across(q, h, 6), vb_nibble(above, 2));
+        c[0]           = vb_window(kvt_levels_t3, vb_nibble(above, 1), vb_nibble(b, 1));
+    }
+};
+
+struct kvt_row_t4_64 : kvt_row_block<kvt_block_t4_64, 64> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        const vb q = vb_load(KVT_AT(qs), nb), h = vb_load(KVT_AT(qh), nb);
+        const vb q0 = vb_nibble(q, 0), q4 = vb_nibble(q, 4), h0 = vb_nibble(h, 0), h4 = vb_nibble(h, 4);
+        c[3] = vb_window(kvt_levels_t4, q0, q4);
+        c[2] = vb_window(kvt_levels_t4, q4, h0);
+        c[1] = vb_window(kvt_levels_t4, h0, h4);
+        c[0] = vb_window(kvt_levels_t4, h4, vb_before(q0));
     }
 };
 

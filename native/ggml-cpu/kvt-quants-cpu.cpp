@@ -1,6 +1,7 @@
 // kvt-quants-cpu.cpp - ggml-cpu's side of our types: the same encoder, compiled for the machine, and the dot product with q8_0
 #include "kvt-quants.h"
 #include "kvt-groups.h"
+#include "kvt-trellis.h"
 
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"

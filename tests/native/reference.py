@@ -25,6 +25,22 @@ GROUP_LEVELS = {
     6: (np.arange(2, 127, 4, dtype=F32), F32(1), F32(18)),
 }
 
+# of the trellis types: levels by the low and the high half of a window of 8 bits
+RINGS = {
+    "t2_64": (
+        [41, -36, 13, -7, -12, 3, -36, 29, 23, -23, -12, 12, -27, -1, 33, 3],
+        [-8, -10, -34, 0, -30, 12, 12, 12, 32, 38, -14, -28, 10, -46, 10, 44],
+    ),
+    "t3_64": (
+        [-14, 19, 3, 42, 10, -29, 29, -6, -8, -31, -19, 4, 13, 43, 25, -53],
+        [8, -34, 36, 50, -4, 32, -48, 10, 22, 20, -20, -20, -34, 2, -10, -8],
+    ),
+    "t4_64": (
+        [-18, 45, -63, 27, -48, -25, 8, -5, 20, 34, -3, -34, 61, 3, -11, 14],
+        [12, -10, -20, 28, 28, -32, -24, -42, 6, 0, 44, 2, 14, -6, 20, -16],
+    ),
+}
+
 
 def fields(name: str) -> tuple[int, int]:
     """(bits of a code, values in a block) of "q3_64"."""
@@ -40,6 +56,9 @@ def quantize(name: str, x: np.ndarray) -> np.ndarray:
         if name in GROUPS:
             d, codes = _groups(blocks, GROUPS[name])
             packed = _pack_groups(codes, GROUPS[name])
+        elif name in RINGS:
+            d, codes = _trellis(blocks, bits, *RINGS[name])
+            packed = _pack_ring(codes, bits)
         else:
             d, codes = (_uniform if bits == 6 else _symmetric)(blocks, bits)
             packed = _pack(codes, bits)
@@ -55,6 +74,8 @@ def dequantize(name: str, data: np.ndarray) -> np.ndarray:
         codes = _unpack_groups(blocks[:, 2:], GROUPS[name])
         levels = [_mirrored(GROUP_LEVELS[b][0])[c] for b, c in zip(GROUPS[name], np.hsplit(codes, 4))]
         return (d * np.hstack(levels)).reshape(len(data), -1)
+    if name in RINGS:
+        return (d * _ring_levels(_unpack_ring(blocks[:, 2:], bits), bits, *RINGS[name])).reshape(len(data), -1)
     codes = _unpack(blocks[:, 2:], bits)
     levels = _mirrored(MAGNITUDES[bits]) if bits < 6 else np.arange(-32, 32, dtype=F32)
     return (d * levels[codes]).reshape(len(data), -1)
@@ -143,6 +164,82 @@ def _groups(x: np.ndarray, bits: tuple[int, ...]) -> tuple[np.ndarray, np.ndarra
     d = np.minimum(d, F32(65504) / F32(126)).astype(np.float16)
     index = np.hsplit(nearest(d.astype(F32))[1], 4)
     return d, np.hstack([_signed(v, i, 1 << (b - 1)) for v, i, b in zip(np.hsplit(x, 4), index, bits)])
+
+
+def _trellis(x: np.ndarray, k: int, low: list[int], high: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    a = _clean(x)
+    energy = _sum(a * a)
+    sigma = np.sqrt(energy / F32(64))
+    with np.errstate(invalid="ignore"):
+        inv = np.where(sigma > F32(1e-30), F32(32) / sigma, F32(0))
+    q = np.rint(np.minimum(a * inv, F32(106))).astype(np.int64)
+    codes = _search(_in_time(np.where(x < 0, -q, q)), k, np.array(low), np.array(high))
+    along = _sum(np.where(x < 0, -a, a) * _ring_levels(_from_time(codes), k, low, high).astype(F32))
+    with np.errstate(invalid="ignore"):
+        d = np.where(along > 0, energy / along, sigma * F32(1 / 32))
+    return np.minimum(d, F32(65504) / F32(127)).astype(np.float16), _from_time(codes)
+
+
+def _in_time(x: np.ndarray) -> np.ndarray:
+    """Values of a block in the order of the ring: 0, 16, 32, 48, 1, 17, ..."""
+    return x.reshape(-1, 4, 16).swapaxes(1, 2).reshape(-1, 64)
+
+
+def _from_time(x: np.ndarray) -> np.ndarray:
+    return x.reshape(-1, 16, 4).swapaxes(1, 2).reshape(-1, 64)
+
+
+def _search(x: np.ndarray, k: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(n_blocks, 64) integers in the order of the ring -> codes: the best way from a state around to itself, of that
+    state which the best way over the end of the ring goes through there."""
+    n_state, n_over = 1 << (8 - k), 24 // k
+    state = np.arange(n_state)
+    window = state[:, None] | np.arange(1 << k)[None] << (8 - k)  # (state, its predecessor's number)
+    before = window >> k
+    # a quarter of (x - low - high)^2, as the encoder takes it
+    half = high[window >> 4] // 2
+
+    def run(cost: np.ndarray, times: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+        choices = []
+        for t in times:
+            u = x[:, t, None] - low[state & 15]
+            ways = cost[:, before] + half * half - u[:, :, None] * half
+            choices.append(ways.argmin(axis=2))
+            cost = ways.min(axis=2) + (u * u >> 2)
+        return cost, choices
+
+    def back(n: np.ndarray, choice: np.ndarray) -> np.ndarray:
+        return before[n, np.take_along_axis(choice, n[:, None], axis=1)[:, 0]]
+
+    cost, choices = run(np.zeros((len(x), n_state), np.int64), [*range(64 - n_over, 64), *range(n_over)])
+    n = cost.argmin(axis=1)
+    for choice in reversed(choices[n_over:]):
+        n = back(n, choice)
+    _, choices = run(np.where(state == n[:, None], 0, 16000), list(range(64)))
+    codes = np.empty_like(x)
+    for t in reversed(range(64)):
+        codes[:, t] = n & ((1 << k) - 1)
+        n = back(n, choices[t])
+    return codes
+
+
+def _ring_levels(codes: np.ndarray, k: int, low: list[int], high: list[int]) -> np.ndarray:
+    ring = _in_time(codes)
+    window = sum(np.roll(ring, i, axis=1) << (k * i) for i in range(-(-8 // k))) & 255
+    return _from_time(np.array(low)[window & 15] + np.array(high)[window >> 4]).astype(F32)
+
+
+def _pack_ring(codes: np.ndarray, k: int) -> np.ndarray:
+    number = sum(codes.reshape(-1, 4, 16)[:, p] << (k * (3 - p)) for p in range(4))
+    high = number >> 8
+    extra = {2: [], 3: [high[:, :8] | high[:, 8:] << 4], 4: [high]}[k]
+    return np.hstack([number & 255, *extra]).astype(np.uint8)
+
+
+def _unpack_ring(data: np.ndarray, k: int) -> np.ndarray:
+    low, high = np.split(data.astype(np.int64), [16], axis=1)
+    number = low | (np.hstack([high & 15, high >> 4]) if k == 3 else high if k == 4 else 0) << 8
+    return np.hstack([number >> (k * (3 - p)) & ((1 << k) - 1) for p in range(4)])
 
 
 def _uniform(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:

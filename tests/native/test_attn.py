@@ -11,7 +11,8 @@ import pytest
 
 pytestmark = pytest.mark.native
 
-BLOCKS = ("q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q3_32", "q3_64", "q2_32", "q2_64")
+BLOCKS = ("q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q3_32", "q3_64", "q2_32", "q2_64",
+          "t4_64", "t3_64", "t2_64")  # fmt: skip
 GROUPS = ("k4_64", "k3_64", "k2_64")  # of K
 TYPES = ("f32", "f16", "bf16", *BLOCKS)
 
@@ -34,12 +35,14 @@ SHAPES = [
             ("q6_32", "q3_32"),
             ("q3_64", "q2_64"),
             ("k3_64", "q2_64"),
+            ("t4_64", "t3_64"),
+            ("q8_0", "t2_64"),
         ),
         (64, 80, 96, 128, 256),
         (1, 3, 4, 8),
         ((1, 517), (4, 70), (33, 161)),
     )
-    if d % (64 if v == "q2_64" else 32) == 0 or k == "f16"
+    if d % (64 if v.endswith("_64") else 32) == 0 or k == "f16"
 ]
 EXTRAS = [
     {**extra, "k": k, "v": v, "n_q": n_q, "n_kv": 333, "n_stream": n_stream}

@@ -31,7 +31,8 @@ PAIRS = [{"k": k, "v": v, "n_kv": 300} for k, v in itertools.product(TYPES, TYPE
 SHAPES = [
     {"k": k, "v": v, "n_kv": n_kv, **shape}
     for (k, v), n_kv, shape in itertools.product(
-        (("f16", "f16"), ("q8_0", "q4_0"), ("f32", "q5_1"), ("q3_64", "q2_64"), ("k3_64", "q2_64"), ("q4_1", "bf16")),
+        (("f16", "f16"), ("q8_0", "q4_0"), ("f32", "q5_1"), ("q3_64", "q2_64"), ("k3_64", "q2_64"), ("q4_1", "bf16"),
+         ("t4_64", "t2_64"), ("k2_64", "t3_64")),
         (64, 512, 1001),
         (
             {"dk": 128, "dv": 128, "n_gqa": 4}, {"n_gqa": 1, "n_head_kv": 3}, {"dk": 64, "dv": 128, "n_q": 130},

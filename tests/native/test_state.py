@@ -74,7 +74,9 @@ def test_a_state_comes_back_exactly(load, tiny, arch, kind, flash_attn):
 
 
 @every_kind
-@pytest.mark.parametrize("pair", ["q2_64/q3_64", "q3_64/q2_32", "q6_32/q3_32", "k3_64/q2_64", "k2_64/q4_0"])
+@pytest.mark.parametrize(
+    "pair", ["q2_64/q3_64", "q3_64/q2_32", "q6_32/q3_32", "k3_64/t2_64", "k2_64/q4_0", "t4_64/t3_64"]
+)
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "hybrid"])
 def test_a_state_of_our_types_comes_back_exactly(load, tiny, arch, pair, kind):
     session = load(tiny(arch))
