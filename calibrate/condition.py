@@ -30,7 +30,7 @@ N_JUDGED = 3  # places at which a sample is measured
 # name -> (mean, scale), from the fewest operations on
 WAYS = {"none": (False, False), "mean": (True, False), "scale": (False, True), "both": (True, True)}
 # what a basis is measured in, and what it has to beat: the same bits everywhere in a head, of as many bytes
-GROUPS, ROTATED = "k3_64", "q3_64"
+GROUPS, ROTATED = "k3_64", "t3_64"
 
 Scores = Callable[[LayerSample], np.ndarray]
 Error = Callable[[LayerSample, str], Callable[[KVectors], float]]

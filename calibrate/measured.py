@@ -82,12 +82,12 @@ def measure_model(options: Options, plannable: Plannable, bench: Bench) -> Measu
 
 def types_of_layers(options: Options, types: Types) -> Types:
     """The types that are measured, of those that each layer can take: those that were not asked for by name are dropped
-    where a cheaper one does."""
+    where a better one is among them."""
     if options.types:
         return types
 
     def kept(side: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(t for t in side if CODECS[t].wider not in side)
+        return tuple(t for t in side if CODECS[t].better not in side)
 
     return {il: (kept(k), kept(v)) for il, (k, v) in types.items()}
 

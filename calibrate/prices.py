@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvtuner_gguf.calibrate.kld_model import F16, KldModel
-from kvtuner_gguf.calibrate.results import Trial
+from kvtuner_gguf.calibrate.results import Trial, non_dominated
 from kvtuner_gguf.pair import Pair
 
 Plans = Sequence[tuple[Pair, ...]]
@@ -72,7 +72,9 @@ def _both(kld_model: KldModel, row: int) -> list[Pair]:
 
 
 def _types(kld_model: KldModel, row: int, side: str) -> list[Pair]:
-    """The pairs that lower this side of the layer alone, the coarsest first; of both where V lies in K's rows."""
+    """The pairs that lower this side of the layer alone, the coarsest first; of both where V lies in K's rows. Only
+    what a plan would take: another type, as in a basis or as not, errs in other ways, and foretells less."""
     own, other = (kld_model.sq_k, kld_model.sq_v) if side == "k" else (kld_model.sq_v, kld_model.sq_k)
     alone = [i for i in range(len(kld_model.pairs)) if own[row, i] > 0 and other[row, i] == 0]
-    return [kld_model.pairs[i] for i in sorted(alone, key=lambda i: (-own[row, i], i))]
+    worth = non_dominated([kld_model.n_bytes[row, i] for i in alone], [own[row, i] for i in alone])
+    return [kld_model.pairs[alone[i]] for i in sorted(worth, key=lambda i: (-own[row, alone[i]], i))]

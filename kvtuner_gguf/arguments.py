@@ -101,8 +101,8 @@ def shared(*names: str) -> Callable[[Command], Command]:
         ),
         "types": click.option(
             "--types",
-            help="Cache types to choose from, comma-separated. [default: all but f32 and bf16, and blocks of 32 "
-            "only where 64 does not fit; paper: q8_0,q4_0,q2_64]",
+            help="Cache types to choose from, comma-separated. [default: all but f32 and bf16, and q2, q3 "
+            "and iq4_nl only where 64 does not divide a head; paper: q8_0,q4_0,q2_64]",
         ),
         "mean": click.option(
             "--k-mean/--no-k-mean",

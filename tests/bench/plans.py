@@ -2,11 +2,12 @@
 made of, and its rivals.
 
 python tests/bench/plans.py MODEL.gguf [--bits 4.5,3.5,3.25,2.75] [--ways
-default,no-mean,no-scale,no-basis,no-layers,error,paper] [-f TEXT]
+default,no-mean,no-scale,no-basis,no-trellis,no-layers,error,paper] [-f TEXT]
     [--contexts 2048x8,8192x1] [--shared-bits 4.5,3.25] [--chunks 4] [--on-copy]
 
 default      what `kvtuner-gguf calibrate` searches, without its proof
 no-mean      K keeps its mean     no-scale  K is not scaled     no-basis  the same bits all over a head
+no-trellis   q2_64, q3_64, q4_0 and iq4_nl in place of t2_64, t3_64 and t4_64
 no-layers    the best uniform pair of all types, with K conditioned
 error        the solver's plan by squared errors alone: no run has told what a layer matters
 paper        --method paper
@@ -32,7 +33,7 @@ from kvtuner_gguf.calibrate.kld import make_reference, measure
 from kvtuner_gguf.calibrate.kld_model import KldModel, fit
 from kvtuner_gguf.calibrate.measured import Bench, measure_model
 from kvtuner_gguf.calibrate.methods import known_trials
-from kvtuner_gguf.calibrate.options import Options
+from kvtuner_gguf.calibrate.options import DEFAULT_TYPES, Options
 from kvtuner_gguf.calibrate.pipeline import search, sizes_of
 from kvtuner_gguf.calibrate.runs import search_name, tag
 from kvtuner_gguf.calibrate.solve import solve
@@ -49,6 +50,7 @@ FIXED = {
     "no-mean": {"k_mean": False},
     "no-scale": {"k_scale": False},
     "no-basis": {"k_basis": False},
+    "no-trellis": {"types": tuple(t for t in DEFAULT_TYPES if t not in ("t4_64", "t3_64", "t2_64"))},
     "paper": {"method": "paper"},
 }
 
@@ -105,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--bits", default="4.5,3.5,3.25,2.75")
-    parser.add_argument("--ways", default="default,no-mean,no-scale,no-basis,no-layers,error,paper")
+    parser.add_argument("--ways", default="default,no-mean,no-scale,no-basis,no-trellis,no-layers,error,paper")
     parser.add_argument("--shared-bits", help="goals of the ways other than default; by default all")
     parser.add_argument("--contexts", default="2048x8,8192x1")
     parser.add_argument("--work", type=Path, help="folder of records; by default a temporary one")

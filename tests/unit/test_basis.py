@@ -21,7 +21,7 @@ from kvtuner_gguf.kvectors import KVectors
 
 every_way = pytest.mark.parametrize("way", BASES)
 NO_PAIRS = (np.arange(0), np.arange(0))
-BITS = {"k4_64": (6, 4, 3, 3), "k3_64": (6, 3, 2, 1), "k2_64": (4, 2, 1, 1), "q3_64": (3, 3, 3, 3)}
+BITS = {"k4_64": (6, 4, 3, 3), "k3_64": (6, 3, 2, 1), "k2_64": (4, 2, 1, 1), "t3_64": (3, 3, 3, 3)}
 
 
 def levels(bits, n_step=200):

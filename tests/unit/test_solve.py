@@ -240,6 +240,13 @@ def test_a_type_of_groups_is_chosen_where_its_basis_pays():
         assert ("k3_64" in {p.type_k for p in plan[:3]}) == pays and plan[3].type_k != "k3_64"
 
 
+def test_a_side_is_priced_by_a_type_that_a_plan_would_take():
+    """With a small basis, k3_64 has fewer bytes than q4_0 and less error."""
+    for n_basis, coarsest in ((64, "k3_64"), (3600, "q4_0")):
+        ladders = price_ladders(with_groups(n_basis), 8)
+        assert [ladders[il][0][il].type_k for il in range(4)] == [coarsest] * 3 + ["q4_0"]
+
+
 def test_no_uniform_pair_has_a_type_of_groups():
     found = with_groups(64)
     everywhere = KldModel(found.il, found.pairs, np.nan_to_num(found.sq_k), found.sq_v, found.n_bytes, 4)
