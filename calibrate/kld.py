@@ -15,7 +15,7 @@ from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.quality import Quality
 from kvtuner_gguf.room import reserve, write_errors
-from kvtuner_gguf.runtime import Session
+from kvtuner_gguf.runtime import Context, Session
 
 N_UBATCH = 512  # of all runs that are compared
 
@@ -150,20 +150,10 @@ def measure(
                 difference is rounding alone, as the model's other roundings amplify it
     Raises CalibrationError if the run time did not allocate what was asked for.
     """
-    base, chunks = reference.open(), reference.chunks
-    kld, same_top = np.empty(chunks.n_positions), np.empty(chunks.n_positions, bool)
-    at = 0
-    with session.context(chunks.n_ctx, pairs, k_vectors, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
+    with session.context(reference.chunks.n_ctx, pairs, k_vectors, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
         if pairs is not None and ctx.notes():
             raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")
-        for tokens in chunks.tokens.tolist():
-            for logits in ctx.logits(tokens, chunks.first):
-                for block in _blocks(logits):
-                    rows = slice(at, at + len(block))
-                    kld[rows] = kl_divergence(base[rows], block)
-                    same_top[rows] = base[rows].argmax(axis=1) == block.argmax(axis=1)
-                    at += len(block)
-                progress(len(logits))
+        kld, same_top = compare(ctx, reference, progress=progress)
     if not np.isfinite(kld).all():
         what = (
             ", ".join(sorted({str(p) for p in pairs if p.type_k}))
@@ -174,7 +164,26 @@ def measure(
             f"{what}: NaN at {np.isnan(kld).sum()} of {len(kld)} positions, where an f16 cache gives numbers. "
             "Choose other types."
         )
-    return Quality(float(kld.mean()), float(np.quantile(kld, 0.999)), float(same_top.mean()), chunks.n_positions)
+    return Quality(float(kld.mean()), float(np.quantile(kld, 0.999)), float(same_top.mean()), len(kld))
+
+
+def compare(
+    ctx: Context, reference: Reference, *, step: int = 512, progress: Callable[[int], None] = lambda n: None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Run the reference's text, step tokens at once: the KLD of each scored position, and whether the likeliest token
+    is the same."""
+    base, chunks = reference.open(), reference.chunks
+    kld, same_top = np.empty(chunks.n_positions), np.empty(chunks.n_positions, bool)
+    at = 0
+    for tokens in chunks.tokens.tolist():
+        for logits in ctx.logits(tokens, chunks.first, step):
+            for block in _blocks(logits):
+                rows = slice(at, at + len(block))
+                kld[rows] = kl_divergence(base[rows], block)
+                same_top[rows] = base[rows].argmax(axis=1) == block.argmax(axis=1)
+                at += len(block)
+            progress(len(logits))
+    return kld, same_top
 
 
 def _blocks(logits: np.ndarray) -> Iterator[np.ndarray]:
