@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from neighbour.cache import Tensor
 
 from kvtuner_gguf import native
 from kvtuner_gguf.calibrate.capture import capture
@@ -47,19 +48,6 @@ class Row:
     block: int
     round_trip: RoundTrip
     per_head: bool = False
-
-
-class Tensor(ctypes.Structure):
-    """ggml_tensor, as far as it is read here."""
-
-
-Tensor._fields_ = [
-    ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int),
-    ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32), ("src", ctypes.POINTER(Tensor) * 10),
-    ("view_src", ctypes.POINTER(Tensor)), ("view_offs", ctypes.c_size_t), ("data", ctypes.c_void_p), ("name",
-    ctypes.c_char * 64),
-]  # fmt: skip
 
 
 class Written:

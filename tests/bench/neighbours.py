@@ -48,7 +48,7 @@ from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.runtime import Session
 
 N_CAPTURED = 1024  # tokens of a chunk of the calibration text
-N_TRIES = 4  # of a method whose bits are not known before a run
+N_TRIES = 3  # of a method whose bits are not known before a run
 PER_BLOCK = 64  # positions that a standard error takes for one
 Scores = tuple[np.ndarray, np.ndarray]  # KLD of each position, whether the likeliest token is the same
 
@@ -136,7 +136,7 @@ class Bench:
             if not (again := method.corrected(bits)):
                 break
             method = again
-        above = " (its fewest bits)" if goal and sum(method.bits(shape)) / 2 > goal + SLACK else ""
+        above = " (its fewest bits)" if goal and sum(bits) / 2 > goal + SLACK else ""
         self.add(goal, f"{method}{above}", bits, start, scores)
 
     def uniform(self, pair: Pair) -> tuple[Pair, ...]:
@@ -150,10 +150,14 @@ class Bench:
             self.real(goal, str(pair), self.uniform(pair))
         self.imitated(goal, Emulated(Pair(plain[0], plain[0])))
         for file, plan in plans:
-            pairs = self.uniform(Pair(types_within(goal, self.shape.head_dim, groups=True)[0], plain[0]))
-            if any(v.basis for v in plan.k_vectors):
-                vectors = where_quantized(plan.k_vectors, pairs)
-                self.real(goal, f"{pairs[self.known.capture.il[0]]}, bases of {file}", pairs, vectors)
+            in_basis = Pair(types_within(goal, self.shape.head_dim, groups=True)[0], plain[0])
+            has_basis = [bool(v.basis) for v in plan.k_vectors]
+            if any(has_basis):
+                pairs = tuple(
+                    in_basis if has else p for has, p in zip(has_basis, self.uniform(Pair(plain[0], plain[0])))
+                )
+                name = f"{in_basis} in the {sum(has_basis)} bases of {file}, else {plain[0]}/{plain[0]}"
+                self.real(goal, name, pairs, where_quantized(plan.k_vectors, pairs))
         for method in methods:
             self.imitated(goal, within(METHODS[method](self.shape, goal), self.shape, goal))
 

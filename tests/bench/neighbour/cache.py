@@ -118,10 +118,11 @@ class LayerKeeper:
     wants_queries = wants_output = False
 
     def __init__(self, k: Kept, v: Kept) -> None:
-        self.k, self.v = k, v
+        self.k, self.v, self.q = k, v, np.empty(0)
 
     def queries(self, q: np.ndarray) -> None:
         """q (n_head, n_tokens, head_dim) float32 after RoPE"""
+        self.q = q
 
     def keys(self, cells: np.ndarray, first: int, last: int) -> None:
         self.k.write(cells, first, last)

@@ -28,7 +28,8 @@ class Qaq(Method):
     range, V brought to other bits from an exact copy elsewhere at every step, as the paper has it, whose copy is not
     counted. The newest tokens, whose S is not known, have most bits.
     The bounds sigma_X and sigma_S are those that on the calibration text give the bits asked for. On the text that is
-    run they give others; it is run again with bounds for so many fewer or more, and the table has what was kept.
+    run they give others; it is run again with bounds for so many fewer or more, and the table has what was kept. The
+    logarithm keeps K from falling below some bits, however large the bound.
     """
 
     goal: float
@@ -72,7 +73,7 @@ class Qaq(Method):
         more = self.overhead(shape)
         sigma_k = bound_for(lambda sigma: self._mean_bits(ranges_k, of_k, sigma), self.asked_k - more)
         sigma_v = bound_for(lambda sigma: self._mean_bits(ranges_v, of_v, sigma), self.asked_v - more)
-        return {il: QaqKeeper(self, shape, of_k[il](sigma_k), sigma_v) for il in of_k}
+        return {il: QaqKeeper(self, shape, scale, of_k[il](sigma_k), sigma_v) for il in of_k}
 
     def _mean_bits(self, ranges: dict[int, np.ndarray], of: dict[int, Callable], sigma: float) -> float:
         return float(np.mean([self.n_bits(ranges[il], of[il](sigma)).mean() for il in ranges]))
@@ -128,11 +129,12 @@ class QaqKeeper(LayerKeeper):
 
     wants_queries = True
 
-    def __init__(self, method: Qaq, shape: Shape, sigma_k: float, sigma_x: float) -> None:
+    def __init__(self, method: Qaq, shape: Shape, scale: float, sigma_k: float, sigma_x: float) -> None:
         super().__init__(Kept(self._code_k), Kept(lambda x, _: x))
-        self._method, self._shape, self._sigma_k, self._sigma_x = method, shape, sigma_k, sigma_x
+        self._method, self._shape, self._scale = method, shape, scale
+        self._sigma_k, self._sigma_x = sigma_k, sigma_x
         self._bits_k, self._bits_v = np.zeros(shape.n_ctx), np.zeros(shape.n_ctx)
-        self._scores, self._q = np.zeros(0), np.empty(0)
+        self._scores = self._next = np.zeros(0)
         self._n = 0
 
     def _code_k(self, k: np.ndarray, first: int) -> np.ndarray:
@@ -141,13 +143,10 @@ class QaqKeeper(LayerKeeper):
         self._bits_k[first : first + len(x)], self._n = bits, first + len(x)
         return heads(self._method.code(x, bits, self._shape), len(k))
 
-    def queries(self, q: np.ndarray) -> None:
-        self._q = q
-
     def keys(self, cells: np.ndarray, first: int, last: int) -> None:
         super().keys(cells, first, last)
         k = cells[:last].transpose(1, 0, 2).astype(np.float32)
-        self._next = last_scores(self._q, k, self._method.window)
+        self._next = last_scores(self.q, k, self._method.window, self._scale)
 
     def values(self, cells: np.ndarray, first: int, last: int) -> None:
         method, shape = self._method, self._shape
@@ -166,11 +165,11 @@ class QaqKeeper(LayerKeeper):
         return self._bits_k[: self._n].mean() + more, self._bits_v[: self._n].mean() + more
 
 
-def last_scores(q: np.ndarray, k: np.ndarray, n: int) -> np.ndarray:
+def last_scores(q: np.ndarray, k: np.ndarray, n: int, scale: float) -> np.ndarray:
     """The largest score, of all heads, that each token got from the last n queries. -> (n_kv,)"""
     n, n_kv = min(n, q.shape[1]), k.shape[1]
     mask = np.triu(np.full((n, n_kv), -np.inf, np.float32), n_kv - n + 1)
-    sample = LayerSample(il=0, q=q[:, -n:], k=k, v=k, mask=mask, scale=q.shape[-1] ** -0.5)
+    sample = LayerSample(il=0, q=q[:, -n:], k=k, v=k, mask=mask, scale=scale)
     return attention_scores(sample, k).max(axis=(0, 1))
 
 
@@ -204,7 +203,8 @@ class Think(Method):
         kept = shape.head_dim // 2
         of_k = [c.name for c in CODECS.values() if not c.groups and c.block_size > 1 and kept % c.block_size == 0]
         of_v = [c.name for c in CODECS.values() if not c.groups and shape.head_dim % c.block_size == 0]
-        type_v = max((t for t in of_v if codec(t).bits_per_value <= goal), key=lambda t: codec(t).bits_per_value)
+        fitting = [t for t in of_v if codec(t).bits_per_value <= goal] or of_v[-1:]
+        type_v = max(fitting, key=lambda t: codec(t).bits_per_value)
         return [Think(Pair(type_k, type_v)) for type_k in of_k]
 
 
@@ -216,14 +216,15 @@ class ThinkKeeper(LayerKeeper):
     def __init__(self, pair: Pair, rot_v: int, recent: int, prompt: int) -> None:
         super().__init__(Kept(self._code_k, window=recent, start=prompt), Kept(typed(pair.type_v, rot_v)))
         self._type_k, self._recent = pair.type_k, recent
-        self._q, self._last_q, self._channels = np.empty(0), np.empty(0), np.empty(0, int)
+        self._last_q, self._channels = np.empty(0), np.empty(0, int)
 
     def queries(self, q: np.ndarray) -> None:
-        self._last_q, self._q = self._q, q[:, -self._recent :]
+        self._last_q = self.q  # of the batch before, which ends the prompt
+        super().queries(q)
 
     def _code_k(self, k: np.ndarray, first: int) -> np.ndarray:
         if not first:
-            self._channels = kept_channels(self._last_q, self.k.exact[:, : self.k.start])
+            self._channels = kept_channels(self._last_q[:, -self._recent :], self.k.exact[:, : self.k.start])
         parts = np.take_along_axis(k, self._channels[:, None, :], axis=2)
         k_hat = np.zeros_like(k)
         part_hat = after_codec(parts, self._type_k, 32, round_trip)
@@ -282,13 +283,10 @@ class EvictKeeper(LayerKeeper):
     def __init__(self, code_k: Code, code_v: Code, share: float, shape: Shape) -> None:
         super().__init__(Kept(code_k), Kept(code_v))
         self._share, self._shape = share, shape
-        self._q = self._k = self._v = np.empty(0)
+        self._k = self._v = np.empty(0)
         self._first = self._last = 0
         self._got = np.zeros((0, 0))
         self._old: list[np.ndarray] = []
-
-    def queries(self, q: np.ndarray) -> None:
-        self._q = q
 
     def keys(self, cells: np.ndarray, first: int, last: int) -> None:
         super().keys(cells, first, last)
@@ -309,7 +307,7 @@ class EvictKeeper(LayerKeeper):
         for h in range(n_head_kv):
             seen = np.concatenate([self._old[h], new])
             k, v = (cells[seen, h].astype(np.float32) for cells in (self._k, self._v))
-            q = self._q.reshape(n_head_kv, -1, n_new, k.shape[1])[h]  # (heads that share K, n_new, head_dim)
+            q = self.q.reshape(n_head_kv, -1, n_new, k.shape[1])[h]  # (heads that share K, n_new, head_dim)
             mask = np.triu(np.full((n_new, len(seen)), -np.inf, np.float32), len(seen) - n_new + 1)
             sample = LayerSample(il=0, q=q, k=k[None], v=v[None], mask=mask, scale=scale)
             scores = attention_scores(sample, sample.k)
