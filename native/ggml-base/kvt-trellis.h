@@ -18,20 +18,29 @@
 #endif
 #endif
 
-// halves of the level of a window
+// levels i .. i + 7 as bytes of a number
+constexpr uint64_t kvt_bytes(const int16_t * level, int i) {
+    uint64_t res = 0;
+    for (int j = 7; j >= 0; j--) {
+        res = res << 8 | (level[i + j] & 255);
+    }
+    return res;
+}
+
+// halves of the level of a window. A GPU has them in instructions: what it takes by an index from a table would be in memory
 template <int k> struct kvt_ring;
 
 #define KVT_RING(BITS) \
     template <> struct kvt_ring<BITS> { \
-        static constexpr int16_t low[]  = KVT_LEVELS_T##BITS##_LOW; \
-        static constexpr int16_t high[] = KVT_LEVELS_T##BITS##_HIGH; \
+        static constexpr int16_t  low[]  = KVT_LEVELS_T##BITS##_LOW; \
+        static constexpr int16_t  high[] = KVT_LEVELS_T##BITS##_HIGH; \
+        static constexpr uint64_t low_0 = kvt_bytes(low, 0), low_8 = kvt_bytes(low, 8); \
+        static constexpr uint64_t high_0 = kvt_bytes(high, 0), high_8 = kvt_bytes(high, 8); \
         KVT_FN int of_low(int i) { \
-            const int8_t all[] = KVT_LEVELS_T##BITS##_LOW; \
-            return all[i]; \
+            return (int8_t) ((i < 8 ? low_0 : low_8) >> 8 * (i % 8)); \
         } \
         KVT_FN int of_high(int i) { \
-            const int8_t all[] = KVT_LEVELS_T##BITS##_HIGH; \
-            return all[i]; \
+            return (int8_t) ((i < 8 ? high_0 : high_8) >> 8 * (i % 8)); \
         } \
     };
 KVT_RING(2)
@@ -89,6 +98,41 @@ static inline void kvt_spread(const int16_t * cost, kvt_v16 * v) {
 }
 #endif
 
+// the numbers of the best predecessors at each time, a byte for a thread's states. Registers have no index: four times are a word, and
+// the words move, so that the last time is in the last one
+template <int T> struct kvt_numbers {
+    uint32_t word[16] = {};
+
+    KVT_FN void put(kvt_numbers & w, int t, int number) {
+        if (t % 4 == 0) {
+            for (int i = 0; i < 15; i++) {
+                w.word[i] = w.word[i + 1];
+            }
+        }
+        w.word[15] = w.word[15] >> 8 | (uint32_t) number << 24;
+    }
+
+    // of the last time, which is t, what a lane's thread put; and the time before is the last one
+    KVT_FN int take(kvt_numbers & w, int t, int lane) {
+        const int number = w.word[15] >> 24;
+        w.word[15] <<= 8;
+        if (t % 4 == 0) {
+            for (int i = 15; i > 0; i--) {
+                w.word[i] = w.word[i - 1];
+            }
+        }
+        return KVT_SHUFFLE_FROM(number, lane);
+    }
+};
+
+template <> struct kvt_numbers<1> {
+    int16_t of[64][16];
+
+    KVT_FN int take(const kvt_numbers & w, int t, int lane) {
+        return w.of[t][lane];
+    }
+};
+
 // the ways around a ring of codes of k bits; T threads hold a block, T = 1 or 16
 template <int k, int T>
 struct kvt_ways {
@@ -96,10 +140,10 @@ struct kvt_ways {
     static const int n_from = 1 << k; // predecessors of a state
     static const int n_lane = 16 / T; // of a row that a thread holds
 
-    int16_t cost[n_row][n_lane];
-    int16_t from[64][n_lane]; // of each time: the number of the best predecessor, k bits for each row
+    int16_t        cost[n_row][n_lane];
+    kvt_numbers<T> from; // k bits for each row
 
-    // a value is added to every way
+    // a value is added to every way; the least of costs with a number is that of the first number
     KVT_FN void step(kvt_ways & w, int x, int16_t * from) {
         int16_t cost[n_row][n_lane];
         for (int i = 0; i < n_lane; i++) {
@@ -109,17 +153,16 @@ struct kvt_ways {
             for (int i = 0; i < n_lane; i++) {
                 const int lane = kvt_lane<T>(i);
                 const int u    = x - kvt_ring<k>::of_low(lane);
-                int       best = 0, arg = 0;
+                int       best = 0x7FFFFFFF;
                 for (int j = 0; j < n_from; j++) {
-                    const int  first = j << (8 - 2 * k);
-                    const int  e     = kvt_ring<k>::of_high(h | j << (4 - k)) / 2;
-                    const int  c     = kvt_of_lane<T>(w.cost[first >> 4], (first & 15) + ((16 * h + lane) >> k)) + e * e - u * e;
-                    const bool less  = j == 0 || c < best;
-                    best             = less ? c : best;
-                    arg              = less ? j : arg;
+                    const int first = j << (8 - 2 * k);
+                    const int e     = kvt_ring<k>::of_high(h | j << (4 - k)) / 2;
+                    const int last  = kvt_of_lane<T>(w.cost[first >> 4], (first & 15) + ((16 * h + lane) >> k));
+                    const int c     = (last + e * e - u * e) * 16 + j;
+                    best            = c < best ? c : best;
                 }
-                cost[h][i] = (int16_t) (best + (u * u >> 2));
-                from[i]    = (int16_t) (from[i] | arg << (k * h));
+                cost[h][i] = (int16_t) ((best >> 4) + (u * u >> 2));
+                from[i]    = (int16_t) (from[i] | (best & 15) << (k * h));
             }
         }
         memcpy(w.cost, cost, sizeof(cost));
@@ -157,25 +200,34 @@ struct kvt_ways {
 
     // the value at a time
     KVT_FN int value(const int16_t * q, int t) {
-        return kvt_of_lane<T>(q + t % 4 * n_lane, t / 4);
+        if constexpr (T == 1) {
+            return q[t % 4 * 16 + t / 4];
+        } else {
+            const uint32_t all = (q[0] & 255) | (q[1] & 255) << 8 | (q[2] & 255) << 16 | (uint32_t) q[3] << 24;
+            return (int8_t) (KVT_SHUFFLE_FROM(all, t / 4) >> 8 * (t % 4));
+        }
     }
 
     KVT_FN void steps(kvt_ways & w, const int16_t * q, int begin, int end) {
         for (int t = begin; t < end; t++) {
             const int x = value(q, t);
-#ifdef KVT_VECTORS
             if constexpr (T == 1) {
-                step_of_vectors(w, x, w.from[t]);
-                continue;
-            }
+#ifdef KVT_VECTORS
+                step_of_vectors(w, x, w.from.of[t]);
+#else
+                step(w, x, w.from.of[t]);
 #endif
-            step(w, x, w.from[t]);
+            } else {
+                int16_t number;
+                step(w, x, &number);
+                kvt_numbers<T>::put(w.from, t, number);
+            }
         }
     }
 
-    // the state that a way through state n at this time comes from
-    KVT_FN int before(const kvt_ways & w, int t, int n) {
-        const int j = kvt_of_lane<T>(w.from[t], n & 15) >> (k * (n >> 4)) & (n_from - 1);
+    // the state that a way through state n at this time comes from; asked from the last time on, once for each
+    KVT_FN int before(kvt_ways & w, int t, int n) {
+        const int j = kvt_numbers<T>::take(w.from, t, n & 15) >> (k * (n >> 4)) & (n_from - 1);
         return n >> k | j << (8 - 2 * k);
     }
 
@@ -225,10 +277,13 @@ struct kvt_ways {
                 const int i      = p * n_lane + (T == 1 ? lane : 0);
                 if (T == 1 || kvt_lane<T>(0) == lane) {
                     c[i] = (uint8_t) (n & (n_from - 1));
-                    m[i] = (int16_t) (kvt_ring<k>::of_low(window & 15) + kvt_ring<k>::of_high(window >> 4));
+                    m[i] = (int16_t) window;
                 }
                 n = from;
             }
+        }
+        for (int i = 0; i < 64 / T; i++) {
+            m[i] = (int16_t) (kvt_ring<k>::of_low(m[i] & 15) + kvt_ring<k>::of_high(m[i] >> 4));
         }
     }
 };
