@@ -1,11 +1,12 @@
 // kvt-blocks.cuh - our cache types, and iq4_nl, on a GPU: one kvt_codec<type> each
 // Read four values at a time, as int8 levels in one register: what a dot product with q8_1 takes, and d*level is the value.
-// Written by KVT_THREADS threads for each block, with the code of kvt-blocks.h and kvt-groups.h.
+// Written by KVT_THREADS threads for each block, with the code of kvt-blocks.h, kvt-groups.h and kvt-trellis.h.
 // Host code, too, with the instructions spelled out, so that tests compare it with the CPU's without a GPU.
 #pragma once
 
 #include "kvt-groups.h"
 #include "kvt-quants.h"
+#include "kvt-trellis.h"
 
 static const int KVT_THREADS = 16; // that share a block when it is written
 
@@ -55,10 +56,14 @@ KVT_FN uint32_t kvt_load4(const uint8_t * x) {
 // from codes, one in each byte, to levels
 //
 
+constexpr uint32_t kvt_byte(int level) {
+    return level & 0xFFu;
+}
+
 // levels i .. i + 3 as bytes of a word; two levels: twice, so that they are read whatever the second bit of a code is
-template <int n>
-constexpr uint32_t kvt_word(const int (&level)[n], int i) {
-    return (level[i] & 0xFFu) | (level[i + 1] & 0xFFu) << 8 | (level[(i + 2) % n] & 0xFFu) << 16 | (level[(i + 3) % n] & 0xFFu) << 24;
+template <typename T, int n>
+constexpr uint32_t kvt_word(const T (&level)[n], int i, int more = 0) {
+    return kvt_byte(level[i] + more) | kvt_byte(level[i + 1] + more) << 8 | kvt_byte(level[(i + 2) % n] + more) << 16 | kvt_byte(level[(i + 3) % n] + more) << 24;
 }
 
 constexpr int kvt_table_q2[]     = KVT_LEVELS_Q2;
@@ -244,6 +249,70 @@ struct kvt_cuda<kvt_codec_k4_64> : kvt_codec_k4_64 {
     KVT_FN void write(const uint8_t * c, block_t * y, int j) {
         kvt_write2<n>(c, y->qs, j);
         y->qh[j] = c[0] >> 2 | (c[1] >> 2) << 4 | (c[2] >> 2) << 6 | (c[3] >> 2) << 7;
+    }
+};
+
+//
+// trellis types, for which the same holds: what depends on a value's place are shifts, masks, and a choice between two words
+//
+
+// bits 8 and on of the numbers of four lanes and of those of the lanes before them, whose low bits are given, in bytes: 8 to 15, and 16 to 23
+KVT_FN void kvt_ring_above(const kvt_block_t2_64 &, unsigned, uint32_t before, uint32_t * above) {
+    above[0] = before;
+    above[1] = 0;
+}
+
+KVT_FN void kvt_ring_above(const kvt_block_t3_64 & x, unsigned i, uint32_t before, uint32_t * above) {
+    above[0] = (kvt_load4(x.qh + 4 * (i % 2)) >> 2 * (i & 2) & 0x0F0F0F0F) | (before & 0x0F0F0F0F) << 4;
+    above[1] = before >> 4 & 0x0F0F0F0F;
+}
+
+KVT_FN void kvt_ring_above(const kvt_block_t4_64 & x, unsigned i, uint32_t before, uint32_t * above) {
+    above[0] = kvt_load4(x.qh + 4 * (i % 4));
+    above[1] = before;
+}
+
+KVT_FN void kvt_write_above(kvt_block_t2_64 *, int, int) {}
+
+KVT_FN void kvt_write_above(kvt_block_t3_64 * y, int j, int own) {
+    const int next = KVT_SHUFFLE(own, 8); // eight values on
+    if (j < 8) {
+        y->qh[j] = own | next << 4;
+    }
+}
+
+KVT_FN void kvt_write_above(kvt_block_t4_64 * y, int j, int own) {
+    y->qh[j] = own;
+}
+
+template <typename block, int k>
+struct kvt_cuda<kvt_codec_t<block, k>> : kvt_codec_t<block, k> {
+    typedef kvt_ring<k> R;
+
+    // both halves of a level are within 64, and more by that here: so a sum of bytes has no carry, and is more by 128
+    static constexpr uint32_t low_0 = kvt_word(R::low, 0, 64), low_4 = kvt_word(R::low, 4, 64), low_8 = kvt_word(R::low, 8, 64), low_c = kvt_word(R::low, 12, 64);
+    static constexpr uint32_t high_0 = kvt_word(R::high, 0, 64), high_4 = kvt_word(R::high, 4, 64), high_8 = kvt_word(R::high, 8, 64), high_c = kvt_word(R::high, 12, 64);
+
+    KVT_FN uint32_t levels(const block & x, unsigned i) {
+        const unsigned lane   = 4 * (i % 4);
+        const unsigned shift  = k * (3 - i / 4);
+        const uint32_t own    = kvt_load4(x.qs + lane);
+        const uint32_t before = own << 8 | x.qs[(lane + 15) % 16];
+        uint32_t       above[2];
+        kvt_ring_above(x, i, before, above);
+        const uint32_t lo     = shift < 8 ? own : above[0];
+        const uint32_t hi     = shift < 8 ? above[0] : above[1];
+        const uint32_t mask   = (0xFF >> shift % 8) * 0x01010101;
+        const uint32_t window = (lo >> shift % 8 & mask) | (hi << (8 - shift % 8) & ~mask);
+        const uint32_t low    = kvt_lookup16(low_0, low_4, low_8, low_c, kvt_nibbles(window & 0x0F0F0F0F));
+        const uint32_t high   = kvt_lookup16(high_0, high_4, high_8, high_c, kvt_nibbles(window >> 4 & 0x0F0F0F0F));
+        return (low + high) ^ 0x80808080;
+    }
+
+    KVT_FN void write(const uint8_t * c, block * y, int j) {
+        const int number = c[0] << 3 * k | c[1] << 2 * k | c[2] << k | c[3];
+        y->qs[j]         = number;
+        kvt_write_above(y, j, number >> 8);
     }
 };
 

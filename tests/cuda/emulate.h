@@ -1,6 +1,8 @@
 // emulate.h - enough of CUDA to run our kernels on the host: threads of a block as fibers that meet at every shuffle
 #pragma once
 
+#undef _FORTIFY_SOURCE // it would take a jump to another stack for a fault
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cstdint>
@@ -26,33 +28,56 @@ static dim3 threadIdx(0, 0, 0);
 static dim3 blockIdx(0, 0, 0);
 
 struct fiber {
-    ucontext_t        context;
+    ucontext_t        context; // where it starts
+    jmp_buf           place;   // where it waits: a jump takes no system call, as swapcontext does
     std::vector<char> stack;
+    bool              started = false;
     uint32_t          slot[2]; // in turns: a thread may be one shuffle ahead of another, not two
     int               n_shuffle = 0;
     bool              done      = false;
 };
 
 static std::vector<fiber>            fibers;
-static ucontext_t                    scheduler;
+static ucontext_t                    caller;
+static jmp_buf                       scheduler;
 static const std::function<void()> * fiber_code;
 
 static void fiber_main() {
     (*fiber_code)();
     fibers[threadIdx.x].done = true;
+    _longjmp(scheduler, 1);
 }
 
+static void resume(fiber & f) {
+    if (_setjmp(scheduler) == 0) {
+        if (f.started) {
+            _longjmp(f.place, 1);
+        }
+        f.started = true;
+        swapcontext(&caller, &f.context);
+    }
+}
+
+static void wait(fiber & f) {
+    if (_setjmp(f.place) == 0) {
+        _longjmp(scheduler, 1);
+    }
+}
+
+// what a thread of the block has
 template <typename T>
-static T shuffle(T v, int bit) {
+static T shuffle(T v, unsigned thread) {
     static_assert(sizeof(T) == 4, "one register");
     const unsigned self = threadIdx.x;
     const int      turn = fibers[self].n_shuffle++ % 2;
     memcpy(&fibers[self].slot[turn], &v, 4);
-    swapcontext(&fibers[self].context, &scheduler); // until every other thread is here
-    memcpy(&v, &fibers[self ^ bit].slot[turn], 4);
+    wait(fibers[self]); // until every other thread is here
+    memcpy(&v, &fibers[thread].slot[turn], 4);
     return v;
 }
-#define KVT_SHUFFLE(v, bit) shuffle(v, bit)
+#define KVT_LANE                  (threadIdx.x % 16)
+#define KVT_SHUFFLE(v, bit)       shuffle(v, threadIdx.x ^ (bit))
+#define KVT_SHUFFLE_FROM(v, lane) shuffle(v, (threadIdx.x & ~15u) + (lane) % 16)
 
 static void run_block(int n_thread, const std::function<void()> & code) {
     fiber_code = &code;
@@ -62,14 +87,13 @@ static void run_block(int n_thread, const std::function<void()> & code) {
         getcontext(&f.context);
         f.context.uc_stack.ss_sp   = f.stack.data();
         f.context.uc_stack.ss_size = f.stack.size();
-        f.context.uc_link          = &scheduler;
         makecontext(&f.context, fiber_main, 0);
     }
     for (bool running = true; running; ) {
         running = false;
         for (threadIdx.x = 0; threadIdx.x < fibers.size(); threadIdx.x++) {
             if (!fibers[threadIdx.x].done) {
-                swapcontext(&scheduler, &fibers[threadIdx.x].context);
+                resume(fibers[threadIdx.x]);
                 running = running || !fibers[threadIdx.x].done;
             }
         }

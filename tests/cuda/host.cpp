@@ -84,7 +84,7 @@ static kvt_dims dims(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, int6
 
 template <ggml_type type, typename idx_t>
 static void test_set_rows(const char * name) {
-    const int64_t ne0 = 576, ne1 = 7, ne2 = 3, ne3 = 2, n_row = 11; // 9 blocks of 64: the last threads have none
+    const int64_t ne0 = 576, ne1 = 3, ne2 = 3, ne3 = 2, n_row = 11; // 9 blocks of 64: the last threads have none
     const auto x      = values(ne0*ne1*ne2*ne3);
     const auto packed = encode(type, x);
     const int64_t row = ggml_row_size(type, ne0);
@@ -113,7 +113,7 @@ static void test_set_rows(const char * name) {
 
 template <ggml_type type>
 static void test_cpy_from_f32() {
-    const int64_t ne0 = 192, ne1 = 5, ne2 = 13;
+    const int64_t ne0 = 192, ne1 = 5, ne2 = 7;
     const auto x    = values(ne0*ne1*ne2);
     const auto want = encode(type, x);
     const int64_t n_block = x.size()/kvt_codec<type>::n;

@@ -12,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.native
 
 ROOT = Path(__file__).resolve().parents[2]
+OURS = ["q2_64", "q2_32", "q3_64", "q3_32", "q6_32", "k2_64", "k3_64", "k4_64", "t2_64", "t3_64", "t4_64"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def test_device_code_gives_the_bytes_and_values_of_the_cpu(results):
     assert [line for line in results if not line.startswith("ok ")] == []
 
 
-@pytest.mark.parametrize("name", ["q2_64", "q2_32", "q3_64", "q3_32", "q6_32", "k2_64", "k3_64", "k4_64", "iq4_nl"])
+@pytest.mark.parametrize("name", [*OURS, "iq4_nl"])
 def test_every_type_is_read_and_ours_are_written(results, name):
     tried = [line.split(" ", 2)[2] for line in results if line.split(" ", 2)[1] == name]
     assert sum(what.startswith("dot product") for what in tried) == 3
