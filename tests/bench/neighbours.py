@@ -7,8 +7,9 @@ python tests/bench/neighbours.py [MODEL.gguf] [--bits 2.25,3.25,4.5] [--methods 
 
 The cache is f16, and what a method keeps of K and V is written into it, layer by layer, before attention reads it
 (neighbour/cache.py); the methods, written from their papers, are in neighbour/coded.py and neighbour/chosen.py. Each
-has, of its own parameters, those of the most real bits within the goal, or, if all are above, the fewest. Rows "through
-the harness" are our types by the same way: beside those of the real cache they show what the harness is worth.
+has, of its own parameters, those of the most real bits within the goal, and beside them those of codes of other bits
+(or of another rank) that come next, since windows and codes cost alike; if all are above, the fewest. Rows "through the
+harness" are our types by the same way: beside those of the real cache they show what the harness is worth.
 Scored is the second half of each context; +- is the standard error over blocks of 64 positions. Windows are counted at
 the end of the context that is run, which is to their advantage: before it they are a larger part. What no token adds to
 (tables, matrices, a plan's vectors) is counted at -c tokens [default: those of the context].
@@ -63,7 +64,7 @@ METHODS: dict[str, Callable[[Shape, float], Sequence[Method]]] = {
     "hack": Hack.choices,
     "oscar": Oscar.choices,
 }
-"""What --methods names -> its choices of parameters, of which one is run at a goal."""
+"""What --methods names -> its choices of parameters, of which one or two are run at a goal."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,8 @@ class Bench:
                 name = f"{in_basis} in the {sum(has_basis)} bases of {file}, else {plain[0]}/{plain[0]}"
                 self.real(goal, name, pairs, where_quantized(plan.k_vectors, pairs))
         for method in methods:
-            self.imitated(goal, within(METHODS[method](self.shape, goal), self.shape, goal))
+            for choice in within(METHODS[method](self.shape, goal), self.shape, goal):
+                self.imitated(goal, choice)
 
 
 def types_within(goal: float, head_dim: int, *, groups: bool) -> list[str]:

@@ -120,8 +120,10 @@ def test_bits_by_hand():
 
 def test_within_takes_most_bits_below_the_goal_or_the_fewest():
     choices = [Hack(b, 64) for b in (2, 3, 4)]
-    assert within(choices, SHAPE, 4.2) == Hack(3, 64)
-    assert within(choices, SHAPE, 1.0) == Hack(2, 64)
+    assert within(choices, SHAPE, 4.2) == [Hack(3, 64)]  # 2 bits are too far below
+    assert within(choices, SHAPE, 1.0) == [Hack(2, 64)]
+    three, two = within(Kivi.choices(SHAPE, 4.6), SHAPE, 4.6)  # codes, or a window
+    assert (three.n_bits, two.n_bits) == (3, 2) and 4.6 >= sum(three.bits(SHAPE)) / 2 > sum(two.bits(SHAPE)) / 2
 
 
 @pytest.mark.parametrize("method", [Kivi(4, 32, 64), KvQuant(4, 2, 2), Hack(4, 64), Oscar(4, 16, 32)])

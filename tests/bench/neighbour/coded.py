@@ -161,6 +161,10 @@ class LowRank(Method):
     rank: int
     type_name: str
 
+    @property
+    def kind(self) -> int:
+        return self.rank
+
     def __str__(self) -> str:
         return f"low rank (LoRC), {self.rank} directions in {self.type_name}"
 

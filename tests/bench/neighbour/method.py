@@ -23,6 +23,7 @@ WHOLE, STEP = 512, 32  # tokens of a batch: where each token is kept by itself, 
 PROMPT = 4  # what goes by the queries of a prompt takes so large a part of the context for one: a quarter
 F16_BITS = 16
 SLACK = 0.01  # bits that a choice may be above its goal: tables
+NEAR = 0.75  # bits that a second choice may be below it
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,11 @@ class Method(ABC):
 
     step: int = WHOLE
 
+    @property
+    def kind(self) -> int:
+        """Which choices differ in windows and scales alone: those of the same kind. Here codes of as many bits."""
+        return getattr(self, "n_bits", 0)
+
     @abstractmethod
     def costs(self, shape: Shape) -> tuple[Cost, Cost]:
         """Of K, of V."""
@@ -128,11 +134,15 @@ class Method(ABC):
         return None
 
 
-def within(choices: Sequence[Method], shape: Shape, goal: float) -> Method:
-    """The choice nearest to so many bits, but not above; the least one if all are above."""
+def within(choices: Sequence[Method], shape: Shape, goal: float) -> list[Method]:
+    """The choice nearest to so many bits, but not above, and after it that of another kind that is next, if it is near;
+    the least one if all are above."""
     bits = {choice: sum(choice.bits(shape)) / 2 for choice in choices}
-    fitting = [choice for choice in choices if bits[choice] <= goal + SLACK]
-    return max(fitting, key=bits.__getitem__) if fitting else min(choices, key=bits.__getitem__)
+    of_kind: dict[int, Method] = {}
+    for choice in sorted((c for c in choices if bits[c] <= goal + SLACK), key=lambda c: -bits[c]):
+        of_kind.setdefault(choice.kind, choice)
+    first, *others = of_kind.values() or [min(choices, key=bits.__getitem__)]
+    return [first, *(c for c in others[:1] if bits[c] > goal - NEAR)]
 
 
 @dataclass(frozen=True)
