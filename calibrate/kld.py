@@ -168,7 +168,7 @@ def measure(
 
 
 def compare(
-    ctx: Context, reference: Reference, *, step: int = 512, progress: Callable[[int], None] = lambda n: None
+    ctx: Context, reference: Reference, *, step: int = N_UBATCH, progress: Callable[[int], None] = lambda n: None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run the reference's text, step tokens at once: the KLD of each scored position, and whether the likeliest token
     is the same."""

@@ -181,13 +181,15 @@ struct kvt_ways {
                 const int16_t e = kvt_ring<k>::high[h | j << (4 - k)] / 2;
                 kvt_v16       c;
                 kvt_spread<k>(&w.cost[0][0] + (j << (8 - 2 * k)) + (16 * h >> k), &c);
-                c                  = c + (int16_t) (e * e) - u * e;
+                c = c + (int16_t) (e * e) - u * e;
+                if (j == 0) {
+                    best = c;
+                    continue;
+                }
                 const kvt_v16 less = c < best;
                 const kvt_v16 mine = less & (int16_t) (j << (k * h));
-                best               = j == 0 ? c : less ? c
-                                                       : best;
-                arg                = j == 0 ? arg : mine > arg ? mine
-                                                               : arg;
+                best               = less ? c : best;
+                arg                = mine > arg ? mine : arg;
             }
             best += uu;
             number |= arg;

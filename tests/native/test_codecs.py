@@ -14,7 +14,6 @@ pytestmark = pytest.mark.native
 
 every_type = pytest.mark.parametrize("name", CODECS)
 group_types = pytest.mark.parametrize("name", [name for name, c in CODECS.items() if c.groups])
-trellis_types = pytest.mark.parametrize("name", reference.RINGS)
 one_step_types = pytest.mark.parametrize(
     "name", [name for name, c in CODECS.items() if not c.groups and name not in reference.RINGS]
 )
