@@ -56,16 +56,16 @@ CODECS: dict[str, Codec] = {
         Codec("q4_1", 32, 20),
         Codec("q4_0", 32, 18),
         Codec("iq4_nl", 32, 18, better="t4_64"),
-        Codec("t4_64", 64, 34),
-        Codec("k4_64", 64, 34, groups=True),
+        Codec("t4_64", 64, 33),
+        Codec("k4_64", 64, 33, groups=True),
         Codec("q3_32", 32, 14, better="t3_64"),
-        Codec("t3_64", 64, 26),
+        Codec("t3_64", 64, 25),
         Codec("q3_64", 64, 26, better="t3_64"),
-        Codec("k3_64", 64, 26, groups=True),
+        Codec("k3_64", 64, 25, groups=True),
         Codec("q2_32", 32, 10, better="t2_64"),
-        Codec("t2_64", 64, 18),
+        Codec("t2_64", 64, 17),
         Codec("q2_64", 64, 18, better="t2_64"),
-        Codec("k2_64", 64, 18, groups=True),
+        Codec("k2_64", 64, 17, groups=True),
     )
 }
 

@@ -27,15 +27,19 @@ constexpr uint64_t kvt_bytes(const int16_t * level, int i) {
     return res;
 }
 
-// halves of the level of a window. A GPU has them in instructions: what it takes by an index from a table would be in memory
+// halves of the level of a window, and the share of a normal value's energy that the codes keep. A GPU has the halves in instructions:
+// what it takes by an index from a table would be in memory
 template <int k> struct kvt_ring;
 
-#define KVT_RING(BITS) \
+#define KVT_RING(BITS, KEPT) \
     template <> struct kvt_ring<BITS> { \
         static constexpr int16_t  low[]  = KVT_LEVELS_T##BITS##_LOW; \
         static constexpr int16_t  high[] = KVT_LEVELS_T##BITS##_HIGH; \
         static constexpr uint64_t low_0 = kvt_bytes(low, 0), low_8 = kvt_bytes(low, 8); \
         static constexpr uint64_t high_0 = kvt_bytes(high, 0), high_8 = kvt_bytes(high, 8); \
+        KVT_FN float kept() { \
+            return KEPT; \
+        } \
         KVT_FN int of_low(int i) { \
             return (int8_t) ((i < 8 ? low_0 : low_8) >> 8 * (i % 8)); \
         } \
@@ -43,14 +47,15 @@ template <int k> struct kvt_ring;
             return (int8_t) ((i < 8 ? high_0 : high_8) >> 8 * (i % 8)); \
         } \
     };
-KVT_RING(2)
-KVT_RING(3)
-KVT_RING(4)
+KVT_RING(2, 0.922f)
+KVT_RING(3, 0.978f)
+KVT_RING(4, 0.994f)
 #undef KVT_RING
 
-// Values are integers in the search, 32 to a standard deviation, and within this. A cost is a quarter of the squared error: no state is more
+// Values are integers in the search, about 32 to a standard deviation, and within this. A cost is a quarter of the squared error: no state is more
 // than three steps of 212 behind another, and the best way of a block costs no more than its values do, so that 16 bits have room
 static const float KVT_RING_MAX   = 106.0f;
+static const float KVT_RING_SIGMA = 34.0f; // the most that a standard deviation is, where a scale is so small that its rounding is coarse
 static const int   KVT_COST_START = -24576;
 static const int   KVT_COST_OTHER = 16000; // more, for every state that a way does not start from
 
@@ -321,7 +326,8 @@ struct kvt_codec_t {
     static const int n = 64;
     typedef block    block_t;
 
-    // as kvt_codec_levels: the scale that is stored is that with sum(x*x^) = sum(x*x)
+    // as kvt_codec_levels: the scale that is stored is that with sum(x*x^) = sum(x*x), but for its rounding. What that takes from it or
+    // gives to it is known before, as a rule, and the codes are chosen for it
     template <int T> KVT_FN kvt_half quantize(const float * x, uint8_t * c) {
         const int n_own = n / T;
         float     a[n_own], v[n_own];
@@ -329,7 +335,9 @@ struct kvt_codec_t {
         kvt_abs<n_own>(x, a);
         const float all   = kvt_sum_sq<n_own, T>(a);
         const float sigma = sqrtf(all / n);
-        const float inv   = sigma > 1e-30f ? 32.0f / sigma : 0.0f;
+        const float d     = kvt_from_half(kvt_to_e5m3(kvt_least(sigma * (1.0f / 32.0f / kvt_ring<k>::kept()), 65504.0f / 127.0f)));
+        const float most  = sigma > 1e-30f ? KVT_RING_SIGMA / sigma : 0.0f;
+        const float inv   = d > 0.0f ? kvt_least(1.0f / (kvt_ring<k>::kept() * d), most) : most;
         for (int i = 0; i < n_own; i++) {
             const float r = (kvt_least(a[i] * inv, KVT_RING_MAX) + 12582912.0f) - 12582912.0f; // 1.5*2^23: to the nearest
             q[i]          = (int16_t) (x[i] < 0.0f ? -r : r);
@@ -339,7 +347,7 @@ struct kvt_codec_t {
             v[i] = (x[i] < 0.0f ? -a[i] : a[i]) * m[i];
         }
         const float along = kvt_sum<n_own, T>(v);
-        return kvt_to_half(kvt_least(along > 0.0f ? all / along : sigma * (1.0f / 32.0f), 65504.0f / 127.0f));
+        return kvt_to_e5m3(kvt_least(along > 0.0f ? all / along : sigma * (1.0f / 32.0f), 65504.0f / 127.0f));
     }
 
     static void levels(const block * x, int8_t * l) {

@@ -40,10 +40,12 @@
 // Bits of four values i, i + 16, i + 32, i + 48, a number of 8, 12 or 16 bits: the low 8 are qs[i];
 // 3 bits: its bits 8 to 11 are in qh, of i below 8 in the low half of byte i, of others in the high half of byte i - 8; 4 bits: qh[i]
 //
+// d, a byte: bits 7 to 14 of an f16, which are its exponent and the first three bits of its fraction. No scale is negative
 // qs, 2 bits: bits 2j, 2j+1 of byte i are those of value i + j*sizeof(qs)
 // qh, 3 bits: bit v of the little-endian number is the third bit of value v
 // ql, 6 bits: the low 4 bits of value i in the low half of byte i, of value i + 16 in the high half; qh: as qs, bits 4 and 5
 typedef uint16_t kvt_half;
+typedef uint8_t  kvt_e5m3;
 
 // clang-format off
 typedef struct { kvt_half d; uint8_t qs[16];             } kvt_block_q2_64;
@@ -51,12 +53,12 @@ typedef struct { kvt_half d; uint8_t qs[ 8];             } kvt_block_q2_32;
 typedef struct { kvt_half d; uint8_t qs[16]; uint8_t qh[8]; } kvt_block_q3_64;
 typedef struct { kvt_half d; uint8_t qs[ 8]; uint8_t qh[4]; } kvt_block_q3_32;
 typedef struct { kvt_half d; uint8_t ql[16]; uint8_t qh[8]; } kvt_block_q6_32;
-typedef struct { kvt_half d; uint8_t qs[16];              } kvt_block_k2_64;
-typedef struct { kvt_half d; uint8_t qs[16]; uint8_t qh[ 8]; } kvt_block_k3_64;
-typedef struct { kvt_half d; uint8_t qs[16]; uint8_t qh[16]; } kvt_block_k4_64;
-typedef struct { kvt_half d; uint8_t qs[16];              } kvt_block_t2_64;
-typedef struct { kvt_half d; uint8_t qs[16]; uint8_t qh[ 8]; } kvt_block_t3_64;
-typedef struct { kvt_half d; uint8_t qs[16]; uint8_t qh[16]; } kvt_block_t4_64;
+typedef struct { kvt_e5m3 d; uint8_t qs[16];              } kvt_block_k2_64;
+typedef struct { kvt_e5m3 d; uint8_t qs[16]; uint8_t qh[ 8]; } kvt_block_k3_64;
+typedef struct { kvt_e5m3 d; uint8_t qs[16]; uint8_t qh[16]; } kvt_block_k4_64;
+typedef struct { kvt_e5m3 d; uint8_t qs[16];              } kvt_block_t2_64;
+typedef struct { kvt_e5m3 d; uint8_t qs[16]; uint8_t qh[ 8]; } kvt_block_t3_64;
+typedef struct { kvt_e5m3 d; uint8_t qs[16]; uint8_t qh[16]; } kvt_block_t4_64;
 // clang-format on
 
 #ifdef __cplusplus
@@ -64,6 +66,6 @@ typedef struct { kvt_half d; uint8_t qs[16]; uint8_t qh[16]; } kvt_block_t4_64;
 #else
 #define KVT_STATIC_ASSERT _Static_assert
 #endif
-#define KVT_SIZE(NAME, name, number, n, bits) KVT_STATIC_ASSERT(sizeof(kvt_block_##name) == sizeof(kvt_half) + (n)*(bits)/8, "block of " #name);
+#define KVT_SIZE(NAME, name, number, n, bits) KVT_STATIC_ASSERT(sizeof(kvt_block_##name) == sizeof(((kvt_block_##name *) 0)->d) + (n)*(bits)/8, "block of " #name);
 KVT_TYPES(KVT_SIZE)
 #undef KVT_SIZE

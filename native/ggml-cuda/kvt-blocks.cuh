@@ -47,9 +47,17 @@ KVT_FN int kvt_dp4a(int a, int b) {
 #endif
 }
 
-// blocks start at even addresses only
+// four bytes at any address: from words that hold one of them
 KVT_FN uint32_t kvt_load4(const uint8_t * x) {
-    return ((const uint16_t *) x)[0] | (uint32_t) ((const uint16_t *) x)[1] << 16;
+#ifdef __CUDACC__
+    const unsigned   over = (uintptr_t) x % 4;
+    const uint32_t * word = (const uint32_t *) (x - over);
+    return __byte_perm(word[0], word[over > 0], 0x3210 + over * 0x1111);
+#else
+    uint32_t res;
+    memcpy(&res, x, sizeof(res));
+    return res;
+#endif
 }
 
 //
@@ -348,7 +356,7 @@ template <ggml_type type>
 KVT_FN float kvt_dot4(const void * row, unsigned i, int q, float d) {
     constexpr unsigned n = kvt_codec<type>::n / 4;
     const auto &       x = ((const typename kvt_codec<type>::block_t *) row)[i / n];
-    return kvt_from_half(x.d) * d * kvt_dp4a(kvt_codec<type>::levels(x, i % n), q);
+    return kvt_from_half(kvt_half_of(x.d)) * d * kvt_dp4a(kvt_codec<type>::levels(x, i % n), q);
 }
 
 template <ggml_type type>
@@ -356,7 +364,7 @@ KVT_FN void kvt_dequantize4(const void * row, unsigned i, float * y) {
     constexpr unsigned n      = kvt_codec<type>::n / 4;
     const auto &       x      = ((const typename kvt_codec<type>::block_t *) row)[i / n];
     const uint32_t     levels = kvt_codec<type>::levels(x, i % n);
-    const float        d      = kvt_from_half(x.d);
+    const float        d      = kvt_from_half(kvt_half_of(x.d));
     for (int l = 0; l < 4; l++) {
         y[l] = d * (int8_t) (levels >> 8 * l);
     }
@@ -374,7 +382,7 @@ KVT_FN void kvt_encode(const float * x, void * block, int j) {
     const kvt_half d = C::template quantize<KVT_THREADS>(v, c);
     auto *         y = (typename C::block_t *) block;
     if (j == 0) {
-        y->d = d;
+        kvt_set_scale(d, &y->d);
     }
     C::write(c, y, j);
 }

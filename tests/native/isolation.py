@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from attention import DEFAULT, Ggml, Inputs, Operator, error
+from reference import scale_bytes
 
 N_SEQ = 4
 FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
@@ -37,12 +38,12 @@ BLOCK_BYTES = {
     "q3_64": 26,
     "q2_32": 10,
     "q2_64": 18,
-    "k4_64": 34,
-    "k3_64": 26,
-    "k2_64": 18,
-    "t4_64": 34,
-    "t3_64": 26,
-    "t2_64": 18,
+    "k4_64": 33,
+    "k3_64": 25,
+    "k2_64": 17,
+    "t4_64": 33,
+    "t3_64": 25,
+    "t2_64": 17,
 }
 
 
@@ -55,9 +56,9 @@ def poisoned(name: str, rows: np.ndarray, cells: np.ndarray, kind: str) -> np.nd
         part.view(FLOATS[name])[...] = POISON[kind][name]
     else:
         blocks = part.reshape(*part.shape[:-1], part.shape[-1] // BLOCK_BYTES[name], BLOCK_BYTES[name])
-        blocks[..., : 4 if name in MIN else 2] = np.full(
-            2 if name in MIN else 1, POISON[kind]["scale"], np.float16
-        ).view(np.uint8)
+        scales = np.full(2 if name in MIN else 1, POISON[kind]["scale"], np.float16)
+        scales = (scales.view(np.uint16) >> 7).astype(np.uint8) if scale_bytes(name) == 1 else scales.view(np.uint8)
+        blocks[..., : len(scales)] = scales
         part = blocks.reshape(part.shape)
     rows[:, cells] = part
     return rows

@@ -25,6 +25,7 @@ GROUP_LEVELS = {
     6: (np.arange(2, 127, 4, dtype=F32), F32(1), F32(18)),
 }
 
+KEPT = {2: F32(0.922), 3: F32(0.978), 4: F32(0.994)}  # of a normal value's energy, by bits of a trellis
 # of the trellis types: levels by the low and the high half of a window of 8 bits
 RINGS = {
     "t2_64": (
@@ -48,6 +49,15 @@ def fields(name: str) -> tuple[int, int]:
     return int(bits), int(n)
 
 
+def scale_bytes(name: str) -> int:
+    return 1 if name in GROUPS or name in RINGS else 2
+
+
+def _e5m3(d: np.ndarray) -> np.ndarray:
+    """f16 with three bits of fraction: of the nearest."""
+    return ((d.astype(np.float16).view(np.uint16) + np.uint16(64)) & np.uint16(0xFF80)).view(np.float16)
+
+
 def quantize(name: str, x: np.ndarray) -> np.ndarray:
     """(n_rows, n_per_row) float32 -> (n_rows, row_bytes) uint8."""
     bits, n = fields(name)
@@ -62,21 +72,24 @@ def quantize(name: str, x: np.ndarray) -> np.ndarray:
         else:
             d, codes = (_uniform if bits == 6 else _symmetric)(blocks, bits)
             packed = _pack(codes, bits)
+    if scale_bytes(name) == 1:
+        return np.hstack([d.view(np.uint16) >> 7, packed]).astype(np.uint8).reshape(len(x), -1)
     return np.hstack([d.view(np.uint8).reshape(-1, 2), packed]).reshape(len(x), -1)
 
 
 def dequantize(name: str, data: np.ndarray) -> np.ndarray:
     """(n_rows, row_bytes) uint8 -> (n_rows, n_per_row) float32."""
     bits, n = fields(name)
-    blocks = data.reshape(-1, 2 + n * bits // 8)
-    d = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(F32)
+    d, blocks = np.split(data.reshape(-1, scale_bytes(name) + n * bits // 8), [scale_bytes(name)], axis=1)
+    d = d.astype(np.uint16) << 7 if scale_bytes(name) == 1 else np.ascontiguousarray(d)
+    d = d.view(np.float16).astype(F32)
     if name in GROUPS:
-        codes = _unpack_groups(blocks[:, 2:], GROUPS[name])
+        codes = _unpack_groups(blocks, GROUPS[name])
         levels = [_mirrored(GROUP_LEVELS[b][0])[c] for b, c in zip(GROUPS[name], np.hsplit(codes, 4))]
         return (d * np.hstack(levels)).reshape(len(data), -1)
     if name in RINGS:
-        return (d * _ring_levels(_unpack_ring(blocks[:, 2:], bits), bits, *RINGS[name])).reshape(len(data), -1)
-    codes = _unpack(blocks[:, 2:], bits)
+        return (d * _ring_levels(_unpack_ring(blocks, bits), bits, *RINGS[name])).reshape(len(data), -1)
+    codes = _unpack(blocks, bits)
     levels = _mirrored(MAGNITUDES[bits]) if bits < 6 else np.arange(-32, 32, dtype=F32)
     return (d * levels[codes]).reshape(len(data), -1)
 
@@ -161,7 +174,7 @@ def _groups(x: np.ndarray, bits: tuple[int, ...]) -> tuple[np.ndarray, np.ndarra
     for factor in (F32(0.9), F32(1.1)):
         other = refit(start * factor)
         d, gain = np.where(other[1] > gain, other, (d, gain))
-    d = np.minimum(d, F32(65504) / F32(126)).astype(np.float16)
+    d = _e5m3(np.minimum(d, F32(65504) / F32(126)))
     index = np.hsplit(nearest(d.astype(F32))[1], 4)
     return d, np.hstack([_signed(v, i, 1 << (b - 1)) for v, i, b in zip(np.hsplit(x, 4), index, bits)])
 
@@ -170,14 +183,17 @@ def _trellis(x: np.ndarray, k: int, low: list[int], high: list[int]) -> tuple[np
     a = _clean(x)
     energy = _sum(a * a)
     sigma = np.sqrt(energy / F32(64))
+    kept = KEPT[k]
+    expected = _e5m3(np.minimum(sigma * (F32(1) / F32(32) / kept), F32(65504) / F32(127))).astype(F32)
     with np.errstate(invalid="ignore"):
-        inv = np.where(sigma > F32(1e-30), F32(32) / sigma, F32(0))
+        most = np.where(sigma > F32(1e-30), F32(34) / sigma, F32(0))
+        inv = np.where(expected > 0, np.minimum(F32(1) / (kept * expected), most), most)
     q = np.rint(np.minimum(a * inv, F32(106))).astype(np.int64)
     codes = _search(_in_time(np.where(x < 0, -q, q)), k, np.array(low), np.array(high))
     along = _sum(np.where(x < 0, -a, a) * _ring_levels(_from_time(codes), k, low, high).astype(F32))
     with np.errstate(invalid="ignore"):
         d = np.where(along > 0, energy / along, sigma * F32(1 / 32))
-    return np.minimum(d, F32(65504) / F32(127)).astype(np.float16), _from_time(codes)
+    return _e5m3(np.minimum(d, F32(65504) / F32(127))), _from_time(codes)
 
 
 def _in_time(x: np.ndarray) -> np.ndarray:

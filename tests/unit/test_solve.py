@@ -235,7 +235,7 @@ def test_a_type_of_groups_is_chosen_where_its_basis_pays():
         found = with_groups(n_basis)
         groups = Pair("k3_64", "q4_0")
         cost = found.n_bytes[:, found.column[groups]]
-        assert cost[0] == 3200 // 64 * 26 + 3200 // 32 * 18 + n_basis + 4 * int(n_basis**0.5)
+        assert cost[0] == 3200 // 64 * 25 + 3200 // 32 * 18 + n_basis + 4 * int(n_basis**0.5)
         plan = solve(found, found.prices(x), 4 * 2 * 3200 // 32 * 18)
         assert ("k3_64" in {p.type_k for p in plan[:3]}) == pays and plan[3].type_k != "k3_64"
 
