@@ -15,7 +15,7 @@ from kvtuner_gguf.native import TapNode
 from kvtuner_gguf.runtime import Session
 from kvtuner_gguf.tap import Tap
 
-N_Q = 64  # query rows of each layer and sample, spread over the last batch
+N_Q = 256  # query rows of each layer and sample, spread over the last batch
 N_PLACE = 16  # places of the context at which K is looked at
 N_PROBE = 64  # tokens by which RoPE's turn to a place is measured
 

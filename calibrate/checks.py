@@ -32,7 +32,7 @@ class Plannable:
     sizes          of the text that the stages work on
     types          il -> the K types and the V types that the layer can take, of those to choose from and f16; those of
                    groups as if each K were in a basis
-    scratch_bytes  of the largest file that is kept while it runs: captured K and V, or a reference
+    scratch_bytes  of the largest file that is kept while it runs: captured Q, K and V, or a reference
     """
 
     goal: Target
@@ -53,7 +53,8 @@ def plannable_of(options: Options, sizes: Sizes) -> Plannable:
         geometry, supported = session.geometry(options.n_ctx), session.supported(options.measured_types)
         types = offered(supported, supported if options.conditioning[2] else ())
         sizes = sizes.fitting(session.fitting)
-        captured = 2 * session.geometry(sizes.stream).n_values * sizes.n_captured
+        # Q takes as much as K and V where four heads share a K
+        captured = 2 * 2 * session.geometry(sizes.stream).n_values * sizes.n_captured
         check_can_plan(options.model, geometry)
         goal = options.goal.at(geometry)
         goal.check(geometry, cheapest_bytes(geometry, types))

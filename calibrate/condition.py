@@ -4,7 +4,8 @@ its error.
 The mean: softmax does not see what shifts all scores of a query alike, so K may be cached without its mean over tokens,
 and codes then cover what is left. The scale: the noise of a rotated codec is the same in all channels and grows with
 K's energy, sum of k^2/s^2; Q*s turns it into an error of the scores of sum of q^2*s^2. The product is least at s =
-sqrt(rms_k/rms_q). Tokens count by the attention they get. The basis, on top of these: basis.py.
+sqrt(rms_k/rms_q). Tokens and queries count by how much an error of their scores moves the output (moments.py). The
+basis, on top of these: basis.py.
 
 All must hold wherever in the context a token stands, and RoPE turns K as it goes: a mean taken at the start of the
 context is a wrong one, worse than none, some thousand tokens on. So moments are averaged over the places of the whole
@@ -70,7 +71,8 @@ def condition(
                 }
                 in_basis = il in basis and has_blocks(samples[0].k.shape[-1])
                 moments = [Moments.of(sample, scores(sample)) for sample in samples]
-                k_vectors[il], errors[il] = _best(samples, moments, error, measured, in_basis=in_basis)
+                judged = [sample.measured() for sample in samples]
+                k_vectors[il], errors[il] = _best(judged, moments, error, measured, in_basis=in_basis)
         progress(1)
     return Conditions(tuple(k_vectors), errors)
 

@@ -180,7 +180,7 @@ def error_table(
         vectors = k_vectors[il] if k_vectors else AS_IT_IS
         samples = []
         for i in range(capture.n_sample):
-            samples.append(sample_errors(capture.sample(il, i), *types[il], round_trip, vectors))
+            samples.append(sample_errors(capture.sample(il, i).measured(), *types[il], round_trip, vectors))
             progress(1)
         layers.append({pair: _mean([errors[pair] for errors in samples]) for pair in samples[0]})
     pairs = tuple(dict.fromkeys(pair for layer in layers for pair in layer))

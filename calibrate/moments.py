@@ -20,15 +20,14 @@ ChannelPairs = tuple[np.ndarray, np.ndarray]
 class Moments:
     """First and second moments of K and Q in one sample, averaged over the places of the context.
 
-    mean    (n_head_kv, head_dim) of K
-    mean_w  (n_head_kv, head_dim) of K, tokens weighed by attention: what k is to be centred with
-    k q     (n_head_kv, head_dim, head_dim) second moments; of K, tokens weighed likewise; of the Q of all heads that
-            share a K
-    pairs   channels that RoPE turns
+    mean   (n_head_kv, head_dim) of K
+    k q    (n_head_kv, head_dim, head_dim) second moments of K, and of the Q of all heads that share it
+    pairs  channels that RoPE turns
+    An error e of the score of query i at token j moves the output by e * a_ij * (v_j - o_i): tokens and queries are
+    weighed by the sum of a_ij^2 * |v_j - o_i|^2.
     """
 
     mean: np.ndarray
-    mean_w: np.ndarray
     k: np.ndarray
     q: np.ndarray
     pairs: ChannelPairs
@@ -38,19 +37,17 @@ class Moments:
         """a: (n_head, n_q, n_kv) the sample's scores."""
         k, q = sample.k.astype(np.float64), sample.q.astype(np.float64)
         n_head_kv, n_kv, head_dim = k.shape
-        # an error of a score moves the output by a*(1 - a)
-        w = (a * (1 - a)).reshape(n_head_kv, -1, n_kv).mean(axis=1, dtype=np.float64) + 1e-12
-        w /= w.sum(axis=1, keepdims=True)
         q = q.reshape(n_head_kv, -1, head_dim)  # heads that share K are neighbours
-        even = np.full(q.shape[:2], 1 / q.shape[1])
+        moved = _moved(a.reshape(n_head_kv, -1, n_kv), sample.v)
+        of_tokens, of_queries = (_weights(moved.sum(axis=axis, dtype=np.float64)) for axis in (1, 2))
         turns = (
             np.stack([np.ones(sample.n_rot // 2), np.zeros(sample.n_rot // 2)], axis=-1)[None]
             if sample.turns is None
             else sample.turns
         )
         places = partial(_over_places, pairs=sample.rope_pairs, turns=turns.astype(np.float64))
-        (mean, _), (mean_w, k_of), (_, q_of) = places(k, np.full(w.shape, 1 / n_kv)), places(k, w), places(q, even)
-        return cls(mean, mean_w, k_of, q_of, sample.rope_pairs)
+        (mean, k_of), (_, q_of) = places(k, of_tokens), places(q, of_queries)
+        return cls(mean, k_of, q_of, sample.rope_pairs)
 
     @classmethod
     def averaged(cls, moments: Sequence[Moments]) -> Moments:
@@ -59,18 +56,34 @@ class Moments:
         def mean(name: str) -> np.ndarray:
             return np.mean([getattr(m, name) for m in moments], axis=0)
 
-        return cls(mean("mean"), mean("mean_w"), mean("k"), mean("q"), moments[0].pairs)
+        return cls(mean("mean"), mean("k"), mean("q"), moments[0].pairs)
 
     def conditioned(self, mean: np.ndarray | None, scale: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         """The second moments of (K - mean) / scale and of Q * scale. mean, scale (n_head_kv, head_dim), None = none"""
         k, q = self.k, self.q
         if mean is not None:
-            cross = self.mean_w[:, :, None] * mean[:, None, :]
+            cross = self.mean[:, :, None] * mean[:, None, :]
             k = k - cross - cross.swapaxes(1, 2) + mean[:, :, None] * mean[:, None, :]
         if scale is not None:
             by = scale[:, :, None] * scale[:, None, :]
             k, q = k / by, q * by
         return k, q
+
+
+def _moved(a: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """(n_head_kv, n_row, n_kv) by how much an error of each score moves the output, squared.
+
+    a (n_head_kv, n_row, n_kv) scores, v (n_head_kv, n_kv, head_dim_v)
+    """
+    o = a @ v
+    apart = np.square(v).sum(axis=-1)[:, None, :] - 2 * (o @ v.swapaxes(1, 2)) + np.square(o).sum(axis=-1)[:, :, None]
+    return np.square(a) * np.maximum(apart, 0)
+
+
+def _weights(x: np.ndarray) -> np.ndarray:
+    """Of a sum of 1 along the last axis, and none quite zero; all alike where nothing moves the output."""
+    x = x + 1e-9 * x.sum(axis=-1, keepdims=True) + np.finfo(np.float64).tiny
+    return x / x.sum(axis=-1, keepdims=True)
 
 
 def _over_places(

@@ -62,7 +62,7 @@ def second_moment(seed, head_dim, decay=0.12, n=2):
 
 def moments_of(k, q, pairs=NO_PAIRS):
     zero = np.zeros(k.shape[:2])
-    return Moments(zero, zero, k, q, pairs)
+    return Moments(zero, k, q, pairs)
 
 
 def in_basis(sample, way, *, mean=True, scale=True):

@@ -13,7 +13,7 @@ from kvtuner_gguf.calibrate.condition import best_way
 from kvtuner_gguf.calibrate.condition import condition as condition_by
 from kvtuner_gguf.calibrate.condition import vectors_of as vectors_of_moments
 from kvtuner_gguf.calibrate.error import after_codec, attention_scores, error_table, k_error
-from kvtuner_gguf.calibrate.moments import Moments, balanced_scale, tied
+from kvtuner_gguf.calibrate.moments import Moments, _moved, balanced_scale, tied
 from kvtuner_gguf.calibrate.results import Conditions
 from kvtuner_gguf.kvectors import KVectors
 
@@ -95,12 +95,34 @@ def test_a_dead_channel_stays_in_range(dead):
 
 
 def test_the_vectors_are_those_of_all_samples():
-    samples = samples_of(3)
+    samples = samples_of(3, lambda s: replace(s, v=np.zeros_like(s.v)))  # all tokens count alike
     v = vectors_of(samples, True, False)
     assert np.reshape(v.mean, (2, 64)) == pytest.approx(
         np.concatenate([s.k for s in samples], axis=1).mean(axis=1), abs=1e-6
     )
     assert v.scale == () and vectors_of(samples, False, False) == KVectors()
+
+
+def test_a_score_counts_by_what_its_error_does_to_the_output():
+    rng = np.random.default_rng(0)
+    s, v, step = rng.standard_normal((2, 3, 7)), rng.standard_normal((2, 7, 4)), 1e-6
+
+    def output(s):
+        a = np.exp(s)
+        return a / a.sum(axis=-1, keepdims=True) @ v
+
+    def moved_by(i, j):
+        more = step * (np.arange(21).reshape(3, 7) == 7 * i + j)
+        return np.square((output(s + more) - output(s)) / step).sum(axis=-1)[:, i]
+
+    want = np.array([[moved_by(i, j) for j in range(7)] for i in range(3)])
+    assert_near(_moved(np.exp(s) / np.exp(s).sum(axis=-1, keepdims=True), v), np.moveaxis(want, 2, 0), rtol=1e-4)
+
+
+def test_every_score_counts_alike_where_all_values_are_the_same():
+    sample = make_sample(0, n_kv=64, n_q=16)
+    moments = Moments.of(replace(sample, v=np.zeros_like(sample.v)), scores(sample))
+    assert_near(moments.mean, sample.k.mean(axis=1), rtol=1e-6, atol=1e-6)
 
 
 def test_tokens_count_by_the_attention_they_get():
@@ -113,7 +135,7 @@ def test_tokens_count_by_the_attention_they_get():
 
 
 def test_a_head_of_k_looks_at_its_own_heads_of_q():
-    sample = make_sample(0, n_head=6, n_head_kv=2)
+    sample = make_sample(0, n_head=6, n_head_kv=2, scale=1e-6)  # all scores stay alike
     loud = sample.q.copy()
     loud[3:, :, 7] *= 100  # heads 3 to 5 share the second head of K
     scale = np.reshape(vectors_of([replace(sample, q=loud)], False, True).scale, (2, 64))
@@ -161,7 +183,7 @@ def test_moments_are_those_of_all_places_together(far_pairs):
     sample = with_offset(make_sample(0, n_kv=64, n_rot=64, far_pairs=far_pairs, turns=turns), offset_of(0))
     have = Moments.of(sample, scores(sample))
     each = [replace(sample.turned(place), turns=None) for place in range(4)]
-    for name in ("mean", "mean_w", "k", "q"):
+    for name in ("mean", "k", "q"):
         want = np.mean([getattr(Moments.of(s, scores(s)), name) for s in each], axis=0)
         assert_near(getattr(have, name), want, rtol=5e-5, atol=5e-5)
 
