@@ -83,8 +83,8 @@ def _imports(tree: ast.AST, typing: bool, inside: bool = False) -> Iterator[ast.
     if isinstance(tree, (ast.Import, ast.ImportFrom)) and inside == typing:
         yield tree
     guarded = tree.body if isinstance(tree, ast.If) and ast.unparse(tree.test).endswith("TYPE_CHECKING") else []
-    for child in ast.iter_child_nodes(tree):
-        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):  # no other holds statements
+    for name in ("body", "orelse", "finalbody", "handlers", "cases"):  # where statements are
+        for child in getattr(tree, name, ()):
             yield from _imports(child, typing, inside or child in guarded)
 
 

@@ -186,7 +186,7 @@ def test_search_is_the_same_for_a_seed(model):
 
 
 def test_least_bytes_within_a_kld(model, every):
-    trials = kld_search(model, known(model), kld, GEOMETRY, 0.02, n_trials=10).trials
+    trials = kld_search(model, known(model), kld, GEOMETRY, 0.02, n_trials=5).trials
     assert min(t.n_bytes for t in trials if t.kld <= 0.02) <= 1.1 * fewest_within(every, 0.02)
 
 
