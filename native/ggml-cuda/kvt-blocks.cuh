@@ -52,7 +52,7 @@ KVT_FN uint32_t kvt_load4(const uint8_t * x) {
 #ifdef __CUDACC__
     const unsigned   over = (uintptr_t) x % 4;
     const uint32_t * word = (const uint32_t *) (x - over);
-    return __byte_perm(word[0], word[over > 0], 0x3210 + over * 0x1111);
+    return __funnelshift_r(word[0], word[over > 0], 8 * over);
 #else
     uint32_t res;
     memcpy(&res, x, sizeof(res));
