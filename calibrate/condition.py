@@ -33,7 +33,7 @@ WAYS = {"none": (False, False), "mean": (True, False), "scale": (False, True), "
 # what a basis is measured in, and what it has to beat: the same bits everywhere in a head, of as many bytes
 GROUPS, ROTATED = "k3_64", "t3_64"
 
-Scores = Callable[[LayerSample], np.ndarray]
+Attended = Callable[[LayerSample], tuple[np.ndarray, np.ndarray]]
 Error = Callable[[LayerSample, str], Callable[[KVectors], float]]
 # vectors from moments, and the type of K that they are measured in
 Way = tuple[Callable[[Sequence[Moments]], KVectors], str]
@@ -42,7 +42,7 @@ Way = tuple[Callable[[Sequence[Moments]], KVectors], str]
 def condition(
     capture: Capture,
     error: Error,
-    scores: Scores,
+    attended: Attended,
     type_k: Mapping[int, str],
     *,
     mean: bool = True,
@@ -53,7 +53,7 @@ def condition(
     """How each captured layer's K is to be conditioned.
 
     error       of a sample and a type of K: a function of vectors, the error of its attention under them
-    scores      of a sample: (n_head, n_q, n_kv) after softmax
+    attended    of a sample: scores (n_head, n_q, n_kv) after softmax, and output (n_head, n_q, head_dim_v)
     type_k      il -> the type to measure mean and scale with; layers that are not in it are left alone
     mean scale  whether to try them at all
     basis       the layers for which to try one
@@ -70,7 +70,7 @@ def condition(
                     name: (partial(vectors_of, mean=way[0], scale=way[1]), type_k[il]) for name, way in allowed.items()
                 }
                 in_basis = il in basis and has_blocks(samples[0].k.shape[-1])
-                moments = [Moments.of(sample, scores(sample)) for sample in samples]
+                moments = [Moments.of(sample, *attended(sample)) for sample in samples]
                 judged = [sample.measured() for sample in samples]
                 k_vectors[il], errors[il] = _best(judged, moments, error, measured, in_basis=in_basis)
         progress(1)

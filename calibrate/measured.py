@@ -14,7 +14,7 @@ from kvtuner_gguf import native
 from kvtuner_gguf.calibrate.capture import capture
 from kvtuner_gguf.calibrate.checks import Plannable, Types, cheapest_bytes, offered
 from kvtuner_gguf.calibrate.condition import condition
-from kvtuner_gguf.calibrate.error import attention_scores, error_table, k_error
+from kvtuner_gguf.calibrate.error import attention, error_table, k_error
 from kvtuner_gguf.calibrate.kld import Reference, make_reference
 from kvtuner_gguf.calibrate.options import Options
 from kvtuner_gguf.calibrate.progress import Progress
@@ -122,11 +122,13 @@ def conditions(options: Options, plannable: Plannable, types: Types, text: Text,
         captured = _captured(plannable, text, bench)
         error = partial(k_error, round_trip=native.round_trip)
 
-        def scores(sample: LayerSample) -> np.ndarray:
-            return attention_scores(sample, sample.k)
+        def attended(sample: LayerSample) -> tuple[np.ndarray, np.ndarray]:
+            return attention(sample, sample.k, sample.v)
 
         with bench.progress.bar("condition: K without its mean, scaled, in a basis", len(captured.il)) as advance:
-            return condition(captured, error, scores, judged, mean=mean, scale=scale, basis=in_basis, progress=advance)
+            return condition(
+                captured, error, attended, judged, mean=mean, scale=scale, basis=in_basis, progress=advance
+            )
 
     tried = f"{mean:d}{scale:d}{bool(in_basis):d}"
     name = f"conditions-{options.n_ctx}-{tried}-{'-'.join(dict.fromkeys(judged.values()))}.json"

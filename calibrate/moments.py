@@ -33,12 +33,12 @@ class Moments:
     pairs: ChannelPairs
 
     @classmethod
-    def of(cls, sample: LayerSample, a: np.ndarray) -> Moments:
-        """a: (n_head, n_q, n_kv) the sample's scores."""
+    def of(cls, sample: LayerSample, a: np.ndarray, o: np.ndarray) -> Moments:
+        """a: (n_head, n_q, n_kv) the sample's scores, o: (n_head, n_q, head_dim_v) what attention gives."""
         k, q = sample.k.astype(np.float64), sample.q.astype(np.float64)
         n_head_kv, n_kv, head_dim = k.shape
         q = q.reshape(n_head_kv, -1, head_dim)  # heads that share K are neighbours
-        moved = _moved(a.reshape(n_head_kv, -1, n_kv), sample.v)
+        moved = _moved(a.reshape(n_head_kv, -1, n_kv), sample.v, o.reshape(n_head_kv, -1, o.shape[-1]))
         of_tokens, of_queries = (_weights(moved.sum(axis=axis, dtype=np.float64)) for axis in (1, 2))
         turns = (
             np.stack([np.ones(sample.n_rot // 2), np.zeros(sample.n_rot // 2)], axis=-1)[None]
@@ -70,12 +70,11 @@ class Moments:
         return k, q
 
 
-def _moved(a: np.ndarray, v: np.ndarray) -> np.ndarray:
+def _moved(a: np.ndarray, v: np.ndarray, o: np.ndarray) -> np.ndarray:
     """(n_head_kv, n_row, n_kv) by how much an error of each score moves the output, squared.
 
-    a (n_head_kv, n_row, n_kv) scores, v (n_head_kv, n_kv, head_dim_v)
+    a (n_head_kv, n_row, n_kv) scores, v (n_head_kv, n_kv, head_dim_v), o (n_head_kv, n_row, head_dim_v) = a @ v
     """
-    o = a @ v
     apart = np.square(v).sum(axis=-1)[:, None, :] - 2 * (o @ v.swapaxes(1, 2)) + np.square(o).sum(axis=-1)[:, :, None]
     return np.square(a) * np.maximum(apart, 0)
 

@@ -105,26 +105,9 @@ KVT_FN float kvt_least(float a, float b) {
     return a < b ? a : b;
 }
 
-// a scale as f16, and as its block holds it
-KVT_FN kvt_half kvt_half_of(kvt_half d) {
-    return d;
-}
-
-KVT_FN kvt_half kvt_half_of(kvt_e5m3 d) {
-    return (kvt_half) (d << 7);
-}
-
-KVT_FN void kvt_set_scale(kvt_half d, kvt_half * to) {
-    *to = d;
-}
-
-KVT_FN void kvt_set_scale(kvt_half d, kvt_e5m3 * to) {
-    *to = (kvt_e5m3) (d >> 7);
-}
-
-// the nearest f16 that is a kvt_e5m3, of a number that is not negative
-KVT_FN kvt_half kvt_to_e5m3(float v) {
-    return (kvt_half) ((kvt_to_half(v) + 64) & ~127);
+// the nearest f16 that is a kvt_e5m3, of a number that is not negative; times level it is within f16's range
+KVT_FN kvt_half kvt_to_e5m3(float v, float level) {
+    return (kvt_half) ((kvt_to_half(kvt_least(v, 65504.0f / level)) + 64) & ~127);
 }
 
 // a scale, and by how much it lowers the squared error: the larger, the better
@@ -405,7 +388,8 @@ static inline void kvt_encode_row(const float * x, void * y, int64_t k) {
     for (int64_t ib = 0; ib < k / C::n; ib++) {
         uint8_t               c[C::n];
         typename C::block_t * b = (typename C::block_t *) y + ib;
-        kvt_set_scale(C::template quantize<1>(x + ib * C::n, c), &b->d);
+        const kvt_half        d = C::template quantize<1>(x + ib * C::n, c);
+        KVT_SET_SCALE(b->d, d);
         C::pack(c, b);
     }
 }
@@ -414,7 +398,7 @@ template <typename C>
 static inline void kvt_decode_row(const void * x, float * y, int64_t k) {
     for (int64_t ib = 0; ib < k / C::n; ib++) {
         const typename C::block_t * b = (const typename C::block_t *) x + ib;
-        const float                 d = kvt_from_half(kvt_half_of(b->d));
+        const float                 d = kvt_from_half(KVT_HALF_OF(b->d));
         int8_t                      l[C::n];
         C::levels(b, l);
         for (int i = 0; i < C::n; i++) {

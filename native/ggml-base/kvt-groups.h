@@ -180,7 +180,7 @@ struct kvt_codec_k {
             const kvt_fit fit = refit<T>(a, start * (i == 0 ? 0.9f : 1.1f));
             best              = fit.gain > best.gain ? fit : best;
         }
-        const kvt_half d = kvt_to_e5m3(kvt_least(best.d, 65504.0f / 126));
+        const kvt_half d = kvt_to_e5m3(best.d, 126.0f);
         const float    f = kvt_from_half(d);
         kvt_codes_k<b0, m>(x + 0 * m, a + 0 * m, f, c + 0 * m);
         kvt_codes_k<b1, m>(x + 1 * m, a + 1 * m, f, c + 1 * m);

@@ -1,4 +1,4 @@
-// kvt-quants.h - rows of our cache types, in the forms that ggml's tables and switches want: KVT_TYPES(KVT_TYPE_...).
+// kvt-quants.h - what our cache types do, in the forms that ggml's tables and switches want: KVT_TYPES(KVT_TYPE_...).
 // Contract: ggml_type_traits and ggml_type_traits_cpu. Plain C.
 #pragma once
 
@@ -20,15 +20,11 @@ extern "C" {
 KVT_TYPES(KVT_TYPE_DECLARE)
 #undef KVT_TYPE_DECLARE
 
-#define KVT_TYPE_CHECK(NAME, name, number, n, bits) KVT_STATIC_ASSERT(GGML_TYPE_##NAME == (number), "number of " #name);
+#define KVT_TYPE_CHECK(NAME, name, number, n, bits) KVT_STATIC_ASSERT((number) < GGML_TYPE_COUNT, "KVT_TYPE_COUNT, for " #name);
 KVT_TYPES(KVT_TYPE_CHECK)
 #undef KVT_TYPE_CHECK
 
 #define KVT_GGML_ITEM(NAME)                        GGML_TYPE_##NAME,
-#define KVT_TYPE_ITEM(NAME, name, number, n, bits) GGML_TYPE_##NAME,
-#define KVT_TYPE_CASE(NAME, name, number, n, bits) case GGML_TYPE_##NAME:
-
-#define KVT_TYPE_RETURN_IF_NAMED(NAME, name, number, n, bits) if (s == #name) { return GGML_TYPE_##NAME; }
 
 #define KVT_TYPE_TRAITS(NAME, name, number, n, bits) \
     [GGML_TYPE_##NAME] = { \
@@ -52,7 +48,13 @@ KVT_TYPES(KVT_TYPE_CHECK)
 #define KVT_TYPE_QUANTIZE_CHUNK(NAME, name, number, n, bits) \
     case GGML_TYPE_##NAME: result = kvt_quantize_##name(src + start, (char *) dst + start_row*row_size, nrows, n_per_row); break;
 #define KVT_TYPE_VALIDATE(NAME, name, number, n, bits) \
-    case GGML_TYPE_##NAME: { VALIDATE_ROW_DATA_D_F16_IMPL(kvt_block_##name, data, nb); } break;
+    case GGML_TYPE_##NAME: \
+        for (size_t i = 0; i < nb; i++) { \
+            if (!validate_fp16(KVT_HALF_OF(((const kvt_block_##name *) data)[i].d), i)) { \
+                return false; \
+            } \
+        } \
+        break;
 
 #ifdef __cplusplus
 }

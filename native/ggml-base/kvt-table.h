@@ -1,5 +1,5 @@
 // kvt-table.h - what a K or V cache may hold: a row for each type, from the most to the least precise. Plain C, and no more than
-// the table: CMake has the preprocessor list the names, too (kvt-cuda.cmake)
+// what a list of types needs: it is for all that include ggml.h, and CMake has the preprocessor list the names (kvt-cuda.cmake)
 #pragma once
 
 // G(name in capitals)                                                          ggml's own
@@ -33,3 +33,12 @@
 // ours alone
 #define KVT_TYPES(X)   KVT_CACHE_TYPES(KVT_NO_ROW, X)
 #define KVT_NO_ROW(NAME)
+
+// in ggml_type, and its count: one more than the largest number
+#define KVT_TYPE_ENUM(NAME, name, number, n, bits) GGML_TYPE_##NAME = (number),
+#define KVT_TYPE_COUNT 211
+
+// in other lists, switches and parsers
+#define KVT_TYPE_ITEM(NAME, name, number, n, bits)            GGML_TYPE_##NAME,
+#define KVT_TYPE_CASE(NAME, name, number, n, bits)            case GGML_TYPE_##NAME:
+#define KVT_TYPE_RETURN_IF_NAMED(NAME, name, number, n, bits) if (s == #name) { return GGML_TYPE_##NAME; }

@@ -335,7 +335,7 @@ struct kvt_codec_t {
         kvt_abs<n_own>(x, a);
         const float all   = kvt_sum_sq<n_own, T>(a);
         const float sigma = sqrtf(all / n);
-        const float d     = kvt_from_half(kvt_to_e5m3(kvt_least(sigma * (1.0f / 32.0f / kvt_ring<k>::kept()), 65504.0f / 127.0f)));
+        const float d     = kvt_from_half(kvt_to_e5m3(sigma * (1.0f / 32.0f / kvt_ring<k>::kept()), 127.0f));
         const float most  = sigma > 1e-30f ? KVT_RING_SIGMA / sigma : 0.0f;
         const float inv   = d > 0.0f ? kvt_least(1.0f / (kvt_ring<k>::kept() * d), most) : most;
         for (int i = 0; i < n_own; i++) {
@@ -347,7 +347,7 @@ struct kvt_codec_t {
             v[i] = (x[i] < 0.0f ? -a[i] : a[i]) * m[i];
         }
         const float along = kvt_sum<n_own, T>(v);
-        return kvt_to_e5m3(kvt_least(along > 0.0f ? all / along : sigma * (1.0f / 32.0f), 65504.0f / 127.0f));
+        return kvt_to_e5m3(along > 0.0f ? all / along : d, 127.0f);
     }
 
     static void levels(const block * x, int8_t * l) {

@@ -47,6 +47,10 @@
 typedef uint16_t kvt_half;
 typedef uint8_t  kvt_e5m3;
 
+// a block's d as f16, and what it is of an f16
+#define KVT_HALF_OF(d)       ((kvt_half) (sizeof(d) == sizeof(kvt_e5m3) ? (d) << 7 : (d)))
+#define KVT_SET_SCALE(to, d) ((to) = sizeof(to) == sizeof(kvt_e5m3) ? (d) >> 7 : (d))
+
 // clang-format off
 typedef struct { kvt_half d; uint8_t qs[16];             } kvt_block_q2_64;
 typedef struct { kvt_half d; uint8_t qs[ 8];             } kvt_block_q2_32;

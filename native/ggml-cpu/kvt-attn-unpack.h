@@ -99,18 +99,6 @@ struct kvt_row_block {
 
 #define KVT_AT(FIELD) (p + offsetof(block, FIELD))
 
-// f16
-template <typename block>
-static KVT_INLINE uint16_t kvt_scale_at(const char * p) {
-    if constexpr (sizeof(block::d) == sizeof(kvt_e5m3)) {
-        return (uint16_t) ((uint8_t) *KVT_AT(d) << 7);
-    } else {
-        uint16_t d;
-        memcpy(&d, KVT_AT(d), sizeof(d));
-        return d;
-    }
-}
-
 struct kvt_row_q8_0 : kvt_row_block<block_q8_0, QK8_0> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         c[0] = vb_load(KVT_AT(qs), nb);
@@ -371,7 +359,7 @@ static void kvt_scales(const char * src, size_t nb, int n_rows, int64_t n, uint1
     for (int64_t b = 0; b < n / T::n; b++) {
         for (int r = 0; r < n_rows; r++) {
             const char * p = src + r * nb + b * sizeof(block);
-            d[b * ld + r]  = kvt_scale_at<block>(p);
+            d[b * ld + r]  = KVT_HALF_OF(((const block *) p)->d);
             if (T::HAS_MIN) {
                 memcpy(m + b * ld + r, KVT_AT(d) + sizeof(*d), sizeof(*m));
             }
@@ -391,7 +379,7 @@ static void kvt_unpack_block(const char * src, size_t nb, int n_rows, int64_t n,
             if (T::HAS_MIN) {
                 memcpy(&min, KVT_AT(d) + sizeof(min), sizeof(min));
             }
-            const vf d = vf_set1(GGML_CPU_FP16_TO_FP32(kvt_scale_at<block>(p))), m = vf_set1(GGML_CPU_FP16_TO_FP32(min));
+            const vf d = vf_set1(GGML_CPU_FP16_TO_FP32(KVT_HALF_OF(((const block *) p)->d))), m = vf_set1(GGML_CPU_FP16_TO_FP32(min));
             vb       c[T::n / 16];
             T::codes(p, nb, c);
             for (int j = 0; j < T::n / 16; j++) {

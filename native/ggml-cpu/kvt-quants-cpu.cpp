@@ -22,7 +22,7 @@ static inline float kvt_dot_row_q8_0(const void * x, const void * y, int64_t k) 
             }
             dot += ggml_fp16_to_fp32(q->d) * sum;
         }
-        res += kvt_from_half(kvt_half_of(b->d)) * dot;
+        res += kvt_from_half(KVT_HALF_OF(b->d)) * dot;
     }
     return res;
 }

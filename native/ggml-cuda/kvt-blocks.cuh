@@ -356,7 +356,7 @@ template <ggml_type type>
 KVT_FN float kvt_dot4(const void * row, unsigned i, int q, float d) {
     constexpr unsigned n = kvt_codec<type>::n / 4;
     const auto &       x = ((const typename kvt_codec<type>::block_t *) row)[i / n];
-    return kvt_from_half(kvt_half_of(x.d)) * d * kvt_dp4a(kvt_codec<type>::levels(x, i % n), q);
+    return kvt_from_half(KVT_HALF_OF(x.d)) * d * kvt_dp4a(kvt_codec<type>::levels(x, i % n), q);
 }
 
 template <ggml_type type>
@@ -364,7 +364,7 @@ KVT_FN void kvt_dequantize4(const void * row, unsigned i, float * y) {
     constexpr unsigned n      = kvt_codec<type>::n / 4;
     const auto &       x      = ((const typename kvt_codec<type>::block_t *) row)[i / n];
     const uint32_t     levels = kvt_codec<type>::levels(x, i % n);
-    const float        d      = kvt_from_half(kvt_half_of(x.d));
+    const float        d      = kvt_from_half(KVT_HALF_OF(x.d));
     for (int l = 0; l < 4; l++) {
         y[l] = d * (int8_t) (levels >> 8 * l);
     }
@@ -382,7 +382,7 @@ KVT_FN void kvt_encode(const float * x, void * block, int j) {
     const kvt_half d = C::template quantize<KVT_THREADS>(v, c);
     auto *         y = (typename C::block_t *) block;
     if (j == 0) {
-        kvt_set_scale(d, &y->d);
+        KVT_SET_SCALE(y->d, d);
     }
     C::write(c, y, j);
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from attention import DEFAULT, Ggml, Inputs, Operator, error
-from reference import scale_bytes
+from reference import stored
 
 N_SEQ = 4
 FLOATS = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
@@ -56,8 +56,7 @@ def poisoned(name: str, rows: np.ndarray, cells: np.ndarray, kind: str) -> np.nd
         part.view(FLOATS[name])[...] = POISON[kind][name]
     else:
         blocks = part.reshape(*part.shape[:-1], part.shape[-1] // BLOCK_BYTES[name], BLOCK_BYTES[name])
-        scales = np.full(2 if name in MIN else 1, POISON[kind]["scale"], np.float16)
-        scales = (scales.view(np.uint16) >> 7).astype(np.uint8) if scale_bytes(name) == 1 else scales.view(np.uint8)
+        scales = stored(name, np.full(2 if name in MIN else 1, POISON[kind]["scale"], np.float16)).reshape(-1)
         blocks[..., : len(scales)] = scales
         part = blocks.reshape(part.shape)
     rows[:, cells] = part

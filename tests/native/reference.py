@@ -53,8 +53,16 @@ def scale_bytes(name: str) -> int:
     return 1 if name in GROUPS or name in RINGS else 2
 
 
-def _e5m3(d: np.ndarray) -> np.ndarray:
-    """f16 with three bits of fraction: of the nearest."""
+def stored(name: str, d: np.ndarray) -> np.ndarray:
+    """(n,) or (n, 1) float16 scales -> (n, scale_bytes) uint8."""
+    if scale_bytes(name) == 1:
+        return (d.view(np.uint16) >> 7).astype(np.uint8).reshape(-1, 1)
+    return d.view(np.uint8).reshape(-1, 2)
+
+
+def _e5m3(d: np.ndarray, level: int) -> np.ndarray:
+    """The nearest f16 with three bits of fraction; times level it is within f16's range."""
+    d = np.minimum(d, F32(65504) / F32(level))
     return ((d.astype(np.float16).view(np.uint16) + np.uint16(64)) & np.uint16(0xFF80)).view(np.float16)
 
 
@@ -72,9 +80,7 @@ def quantize(name: str, x: np.ndarray) -> np.ndarray:
         else:
             d, codes = (_uniform if bits == 6 else _symmetric)(blocks, bits)
             packed = _pack(codes, bits)
-    if scale_bytes(name) == 1:
-        return np.hstack([d.view(np.uint16) >> 7, packed]).astype(np.uint8).reshape(len(x), -1)
-    return np.hstack([d.view(np.uint8).reshape(-1, 2), packed]).reshape(len(x), -1)
+    return np.hstack([stored(name, d), packed]).reshape(len(x), -1)
 
 
 def dequantize(name: str, data: np.ndarray) -> np.ndarray:
@@ -174,7 +180,7 @@ def _groups(x: np.ndarray, bits: tuple[int, ...]) -> tuple[np.ndarray, np.ndarra
     for factor in (F32(0.9), F32(1.1)):
         other = refit(start * factor)
         d, gain = np.where(other[1] > gain, other, (d, gain))
-    d = _e5m3(np.minimum(d, F32(65504) / F32(126)))
+    d = _e5m3(d, 126)
     index = np.hsplit(nearest(d.astype(F32))[1], 4)
     return d, np.hstack([_signed(v, i, 1 << (b - 1)) for v, i, b in zip(np.hsplit(x, 4), index, bits)])
 
@@ -184,7 +190,7 @@ def _trellis(x: np.ndarray, k: int, low: list[int], high: list[int]) -> tuple[np
     energy = _sum(a * a)
     sigma = np.sqrt(energy / F32(64))
     kept = KEPT[k]
-    expected = _e5m3(np.minimum(sigma * (F32(1) / F32(32) / kept), F32(65504) / F32(127))).astype(F32)
+    expected = _e5m3(sigma * (F32(1) / F32(32) / kept), 127).astype(F32)
     with np.errstate(invalid="ignore"):
         most = np.where(sigma > F32(1e-30), F32(34) / sigma, F32(0))
         inv = np.where(expected > 0, np.minimum(F32(1) / (kept * expected), most), most)
@@ -192,8 +198,8 @@ def _trellis(x: np.ndarray, k: int, low: list[int], high: list[int]) -> tuple[np
     codes = _search(_in_time(np.where(x < 0, -q, q)), k, np.array(low), np.array(high))
     along = _sum(np.where(x < 0, -a, a) * _ring_levels(_from_time(codes), k, low, high).astype(F32))
     with np.errstate(invalid="ignore"):
-        d = np.where(along > 0, energy / along, sigma * F32(1 / 32))
-    return _e5m3(np.minimum(d, F32(65504) / F32(127))), _from_time(codes)
+        d = np.where(along > 0, energy / along, expected)
+    return _e5m3(d, 127), _from_time(codes)
 
 
 def _in_time(x: np.ndarray) -> np.ndarray:

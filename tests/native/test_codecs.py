@@ -1,5 +1,7 @@
 """The library's codecs: the sizes that the plan counts with, errors within the format's step, ggml's own bytes."""
 
+import ctypes
+
 import numpy as np
 import pytest
 import reference
@@ -231,6 +233,17 @@ def test_values_of_our_types_are_the_references(name):
 @our_types
 def test_no_value_makes_a_scale_infinite(name):
     assert np.isfinite(native.round_trip(name, hard_values())).all()
+
+
+@our_types
+@pytest.mark.parametrize(("scale", "valid"), [(np.nan, False), (np.inf, False), (0.5, True)])
+def test_a_row_whose_scale_is_no_number_is_not_valid(name, scale, valid):
+    data = native.encode(name, values(seed=3, n_rows=1)[:, :192]).reshape(-1, CODECS[name].type_size)
+    d = reference.stored(name, np.array([scale], np.float16))
+    data[-1, : d.shape[1]] = d
+    row = np.ascontiguousarray(data)
+    asked = native.type_number(name), ctypes.c_void_p(row.ctypes.data), ctypes.c_size_t(row.nbytes)
+    assert bool(native.library().ggml_validate_row_data(*asked)) is valid
 
 
 @every_type

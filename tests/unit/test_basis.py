@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from samples import assert_near
-from test_condition import THETA, scores, turns_of
+from test_condition import THETA, attended, scores, turns_of
 from test_error import make_capture, make_sample
 from test_error import round_trip as stock_round_trip
 
@@ -66,7 +66,7 @@ def moments_of(k, q, pairs=NO_PAIRS):
 
 
 def in_basis(sample, way, *, mean=True, scale=True):
-    moments = Moments.of(sample, scores(sample))
+    moments = Moments.of(sample, *attended(sample))
     return with_basis(way, moments, vectors_of([moments], mean, scale))
 
 
@@ -249,10 +249,10 @@ def error(sample, type_k):
 
 def test_groups_lose_less_in_a_basis(tmp_path):
     capture = make_capture(tmp_path, {0: samples_of(2)})
-    found = condition(capture, error, scores, {0: "q4_0"}, basis=(0,))
+    found = condition(capture, error, attended, {0: "q4_0"}, basis=(0,))
     assert set(found.errors[0]) == {"none", "mean", "scale", "both", "rotated", "pairs", "klt"}
     assert found.errors[0]["klt"] < 0.7 * found.errors[0]["rotated"] and found.k_vectors[0].basis
-    plain = condition(capture, error, scores, {0: "q4_0"})
+    plain = condition(capture, error, attended, {0: "q4_0"})
     assert found.k_vectors[0].without_basis == plain.k_vectors[0]
     found.save(tmp_path / "conditions.json")
     assert Conditions.load(tmp_path / "conditions.json") == found
@@ -260,21 +260,21 @@ def test_groups_lose_less_in_a_basis(tmp_path):
 
 def test_a_basis_without_mean_and_scale(tmp_path):
     capture = make_capture(tmp_path, {0: samples_of(2)})
-    found = condition(capture, error, scores, {0: "q4_0"}, mean=False, scale=False, basis=(0,))
+    found = condition(capture, error, attended, {0: "q4_0"}, mean=False, scale=False, basis=(0,))
     assert set(found.errors[0]) == {"none", "rotated", "pairs", "klt"}
     assert found.k_vectors[0] == found.k_vectors[0].basis_alone and found.k_vectors[0].basis
 
 
 def test_k_that_is_even_all_over_gets_no_basis(tmp_path):
     samples = [make_sample(seed, n_kv=256, n_q=64, rot_k=64, rot_v=64) for seed in range(2)]
-    found = condition(make_capture(tmp_path, {0: samples}), error, scores, {0: "q4_0"}, basis=(0,))
+    found = condition(make_capture(tmp_path, {0: samples}), error, attended, {0: "q4_0"}, basis=(0,))
     assert not found.k_vectors[0].basis and "klt" in found.errors[0]
 
 
 def test_heads_that_64_does_not_divide_get_no_basis(tmp_path):
     assert [n for n in (32, 64, 80, 96, 128, 256) if has_blocks(n)] == [64, 128, 256]
     samples = samples_of(2, head_dim_k=96, rot_k=32)
-    found = condition(make_capture(tmp_path, {0: samples}), error, scores, {0: "q4_0"}, basis=(0,))
+    found = condition(make_capture(tmp_path, {0: samples}), error, attended, {0: "q4_0"}, basis=(0,))
     assert "klt" not in found.errors[0] and not found.k_vectors[0].basis
 
 

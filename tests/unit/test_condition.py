@@ -12,7 +12,7 @@ from kvtuner_gguf.calibrate.capture import _turns_of
 from kvtuner_gguf.calibrate.condition import best_way
 from kvtuner_gguf.calibrate.condition import condition as condition_by
 from kvtuner_gguf.calibrate.condition import vectors_of as vectors_of_moments
-from kvtuner_gguf.calibrate.error import after_codec, attention_scores, error_table, k_error
+from kvtuner_gguf.calibrate.error import after_codec, attention, attention_scores, error_table, k_error
 from kvtuner_gguf.calibrate.moments import Moments, _moved, balanced_scale, tied
 from kvtuner_gguf.calibrate.results import Conditions
 from kvtuner_gguf.kvectors import KVectors
@@ -42,12 +42,20 @@ def scores(sample):
     return attention_scores(sample, sample.k)
 
 
+def moments_of(sample):
+    return Moments.of(sample, *attended(sample))
+
+
+def attended(sample):
+    return attention(sample, sample.k, sample.v)
+
+
 def condition(capture, error, type_k, **kwargs):
-    return condition_by(capture, error, scores, type_k, **kwargs)
+    return condition_by(capture, error, attended, type_k, **kwargs)
 
 
 def vectors_of(samples, mean, scale):
-    return vectors_of_moments([Moments.of(s, scores(s)) for s in samples], mean, scale)
+    return vectors_of_moments([moments_of(s) for s in samples], mean, scale)
 
 
 def samples_of(n, make=lambda s: s, **fields):
@@ -116,12 +124,13 @@ def test_a_score_counts_by_what_its_error_does_to_the_output():
         return np.square((output(s + more) - output(s)) / step).sum(axis=-1)[:, i]
 
     want = np.array([[moved_by(i, j) for j in range(7)] for i in range(3)])
-    assert_near(_moved(np.exp(s) / np.exp(s).sum(axis=-1, keepdims=True), v), np.moveaxis(want, 2, 0), rtol=1e-4)
+    a = np.exp(s) / np.exp(s).sum(axis=-1, keepdims=True)
+    assert_near(_moved(a, v, output(s)), np.moveaxis(want, 2, 0), rtol=1e-4)
 
 
 def test_every_score_counts_alike_where_all_values_are_the_same():
     sample = make_sample(0, n_kv=64, n_q=16)
-    moments = Moments.of(replace(sample, v=np.zeros_like(sample.v)), scores(sample))
+    moments = moments_of(replace(sample, v=np.zeros_like(sample.v)))
     assert_near(moments.mean, sample.k.mean(axis=1), rtol=1e-6, atol=1e-6)
 
 
@@ -181,10 +190,10 @@ def test_turns_are_measured_from_k_at_two_places(far_pairs):
 def test_moments_are_those_of_all_places_together(far_pairs):
     turns = turns_of(THETA, [0, 300, 1700, 5000])
     sample = with_offset(make_sample(0, n_kv=64, n_rot=64, far_pairs=far_pairs, turns=turns), offset_of(0))
-    have = Moments.of(sample, scores(sample))
+    have = moments_of(sample)
     each = [replace(sample.turned(place), turns=None) for place in range(4)]
     for name in ("mean", "k", "q"):
-        want = np.mean([getattr(Moments.of(s, scores(s)), name) for s in each], axis=0)
+        want = np.mean([getattr(moments_of(s), name) for s in each], axis=0)
         assert_near(getattr(have, name), want, rtol=5e-5, atol=5e-5)
 
 
