@@ -21,16 +21,17 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     from kvtuner_gguf import native
 
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    headers = sorted(ROOT.glob("build/*/llama.cpp/ggml/include/ggml.h"))
+    lib, program = native.lib_dir(), tmp_path_factory.mktemp("cuda") / "host"
+    trees = (lib.parent, ROOT / "build" / "editable")  # of a build that is tested in its folder, or of the package
+    headers = [path for tree in trees if (path := tree / "llama.cpp" / "ggml" / "include").is_dir()]
     if not compiler or not headers:
         pytest.skip("no C++ compiler" if not compiler else "no source tree in build/: install with 'pip install -e .'")
-    lib, program = native.lib_dir(), tmp_path_factory.mktemp("cuda") / "host"
     command = [
         compiler,
         "-std=c++17",
         "-O2",
         "-ffp-contract=off",
-        f"-I{headers[0].parent}",
+        f"-I{headers[0]}",
         f"-I{ROOT / 'native/ggml-base'}",
         f"-I{ROOT / 'native/ggml-cuda'}",
         str(ROOT / "tests/cuda/host.cpp"),
