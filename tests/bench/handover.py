@@ -108,7 +108,8 @@ def handed_over(session: Session, name: str, plan: Plan, n_tokens: int, rounds: 
         want, have = (ctx.decode([(tokens[0], n_tokens, 0)], [True]).copy() for ctx in (sender, receiver))
         if not np.array_equal(want, have):
             raise SystemExit(f"{name}: what was restored gives other logits.")
-    return Row(name, n_tokens, state.n_bytes, *(round(median(t), 3) for t in zip(*times)), round(prefill, 1))
+    save, send, restore = (round(median(t), 3) for t in zip(*times))
+    return Row(name, n_tokens, state.n_bytes, save, send, restore, round(prefill, 1))
 
 
 def main() -> None:

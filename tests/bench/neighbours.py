@@ -103,7 +103,10 @@ class Bench:
         n_k, n_v = sum(self.geometry.values_k), sum(self.geometry.values_v)
         whole = (bits[0] * n_k + bits[1] * n_v) / (n_k + n_v)
         seconds = time.monotonic() - start
-        row = Row(goal, name, *map(float, (*bits, whole, kld.mean(), error, same_top.mean())), round(seconds, 1))
+        bits_k, bits_v = map(float, bits)
+        row = Row(
+            goal, name, bits_k, bits_v, whole, float(kld.mean()), error, float(same_top.mean()), round(seconds, 1)
+        )
         self.rows.append(row)
         print(row, flush=True)
 
@@ -133,12 +136,12 @@ class Bench:
                 scores = compare(ctx, self.reference, step=method.step)
             cache.check()
             found = [bits for keeper in keepers.values() if (bits := keeper.bits())]
-            bits = tuple(np.mean(found, axis=0)) if found else method.bits(shape)
-            if not (again := method.corrected(bits)):
+            bits_k, bits_v = np.mean(found, axis=0) if found else method.bits(shape)
+            if not (again := method.corrected((bits_k, bits_v))):
                 break
             method = again
-        above = " (its fewest bits)" if goal and sum(bits) / 2 > goal + SLACK else ""
-        self.add(goal, f"{method}{above}", bits, start, scores)
+        above = " (its fewest bits)" if goal and (bits_k + bits_v) / 2 > goal + SLACK else ""
+        self.add(goal, f"{method}{above}", (bits_k, bits_v), start, scores)
 
     def uniform(self, pair: Pair) -> tuple[Pair, ...]:
         return tuple(pair if n else Pair("", "") for n in self.geometry.values_k)

@@ -24,6 +24,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +47,7 @@ from kvtuner_gguf.runtime import Session
 
 Plan = tuple[str, tuple[Pair, ...], tuple[KVectors, ...], str]  # name, pairs, vectors, what the search said
 STOCK = ("q8_0/q8_0", "q5_1/q5_1", "iq4_nl/iq4_nl", "q4_0/q4_0")
-FIXED = {
+FIXED: dict[str, dict[str, Any]] = {
     "no-mean": {"k_mean": False},
     "no-scale": {"k_scale": False},
     "no-basis": {"k_basis": False},

@@ -9,7 +9,7 @@ import pytest
 from kvtuner_gguf import native
 from kvtuner_gguf.calibrate.capture import capture
 from kvtuner_gguf.calibrate.condition import condition
-from kvtuner_gguf.calibrate.error import attention_scores, k_error
+from kvtuner_gguf.calibrate.error import attention, k_error
 from kvtuner_gguf.calibrate.kld import make_reference, measure
 from kvtuner_gguf.calibrate.text import chunks_of
 from kvtuner_gguf.pair import Pair
@@ -37,7 +37,7 @@ def k_vectors(session, tokens, tmp_path_factory):
     captured = capture(session, chunks_of(tokens, N_CTX, 2, "text"), tmp_path_factory.mktemp("capture"), n_ctx=2048)
     error = partial(k_error, round_trip=native.round_trip)
     judged = dict.fromkeys(captured.il, "q4_0")
-    return condition(captured, error, lambda s: attention_scores(s, s.k), judged, basis=captured.il).k_vectors
+    return condition(captured, error, lambda s: attention(s, s.k, s.v), judged, basis=captured.il).k_vectors
 
 
 def test_most_layers_are_better_without_their_mean(k_vectors):
