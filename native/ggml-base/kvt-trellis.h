@@ -1,9 +1,10 @@
 // kvt-trellis.h - how a block of each trellis type is written and read: of all ways around the ring of codes (kvt-types.h), the one whose
 // levels have the least squared error, found by the algorithm of Viterbi. The rules are those of kvt-blocks.h, for the CPU and a GPU alike
 //
-// A state is the bits that a code leaves to the next one, 8 - k of them; state n has 1 << k predecessors, (n >> k) | j << (8 - 2k), and
-// what comes from number j has the window n | j << (8 - k). States are held in rows of 16: lane l of row h is state 16*h + l, so that the
-// low half of a window is the lane, and the high half the same for all of a row. Costs are integers: their sums are the same everywhere.
+// A state is the bits that the next code finds before it. After a code of k bits and before one of l bits there are 1 << (8 - l) states;
+// state n has 1 << l ways into it, whose windows are n | j << (8 - l) for number j, and comes from state window >> k. States are held in
+// rows of 16: lane i of row h is state 16*h + i, so that the low half of a window is the lane, and the high half the same for all of a row.
+// Costs are integers: their sums are the same everywhere.
 #pragma once
 
 #include "kvt-blocks.h"
@@ -27,37 +28,113 @@ constexpr uint64_t kvt_bytes(const int16_t * level, int i) {
     return res;
 }
 
-// halves of the level of a window, and the share of a normal value's energy that the codes keep. A GPU has the halves in instructions:
-// what it takes by an index from a table would be in memory
-template <int k> struct kvt_ring;
+// A ring: its codes come in phases, each with bits, halves of the levels and accuracy of its own
+//   n_value  values of a lane on the ring, their number in the block being lane + 16*(4 - n_value), and 16 more for each next one
+//   n_phase  1, where all are alike, or n_value
+//   bits     of a code; kept: the share of a normal value's energy that levels of the least squared error were divided by
+//   sigma    a standard deviation by which a block's scale is chosen, in levels. For groups it is more than that of the levels: the smaller
+//            scale costs the groups with few bits less than it gives the others, by the error of attention
+//   fine     in 64ths, and shift: in the search, a value and its levels are taken times fine/64, and a cost >> shift. So costs have the
+//            weights that errors have: for groups the inverse of what a normal value's is
+struct kvt_ring_t2 {
+    static const int         n_value = 4, n_phase = 1;
+    static constexpr int     bits[] = { 2 }, fine[] = { 64 }, shift[] = { 0 };
+    static constexpr float   kept[]    = { 0.922f };
+    static constexpr float   sigma     = 32.0f;
+    static constexpr int16_t low[][16] = { KVT_LEVELS_T2_LOW }, high[][16] = { KVT_LEVELS_T2_HIGH };
+};
 
-#define KVT_RING(BITS, KEPT) \
-    template <> struct kvt_ring<BITS> { \
-        static constexpr int16_t  low[]  = KVT_LEVELS_T##BITS##_LOW; \
-        static constexpr int16_t  high[] = KVT_LEVELS_T##BITS##_HIGH; \
-        static constexpr uint64_t low_0 = kvt_bytes(low, 0), low_8 = kvt_bytes(low, 8); \
-        static constexpr uint64_t high_0 = kvt_bytes(high, 0), high_8 = kvt_bytes(high, 8); \
-        KVT_FN float kept() { \
-            return KEPT; \
-        } \
-        KVT_FN int of_low(int i) { \
-            return (int8_t) ((i < 8 ? low_0 : low_8) >> 8 * (i % 8)); \
-        } \
-        KVT_FN int of_high(int i) { \
-            return (int8_t) ((i < 8 ? high_0 : high_8) >> 8 * (i % 8)); \
-        } \
-    };
-KVT_RING(2, 0.922f)
-KVT_RING(3, 0.978f)
-KVT_RING(4, 0.994f)
-#undef KVT_RING
+struct kvt_ring_t3 {
+    static const int         n_value = 4, n_phase = 1;
+    static constexpr int     bits[] = { 3 }, fine[] = { 64 }, shift[] = { 0 };
+    static constexpr float   kept[]    = { 0.978f };
+    static constexpr float   sigma     = 32.0f;
+    static constexpr int16_t low[][16] = { KVT_LEVELS_T3_LOW }, high[][16] = { KVT_LEVELS_T3_HIGH };
+};
 
-// Values are integers in the search, about 32 to a standard deviation, and within this. A cost is a quarter of the squared error: no state is more
-// than three steps of 212 behind another, and the best way of a block costs no more than its values do, so that 16 bits have room
-static const float KVT_RING_MAX   = 106.0f;
-static const float KVT_RING_SIGMA = 34.0f; // the most that a standard deviation is, where a scale is so small that its rounding is coarse
-static const int   KVT_COST_START = -24576;
-static const int   KVT_COST_OTHER = 16000; // more, for every state that a way does not start from
+struct kvt_ring_t4 {
+    static const int         n_value = 4, n_phase = 1;
+    static constexpr int     bits[] = { 4 }, fine[] = { 64 }, shift[] = { 0 };
+    static constexpr float   kept[]    = { 0.994f };
+    static constexpr float   sigma     = 32.0f;
+    static constexpr int16_t low[][16] = { KVT_LEVELS_T4_LOW }, high[][16] = { KVT_LEVELS_T4_HIGH };
+};
+
+struct kvt_ring_k2 {
+    static const int         n_value = 4, n_phase = 4;
+    static constexpr int     bits[] = { 4, 2, 1, 1 }, fine[] = { 64, 34, 31, 31 }, shift[] = { 0, 2, 4, 4 };
+    static constexpr float   kept[]    = { 0.9933f, 0.9220f, 0.7392f, 0.7516f };
+    static constexpr float   sigma     = 34.8f;
+    static constexpr int16_t low[][16] = KVT_LEVELS_K2_LOW, high[][16] = KVT_LEVELS_K2_HIGH;
+};
+
+struct kvt_ring_k3 {
+    static const int         n_value = 3, n_phase = 3;
+    static constexpr int     bits[] = { 3, 2, 1 }, fine[] = { 56, 29, 27 }, shift[] = { 0, 0, 2 };
+    static constexpr float   kept[]    = { 0.9766f, 0.9228f, 0.7567f };
+    static constexpr float   sigma     = 39.1f;
+    static constexpr int16_t low[][16] = KVT_LEVELS_K3_LOW, high[][16] = KVT_LEVELS_K3_HIGH;
+};
+
+struct kvt_ring_k4 {
+    static const int         n_value = 3, n_phase = 3;
+    static constexpr int     bits[] = { 4, 3, 2 }, fine[] = { 60, 31, 32 }, shift[] = { 0, 0, 2 };
+    static constexpr float   kept[]    = { 0.9939f, 0.9785f, 0.9259f };
+    static constexpr float   sigma     = 37.5f;
+    static constexpr int16_t low[][16] = KVT_LEVELS_K4_LOW, high[][16] = KVT_LEVELS_K4_HIGH;
+};
+
+// the bits of a lane's codes after that of phase p
+template <typename R>
+constexpr int kvt_bits_after(int p) {
+    int res = 0;
+    for (int i = p + 1; i < R::n_value; i++) {
+        res += R::bits[i % R::n_phase];
+    }
+    return res;
+}
+
+// as constants, which a GPU's code may use
+template <typename R> constexpr int        kvt_bits_of_lane = kvt_bits_after<R>(-1);
+template <typename R, int p> constexpr int kvt_bits_below   = kvt_bits_after<R>(p);
+
+// halves of levels as the search takes them; a multiple of the last argument
+struct kvt_row {
+    int16_t v[16];
+};
+
+constexpr kvt_row kvt_searched(const int16_t * level, int fine, int multiple) {
+    kvt_row res = {};
+    for (int i = 0; i < 16; i++) {
+        res.v[i] = (int16_t) (((level[i] * fine + 32 * multiple) >> (multiple == 2 ? 7 : 6)) * multiple);
+    }
+    return res;
+}
+
+// A GPU has the halves in instructions: what it takes by an index from a table would be in memory
+template <typename R, int p> struct kvt_phase {
+    static constexpr kvt_row  low   = kvt_searched(R::low[p], R::fine[p], 1);
+    static constexpr kvt_row  high  = kvt_searched(R::high[p], R::fine[p], 2);
+    static constexpr uint64_t low_0 = kvt_bytes(low.v, 0), low_8 = kvt_bytes(low.v, 8);
+    static constexpr uint64_t high_0 = kvt_bytes(high.v, 0), high_8 = kvt_bytes(high.v, 8);
+    static const int          bits = R::bits[p], next = R::bits[(p + 1) % R::n_phase], shift = R::shift[p];
+
+    KVT_FN int of_low(int i) {
+        return (int8_t) ((i < 8 ? low_0 : low_8) >> 8 * (i % 8));
+    }
+
+    // halved
+    KVT_FN int of_high(int i) {
+        return (int8_t) ((i < 8 ? high_0 : high_8) >> 8 * (i % 8)) / 2;
+    }
+};
+
+// Values are integers in the search, and within KVT_RING_MAX. A cost is a quarter of the squared error: no state is more than three steps
+// of 212 behind another, and the best way of a block costs no more than its values do, so that 16 bits have room
+static constexpr float KVT_RING_MAX   = 106.0f;
+static constexpr float KVT_RING_SIGMA = 38.0f; // the most that a standard deviation is, where a scale is so small that its rounding is coarse
+static const int       KVT_COST_START = -24576;
+static const int       KVT_COST_OTHER = 16000; // more, for every state that a way does not start from
 
 // number i of the lanes that a thread holds
 template <int T> KVT_FN int kvt_lane(int i) {
@@ -83,11 +160,17 @@ template <int T> KVT_FN int kvt_of_lane(const int16_t * row, int lane) {
 typedef int16_t kvt_v16 __attribute__((vector_size(32)));
 typedef int32_t kvt_v32 __attribute__((vector_size(32)));
 typedef int64_t kvt_v64 __attribute__((vector_size(32)));
+typedef int64_t kvt_v64h __attribute__((vector_size(16)));
 
 // lane l: cost[l >> k]
 template <int k>
 static inline void kvt_spread(const int16_t * cost, kvt_v16 * v) {
-    if constexpr (k == 2) {
+    if constexpr (k == 1) {
+        kvt_v64h c;
+        memcpy(&c, cost, sizeof(c));
+        const kvt_v16 a = (kvt_v16) __builtin_shufflevector(c, c, 0, 1, 0, 1);
+        *v              = __builtin_shufflevector(a, a, 0, 0, 1, 1, 2, 2, 3, 3, 12, 12, 13, 13, 14, 14, 15, 15);
+    } else if constexpr (k == 2) {
         int64_t c;
         memcpy(&c, cost, sizeof(c));
         const kvt_v16 a = (kvt_v16) (c - kvt_v64 {});
@@ -138,61 +221,65 @@ template <> struct kvt_numbers<1> {
     }
 };
 
-// the ways around a ring of codes of k bits; T threads hold a block, T = 1 or 16
-template <int k, int T>
+// the ways around a ring; T threads hold a block, T = 1 or 16
+template <typename R, int T>
 struct kvt_ways {
-    static const int n_row  = 1 << (4 - k);
-    static const int n_from = 1 << k; // predecessors of a state
-    static const int n_lane = 16 / T; // of a row that a thread holds
+    static const int n      = 16 * R::n_value; // values
+    static const int n_lane = 16 / T;          // of a row that a thread holds
+    static const int n_row  = 8;               // the most
 
     int16_t        cost[n_row][n_lane];
-    kvt_numbers<T> from; // k bits for each row
+    kvt_numbers<T> from; // the number of the best way into each state: bits for each row
 
     // a value is added to every way; the least of costs with a number is that of the first number
-    KVT_FN void step(kvt_ways & w, int x, int16_t * from) {
-        int16_t cost[n_row][n_lane];
+    template <int p> KVT_FN void step(kvt_ways & w, int x, int16_t * from) {
+        typedef kvt_phase<R, p> P;
+        const int               k = P::bits, l = P::next;
+        int16_t                 cost[1 << (4 - l)][n_lane];
         for (int i = 0; i < n_lane; i++) {
             from[i] = 0;
         }
-        for (int h = 0; h < n_row; h++) {
+        for (int h = 0; h < 1 << (4 - l); h++) {
             for (int i = 0; i < n_lane; i++) {
                 const int lane = kvt_lane<T>(i);
-                const int u    = x - kvt_ring<k>::of_low(lane);
+                const int u    = x - P::of_low(lane);
                 int       best = 0x7FFFFFFF;
-                for (int j = 0; j < n_from; j++) {
-                    const int first = j << (8 - 2 * k);
-                    const int e     = kvt_ring<k>::of_high(h | j << (4 - k)) / 2;
-                    const int last  = kvt_of_lane<T>(w.cost[first >> 4], (first & 15) + ((16 * h + lane) >> k));
-                    const int c     = (last + e * e - u * e) * 16 + j;
+                for (int j = 0; j < 1 << l; j++) {
+                    const int first = (j << (8 - l - k)) + (16 * h >> k);
+                    const int e     = P::of_high(h | j << (4 - l));
+                    const int last  = kvt_of_lane<T>(w.cost[first >> 4], (first & 15) + (lane >> k));
+                    const int c     = (last + ((e * e - u * e) >> P::shift)) * 16 + j;
                     best            = c < best ? c : best;
                 }
-                cost[h][i] = (int16_t) ((best >> 4) + (u * u >> 2));
-                from[i]    = (int16_t) (from[i] | (best & 15) << (k * h));
+                cost[h][i] = (int16_t) ((best >> 4) + (u * u >> (2 + P::shift)));
+                from[i]    = (int16_t) (from[i] | (best & 15) << (l * h));
             }
         }
         memcpy(w.cost, cost, sizeof(cost));
     }
 
 #ifdef KVT_VECTORS
-    static inline void step_of_vectors(kvt_ways & w, int x, int16_t * from) {
-        kvt_v16 low, number = {};
-        int16_t cost[n_row][16];
-        memcpy(&low, kvt_ring<k>::low, sizeof(low));
+    template <int p> static inline void step_of_vectors(kvt_ways & w, int x, int16_t * from) {
+        typedef kvt_phase<R, p> P;
+        const int               k = P::bits, l = P::next;
+        kvt_v16                 low, number    = {};
+        int16_t                 cost[1 << (4 - l)][16];
+        memcpy(&low, P::low.v, sizeof(low));
         const kvt_v16 u  = (int16_t) x - low;
-        const kvt_v16 uu = u * u >> 2;
-        for (int h = 0; h < n_row; h++) {
+        const kvt_v16 uu = u * u >> (2 + P::shift);
+        for (int h = 0; h < 1 << (4 - l); h++) {
             kvt_v16 best = {}, arg = {};
-            for (int j = 0; j < n_from; j++) {
-                const int16_t e = kvt_ring<k>::high[h | j << (4 - k)] / 2;
+            for (int j = 0; j < 1 << l; j++) {
+                const int16_t e = P::high.v[h | j << (4 - l)] / 2;
                 kvt_v16       c;
-                kvt_spread<k>(&w.cost[0][0] + (j << (8 - 2 * k)) + (16 * h >> k), &c);
-                c = c + (int16_t) (e * e) - u * e;
+                kvt_spread<k>(&w.cost[0][0] + (j << (8 - l - k)) + (16 * h >> k), &c);
+                c = c + (((int16_t) (e * e) - u * e) >> P::shift);
                 if (j == 0) {
                     best = c;
                     continue;
                 }
                 const kvt_v16 less = c < best;
-                const kvt_v16 mine = less & (int16_t) (j << (k * h));
+                const kvt_v16 mine = less & (int16_t) (j << (l * h));
                 best               = less ? c : best;
                 arg                = mine > arg ? mine : arg;
             }
@@ -207,41 +294,63 @@ struct kvt_ways {
 
     // the value at a time
     KVT_FN int value(const int16_t * q, int t) {
+        const int i = t % R::n_value, lane = t / R::n_value;
         if constexpr (T == 1) {
-            return q[t % 4 * 16 + t / 4];
+            return q[16 * i + lane];
         } else {
-            const uint32_t all = (q[0] & 255) | (q[1] & 255) << 8 | (q[2] & 255) << 16 | (uint32_t) q[3] << 24;
-            return (int8_t) (KVT_SHUFFLE_FROM(all, t / 4) >> 8 * (t % 4));
-        }
-    }
-
-    KVT_FN void steps(kvt_ways & w, const int16_t * q, int begin, int end) {
-        for (int t = begin; t < end; t++) {
-            const int x = value(q, t);
-            if constexpr (T == 1) {
-#ifdef KVT_VECTORS
-                step_of_vectors(w, x, w.from.of[t]);
-#else
-                step(w, x, w.from.of[t]);
-#endif
-            } else {
-                int16_t number;
-                step(w, x, &number);
-                kvt_numbers<T>::put(w.from, t, number);
+            uint32_t all = 0;
+            for (int j = 0; j < R::n_value; j++) {
+                all |= (uint32_t) (q[j] & 255) << 8 * j;
             }
+            return (int8_t) (KVT_SHUFFLE_FROM(all, lane) >> 8 * i);
         }
     }
 
-    // the state that a way through state n at this time comes from; asked from the last time on, once for each
-    KVT_FN int before(kvt_ways & w, int t, int n) {
-        const int j = kvt_numbers<T>::take(w.from, t, n & 15) >> (k * (n >> 4)) & (n_from - 1);
-        return n >> k | j << (8 - 2 * k);
+    // a step for each phase from p on
+    template <int p> KVT_FN void round(kvt_ways & w, const int16_t * q, int t) {
+        const int x = value(q, t);
+        if constexpr (T == 1) {
+#ifdef KVT_VECTORS
+            step_of_vectors<p>(w, x, w.from.of[t]);
+#else
+            step<p>(w, x, w.from.of[t]);
+#endif
+        } else {
+            int16_t number;
+            step<p>(w, x, &number);
+            kvt_numbers<T>::put(w.from, t, number);
+        }
+        if constexpr (p + 1 < R::n_phase) {
+            round<p + 1>(w, q, t + 1);
+        }
     }
 
-    // the state with the least cost, the first of several
+    KVT_FN void rounds(kvt_ways & w, const int16_t * q, int begin, int end) {
+        for (int t = begin; t < end; t += R::n_phase) {
+            round<0>(w, q, t);
+        }
+    }
+
+    // back over values i .. 0 of a lane, from the state after value i to the one before value 0; c and m are given their codes and windows
+    template <int i> KVT_FN int back(kvt_ways & w, int lane, int n, uint8_t * c, int16_t * m) {
+        typedef kvt_phase<R, i % R::n_phase> P;
+        const int                            j      = kvt_numbers<T>::take(w.from, R::n_value * lane + i, n & 15) >> (P::next * (n >> 4));
+        const int                            window = n | (j & ((1 << P::next) - 1)) << (8 - P::next);
+        if (T == 1 || kvt_lane<T>(0) == lane) {
+            c[i * n_lane + (T == 1 ? lane : 0)] = (uint8_t) (window & ((1 << P::bits) - 1));
+            m[i * n_lane + (T == 1 ? lane : 0)] = (int16_t) window;
+        }
+        if constexpr (i > 0) {
+            return back<i - 1>(w, lane, window >> P::bits, c, m);
+        } else {
+            return window >> P::bits;
+        }
+    }
+
+    // the state with the least cost, the first of several, where a lane's codes end
     KVT_FN int best(const kvt_ways & w) {
         int least = 0x7FFFFFFF;
-        for (int h = 0; h < n_row; h++) {
+        for (int h = 0; h < 1 << (4 - R::bits[0]); h++) {
             for (int i = 0; i < n_lane; i++) {
                 const int c = (w.cost[h][i] + 32768) << 8 | (16 * h + kvt_lane<T>(i));
                 least       = c < least ? c : least;
@@ -256,7 +365,7 @@ struct kvt_ways {
 
     // all ways start at a state, or at any if it is negative
     KVT_FN void start(kvt_ways & w, int state) {
-        for (int h = 0; h < n_row; h++) {
+        for (int h = 0; h < 1 << (4 - R::bits[0]); h++) {
             for (int i = 0; i < n_lane; i++) {
                 const bool other = state >= 0 && state != 16 * h + kvt_lane<T>(i);
                 w.cost[h][i]     = (int16_t) (KVT_COST_START + (other ? KVT_COST_OTHER : 0));
@@ -264,36 +373,49 @@ struct kvt_ways {
         }
     }
 
-    // the codes and levels of the best way that begins and ends at one state: that of a way over the end of the ring, some values long
+    // the codes and windows of the best way that begins and ends at one state: that of a way over the end of the ring, of 24 bits or more
     KVT_FN void find(const int16_t * q, uint8_t * c, int16_t * m) {
-        const int n_over = 24 / k;
+        const int last = R::n_value - 1, n_over = (23 + kvt_bits_of_lane<R>) / kvt_bits_of_lane<R>;
         kvt_ways  w;
         start(w, -1);
-        steps(w, q, 64 - n_over, 64);
-        steps(w, q, 0, n_over);
-        int n = best(w);
-        for (int t = n_over; t > 0; t--) {
-            n = before(w, t - 1, n);
+        rounds(w, q, n - R::n_value * n_over, n);
+        rounds(w, q, 0, R::n_value * n_over);
+        int state = best(w);
+        for (int lane = n_over - 1; lane >= 0; lane--) {
+            state = back<last>(w, lane, state, c, m);
         }
-        start(w, n);
-        steps(w, q, 0, 64);
+        start(w, state);
+        rounds(w, q, 0, n);
         for (int lane = 15; lane >= 0; lane--) {
-            for (int p = 3; p >= 0; p--) {
-                const int from   = before(w, 4 * lane + p, n);
-                const int window = n | from >> (8 - 2 * k) << (8 - k);
-                const int i      = p * n_lane + (T == 1 ? lane : 0);
-                if (T == 1 || kvt_lane<T>(0) == lane) {
-                    c[i] = (uint8_t) (n & (n_from - 1));
-                    m[i] = (int16_t) window;
-                }
-                n = from;
-            }
-        }
-        for (int i = 0; i < 64 / T; i++) {
-            m[i] = (int16_t) (kvt_ring<k>::of_low(m[i] & 15) + kvt_ring<k>::of_high(m[i] >> 4));
+            state = back<last>(w, lane, state, c, m);
         }
     }
 };
+
+// of n_value values of a lane, whose codes are given and those of the lane before
+template <typename R, int i = 0>
+static inline void kvt_levels_on_ring(uint32_t before, uint32_t own, int8_t * l) {
+    const int window = (before << kvt_bits_of_lane<R> | own) >> kvt_bits_below<R, i> & 255;
+    l[16 * i]        = (int8_t) (R::low[i % R::n_phase][window & 15] + R::high[i % R::n_phase][window >> 4]);
+    if constexpr (i + 1 < R::n_value) {
+        kvt_levels_on_ring<R, i + 1>(before, own, l);
+    }
+}
+
+template <typename R>
+static inline int kvt_bits_on_ring(const uint8_t * c) {
+    int bits = 0;
+    for (int i = 0; i < R::n_value; i++) {
+        bits |= c[16 * i] << kvt_bits_after<R>(i);
+    }
+    return bits;
+}
+
+// a value in the search: times scale, to the nearest, by 1.5*2^23; a is its |x|
+KVT_FN int16_t kvt_on_ring(float x, float a, float scale) {
+    const float r = (kvt_least(a * scale, KVT_RING_MAX) + 12582912.0f) - 12582912.0f;
+    return (int16_t) (x < 0.0f ? -r : r);
+}
 
 static inline void kvt_pack_ring(int i, int bits, kvt_block_t2_64 * y) {
     y->qs[i] = (uint8_t) bits;
@@ -321,30 +443,32 @@ static inline int kvt_unpack_ring(int i, const kvt_block_t4_64 * x) {
     return x->qs[i] | x->qh[i] << 8;
 }
 
-template <typename block, int k>
+template <typename block, typename ring>
 struct kvt_codec_t {
     static const int n = 64;
     typedef block    block_t;
+    typedef ring     R;
 
     // as kvt_codec_levels: the scale that is stored is that with sum(x*x^) = sum(x*x), but for its rounding. What that takes from it or
     // gives to it is known before, as a rule, and the codes are chosen for it
     template <int T> KVT_FN kvt_half quantize(const float * x, uint8_t * c) {
-        const int n_own = n / T;
-        float     a[n_own], v[n_own];
-        int16_t   q[n_own], m[n_own];
+        const int       n_own = n / T;
+        constexpr float kept = R::kept[0], to_d = 1.0f / R::sigma / kept;
+        float           a[n_own], v[n_own];
+        int16_t         q[n_own], m[n_own];
         kvt_abs<n_own>(x, a);
         const float all   = kvt_sum_sq<n_own, T>(a);
         const float sigma = sqrtf(all / n);
-        const float d     = kvt_from_half(kvt_to_e5m3(sigma * (1.0f / 32.0f / kvt_ring<k>::kept()), 127.0f));
+        const float d     = kvt_from_half(kvt_to_e5m3(sigma * to_d, 127.0f));
         const float most  = sigma > 1e-30f ? KVT_RING_SIGMA / sigma : 0.0f;
-        const float inv   = d > 0.0f ? kvt_least(1.0f / (kvt_ring<k>::kept() * d), most) : most;
+        const float inv   = d > 0.0f ? kvt_least(1.0f / (kept * d), most) : most;
         for (int i = 0; i < n_own; i++) {
-            const float r = (kvt_least(a[i] * inv, KVT_RING_MAX) + 12582912.0f) - 12582912.0f; // 1.5*2^23: to the nearest
-            q[i]          = (int16_t) (x[i] < 0.0f ? -r : r);
+            q[i] = kvt_on_ring(x[i], a[i], inv);
         }
-        kvt_ways<k, T>::find(q, c, m);
+        kvt_ways<R, T>::find(q, c, m);
         for (int i = 0; i < n_own; i++) {
-            v[i] = (x[i] < 0.0f ? -a[i] : a[i]) * m[i];
+            const int level = kvt_phase<R, 0>::of_low(m[i] & 15) + 2 * kvt_phase<R, 0>::of_high(m[i] >> 4);
+            v[i]            = (x[i] < 0.0f ? -a[i] : a[i]) * level;
         }
         const float along = kvt_sum<n_own, T>(v);
         return kvt_to_e5m3(along > 0.0f ? all / along : d, 127.0f);
@@ -353,22 +477,19 @@ struct kvt_codec_t {
     static void levels(const block * x, int8_t * l) {
         uint32_t before = kvt_unpack_ring(15, x);
         for (int i = 0; i < 16; i++) {
-            const uint32_t bits = kvt_unpack_ring(i, x);
-            for (int p = 0; p < 4; p++) {
-                const int window = (before << 4 * k | bits) >> k * (3 - p) & 255;
-                l[16 * p + i]    = (int8_t) (kvt_ring<k>::low[window & 15] + kvt_ring<k>::high[window >> 4]);
-            }
-            before = bits;
+            const uint32_t own = kvt_unpack_ring(i, x);
+            kvt_levels_on_ring<R>(before, own, l + i);
+            before = own;
         }
     }
 
     static void pack(const uint8_t * c, block * y) {
         for (int i = 0; i < 16; i++) {
-            kvt_pack_ring(i, c[i] << 3 * k | c[i + 16] << 2 * k | c[i + 32] << k | c[i + 48], y);
+            kvt_pack_ring(i, kvt_bits_on_ring<R>(c + i), y);
         }
     }
 };
 
-typedef kvt_codec_t<kvt_block_t2_64, 2> kvt_codec_t2_64;
-typedef kvt_codec_t<kvt_block_t3_64, 3> kvt_codec_t3_64;
-typedef kvt_codec_t<kvt_block_t4_64, 4> kvt_codec_t4_64;
+typedef kvt_codec_t<kvt_block_t2_64, kvt_ring_t2> kvt_codec_t2_64;
+typedef kvt_codec_t<kvt_block_t3_64, kvt_ring_t3> kvt_codec_t3_64;
+typedef kvt_codec_t<kvt_block_t4_64, kvt_ring_t4> kvt_codec_t4_64;

@@ -10,14 +10,7 @@
 #define KVT_LEVELS_Q2     { -10, -3, 3, 10 }
 #define KVT_LEVELS_Q3     { -127, -79, -45, -14, 14, 45, 79, 127 }
 
-// levels of the groups of k2_64, k3_64 and k4_64, by the bits of a code; 6 bits: 4*code - 126. One standard deviation is 38.5 in all of
-// them. Those of Lloyd and Max, divided by the share of a normal value's energy that they keep: so the values are not too short
-#define KVT_LEVELS_K1 { -48, 48 }
-#define KVT_LEVELS_K2 { -66, -20, 20, 66 }
-#define KVT_LEVELS_K3 { -86, -54, -30, -10, 10, 30, 54, 86 }
-#define KVT_LEVELS_K4 { -105, -80, -62, -49, -36, -25, -15, -5, 5, 15, 25, 36, 49, 62, 80, 105 }
-
-// trellis types: the levels by the low and the high half of a window of 8 bits, see below. One standard deviation is 32
+// codes on a ring: the levels by the low and the high half of a window of 8 bits, see below. One standard deviation is 32
 #define KVT_LEVELS_T2_LOW  { 41, -36, 13, -7, -12, 3, -36, 29, 23, -23, -12, 12, -27, -1, 33, 3 }
 #define KVT_LEVELS_T2_HIGH { -8, -10, -34, 0, -30, 12, 12, 12, 32, 38, -14, -28, 10, -46, 10, 44 }
 #define KVT_LEVELS_T3_LOW  { -14, 19, 3, 42, 10, -29, 29, -6, -8, -31, -19, 4, 13, 43, 25, -53 }
@@ -25,20 +18,49 @@
 #define KVT_LEVELS_T4_LOW  { -18, 45, -63, 27, -48, -25, 8, -5, 20, 34, -3, -34, 61, 3, -11, 14 }
 #define KVT_LEVELS_T4_HIGH { 12, -10, -20, 28, 28, -32, -24, -42, 6, 0, 44, 2, 14, -6, 20, -16 }
 
+// of each group on the ring: those of the least squared error, a standard deviation being 32 (k2_64) or 36, divided by the share of a normal
+// value's energy that kept says. So K is a little short: by the KLD that is better than the full length, which V has
+#define KVT_LEVELS_K2_LOW { \
+    { -23, 32, -13, -64, 42, 24, -6, 8, 17, 15, 5, 63, -15, -2, -40, -31 }, \
+    { 10, -46, -13, 44, 11, 41, -34, -9, 34, -11, 11, -42, -46, 11, -12, 44 }, \
+    { 36, -24, 16, -23, 34, -44, -12, 48, -36, 34, 26, -26, -30, 39, -49, 4 }, \
+    { 28, -26, -27, 19, 25, -9, 21, -42, -27, 31, -30, 29, -13, 23, -28, 32 } }
+#define KVT_LEVELS_K2_HIGH { \
+    { -16, 26, -4, 38, 20, -22, -34, -14, -6, 0, 6, -6, -28, 36, 14, -16 }, \
+    { 30, 40, 18, -32, 2, 16, 4, 22, -4, -46, -8, 20, -20, -10, -22, 0 }, \
+    { 18, 20, 0, -26, 10, -4, 6, -6, 28, -6, -2, 48, -4, -28, -34, -28 }, \
+    { 8, 6, -46, 2, 12, -36, 10, -10, -44, 46, 24, 0, 44, -16, -22, 24 } }
+#define KVT_LEVELS_K3_LOW { \
+    { -59, 53, 8, -17, 34, -6, 17, -33, -8, 13, 32, 58, 30, 2, -42, -22 }, \
+    { 17, -44, -4, 40, 46, 21, -32, -9, -5, -6, -45, 29, -42, -10, 9, 41 }, \
+    { 30, -28, 15, -35, 28, -35, -35, 33, 25, -29, 28, -36, -24, 21, -41, 31 } }
+#define KVT_LEVELS_K3_HIGH { \
+    { -38, -22, -8, 28, -18, 16, -32, 8, 24, -54, 14, -28, -6, 50, 2, -10 }, \
+    { 20, 56, 20, -38, 14, -18, 2, 42, -4, -56, -34, 26, -28, 6, -8, -16 }, \
+    { -4, -20, 22, 14, -42, -2, 38, 26, -16, -54, 6, 54, 56, 20, -34, -2 } }
+#define KVT_LEVELS_K4_LOW { \
+    { -12, 14, -53, 52, -36, -28, 29, -44, -19, -63, 36, 63, 6, 22, -4, 43 }, \
+    { 43, -62, -7, -39, 2, 29, -24, 14, 7, -38, 62, 30, -22, 43, -5, 17 }, \
+    { 20, 50, -38, -4, 35, -48, 6, -23, 39, -51, 10, -12, -28, -9, 14, 38 } }
+#define KVT_LEVELS_K4_HIGH { \
+    { -54, 22, -12, -6, 10, -30, -34, 30, -2, 18, 20, 6, -24, 50, 32, -20 }, \
+    { 54, 38, -6, -8, -38, -42, 12, 4, 24, -52, -26, 12, 0, -2, -16, -22 }, \
+    { 14, -26, -18, 32, 40, -44, -32, 22, 18, -50, 2, 36, -20, -10, 52, 0 } }
+
 #define KVT_LEVELS_IQ4_NL { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 }
 
-// group types: values 0..15 of a block are its first group, and so on; bits of a code are 4,2,1,1, or 6,3,2,1, or 6,4,3,3. K is such
-// that its channels have one variance and come in order of what they matter, see kvt-cond.h
-// qs: as with 2 bits, the low two bits of each code; k2_64 and k3_64: bits 3 and 2 of the first and second group where a group of one
-// bit has room, k2_64: bit 2 of the first group in the third, bit 3 in the fourth, k3_64: bit 2 of the second group in the fourth
-// qh of k3_64: bits 2 to 5 of the first group, of value i in the low half of byte i, of value i + 8 in the high half
-// qh of k4_64: bits 0..3 of byte i: bits 2 to 5 of value i; bits 4, 5: bits 2, 3 of value i + 16; bit 6: bit 2 of value i + 32; bit 7: i + 48
-//
 // trellis types: the codes of a block are a ring of bits, 2, 3 or 4 for each value, and the level of a value is that of the 8 bits that end
 // with its own: LOW[window & 15] + HIGH[window >> 4]. So a value has 256 levels, of which its neighbours leave it 4, 8 or 16, and the
 // encoder chooses the way around. The order on the ring is value 0, 16, 32, 48, 1, 17, ...; the first of a value's bits is its highest
 // Bits of four values i, i + 16, i + 32, i + 48, a number of 8, 12 or 16 bits: the low 8 are qs[i];
 // 3 bits: its bits 8 to 11 are in qh, of i below 8 in the low half of byte i, of others in the high half of byte i - 8; 4 bits: qh[i]
+//
+// group types: values 0..15 of a block are its first group, and so on; bits of a code are 4,2,1,1, or 6,3,2,1, or 7,4,3,2. K is such
+// that its channels have one variance and come in order of what they matter, see kvt-cond.h. The groups are on such a ring, but for the
+// first of k3_64 and k4_64, with levels 4*code - 126 and 2*code - 127. Bits of the values i of the groups on the ring:
+// k2_64: 8, qs[i]; k3_64: 6, the low ones of qs[i]; k4_64: 9, qs[i] and the lowest of qh[i]. Bits of the first group's code:
+// k3_64: the low four in qh, of i below 8 in the low half of byte i, of others in the high half of byte i - 8; the others above those of
+// the ring in qs[i]. k4_64: above that of the ring in qh[i]
 //
 // d, a byte: bits 7 to 14 of an f16, which are its exponent and the first three bits of its fraction. No scale is negative
 // qs, 2 bits: bits 2j, 2j+1 of byte i are those of value i + j*sizeof(qs)

@@ -188,33 +188,6 @@ struct kvt_row_q3_32 : kvt_row_block<kvt_block_q3_32, 32> {
     }
 };
 
-// groups of 16 values, a vector each
-static const int8_t kvt_levels_k1[16] = KVT_LEVELS_K1;
-static const int8_t kvt_levels_k2[16] = KVT_LEVELS_K2;
-static const int8_t kvt_levels_k3[16] = KVT_LEVELS_K3;
-static const int8_t kvt_levels_k4[16] = KVT_LEVELS_K4;
-
-static KVT_INLINE vb vb_bit(vb a, int from, int to) {
-    return vb_and(vb_shr16(a, from - to), vb_set1((int8_t) (1 << to)));
-}
-
-// 4*code - 126 of 6 bits, the low two in lo, the high four in hi: the parts share no bit
-static KVT_INLINE vb vb_level_k6(vb lo, vb hi) {
-    static const int8_t of_lo[16] = { 0, 4, 8, 12 };
-    static const int8_t of_hi[16] = { -126, -110, -94, -78, -62, -46, -30, -14, 2, 18, 34, 50, 66, 82, 98, 114 };
-    return vb_or(vb_look(vb_lut(of_lo), lo), vb_look(vb_lut(of_hi), hi));
-}
-
-struct kvt_row_k2_64 : kvt_row_block<kvt_block_k2_64, 64> {
-    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        const vb q = vb_load(KVT_AT(qs), nb);
-        c[0]       = vb_look(vb_lut(kvt_levels_k4), vb_or(vb_and(q, vb_set1(3)), vb_or(vb_bit(q, 5, 2), vb_bit(q, 7, 3))));
-        c[1]       = vb_look(vb_lut(kvt_levels_k2), vb_and(vb_shr16(q, 2), vb_set1(3)));
-        c[2]       = vb_look(vb_lut(kvt_levels_k1), vb_bit(q, 4, 0));
-        c[3]       = vb_look(vb_lut(kvt_levels_k1), vb_bit(q, 6, 0));
-    }
-};
-
 // of 16 values, in 8 bytes: of values 0..7 in the low halves, of 8..15 in the high ones
 static KVT_INLINE vb vb_halves(const char * qh, size_t nb) {
     static const int8_t low[16] = { 15, 15, 15, 15, 15, 15, 15, 15 }, high[16] = { 0, 0, 0, 0, 0, 0, 0, 0, 15, 15, 15, 15, 15, 15, 15, 15 };
@@ -222,33 +195,13 @@ static KVT_INLINE vb vb_halves(const char * qh, size_t nb) {
     return vb_or(vb_and(h, vb_lut(low)), vb_and(vb_shr16(h, 4), vb_lut(high)));
 }
 
-struct kvt_row_k3_64 : kvt_row_block<kvt_block_k3_64, 64> {
-    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        const vb q = vb_load(KVT_AT(qs), nb);
-        c[0]       = vb_level_k6(vb_and(q, vb_set1(3)), vb_halves(KVT_AT(qh), nb));
-        c[1]       = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 2), vb_set1(3)), vb_bit(q, 7, 2)));
-        c[2]       = vb_look(vb_lut(kvt_levels_k2), vb_and(vb_shr16(q, 4), vb_set1(3)));
-        c[3]       = vb_look(vb_lut(kvt_levels_k1), vb_bit(q, 6, 0));
-    }
-};
+// windows of 8 bits on a ring: their low and high halves, and the bytes before those of a vector
+static const int8_t kvt_low_t2[16] = KVT_LEVELS_T2_LOW, kvt_high_t2[16] = KVT_LEVELS_T2_HIGH;
+static const int8_t kvt_low_t3[16] = KVT_LEVELS_T3_LOW, kvt_high_t3[16] = KVT_LEVELS_T3_HIGH;
+static const int8_t kvt_low_t4[16] = KVT_LEVELS_T4_LOW, kvt_high_t4[16] = KVT_LEVELS_T4_HIGH;
 
-struct kvt_row_k4_64 : kvt_row_block<kvt_block_k4_64, 64> {
-    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        const vb q = vb_load(KVT_AT(qs), nb), h = vb_load(KVT_AT(qh), nb);
-        c[0] = vb_level_k6(vb_and(q, vb_set1(3)), vb_and(h, vb_set1(15)));
-        c[1] = vb_look(vb_lut(kvt_levels_k4), vb_or(vb_and(vb_shr16(q, 2), vb_set1(3)), vb_and(vb_shr16(h, 2), vb_set1(12))));
-        c[2] = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 4), vb_set1(3)), vb_bit(h, 6, 2)));
-        c[3] = vb_look(vb_lut(kvt_levels_k3), vb_or(vb_and(vb_shr16(q, 6), vb_set1(3)), vb_bit(h, 7, 2)));
-    }
-};
-
-// windows of 8 bits in a ring: their low and high halves, and the bytes before those of a vector
-static const int8_t kvt_levels_t2[2][16] = { KVT_LEVELS_T2_LOW, KVT_LEVELS_T2_HIGH };
-static const int8_t kvt_levels_t3[2][16] = { KVT_LEVELS_T3_LOW, KVT_LEVELS_T3_HIGH };
-static const int8_t kvt_levels_t4[2][16] = { KVT_LEVELS_T4_LOW, KVT_LEVELS_T4_HIGH };
-
-static KVT_INLINE vb vb_window(const int8_t (*levels)[16], vb low, vb high) {
-    return vb_add(vb_look(vb_lut(levels[0]), low), vb_look(vb_lut(levels[1]), high));
+static KVT_INLINE vb vb_window(const int8_t * of_low, const int8_t * of_high, vb low, vb high) {
+    return vb_add(vb_look(vb_lut(of_low), low), vb_look(vb_lut(of_high), high));
 }
 
 static KVT_INLINE vb vb_before(vb a) {
@@ -256,9 +209,10 @@ static KVT_INLINE vb vb_before(vb a) {
     return vb_look(a, vb_lut(before));
 }
 
-// a >> n, and above its 8 - n bits the low ones of b, as a nibble
-static KVT_INLINE vb vb_across(vb a, vb b, int n) {
-    return vb_or(vb_and(vb_shr16(a, n), vb_set1((int8_t) (255 >> n))), vb_and(vb_shl16(b, 8 - n), vb_set1((int8_t) (15 & 255 << (8 - n)))));
+// a of `bits` bits >> n, and above what is left the low bits of b, as a nibble
+static KVT_INLINE vb vb_across(vb a, vb b, int n, int bits = 8) {
+    const int left = bits - n, ones = (1 << left) - 1;
+    return vb_or(vb_and(vb_shr16(a, n), vb_set1((int8_t) ones)), vb_and(vb_shl16(b, left), vb_set1((int8_t) (15 & ~ones))));
 }
 
 static KVT_INLINE vb vb_nibble(vb a, int n) {
@@ -269,10 +223,10 @@ struct kvt_row_t2_64 : kvt_row_block<kvt_block_t2_64, 64> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         const vb q = vb_load(KVT_AT(qs), nb), b = vb_before(q);
         const vb n4 = vb_nibble(q, 4), n6 = vb_across(q, b, 6);
-        c[3] = vb_window(kvt_levels_t2, vb_nibble(q, 0), n4);
-        c[2] = vb_window(kvt_levels_t2, vb_nibble(q, 2), n6);
-        c[1] = vb_window(kvt_levels_t2, n4, vb_nibble(b, 0));
-        c[0] = vb_window(kvt_levels_t2, n6, vb_nibble(b, 2));
+        c[3] = vb_window(kvt_low_t2, kvt_high_t2, vb_nibble(q, 0), n4);
+        c[2] = vb_window(kvt_low_t2, kvt_high_t2, vb_nibble(q, 2), n6);
+        c[1] = vb_window(kvt_low_t2, kvt_high_t2, n4, vb_nibble(b, 0));
+        c[0] = vb_window(kvt_low_t2, kvt_high_t2, n6, vb_nibble(b, 2));
     }
 };
 
@@ -280,10 +234,10 @@ struct kvt_row_t3_64 : kvt_row_block<kvt_block_t3_64, 64> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         const vb q = vb_load(KVT_AT(qs), nb), h = vb_halves(KVT_AT(qh), nb), b = vb_before(q);
         const vb above = vb_or(h, vb_shl16(vb_nibble(b, 0), 4)); // bits 8 to 15, as above those of q
-        c[3]           = vb_window(kvt_levels_t3, vb_nibble(q, 0), vb_nibble(q, 4));
-        c[2]           = vb_window(kvt_levels_t3, vb_nibble(q, 3), vb_across(q, h, 7));
-        c[1]           = vb_window(kvt_levels_t3, vb_across(q, h, 6), vb_nibble(above, 2));
-        c[0]           = vb_window(kvt_levels_t3, vb_nibble(above, 1), vb_nibble(b, 1));
+        c[3]           = vb_window(kvt_low_t3, kvt_high_t3, vb_nibble(q, 0), vb_nibble(q, 4));
+        c[2]           = vb_window(kvt_low_t3, kvt_high_t3, vb_nibble(q, 3), vb_across(q, h, 7));
+        c[1]           = vb_window(kvt_low_t3, kvt_high_t3, vb_across(q, h, 6), vb_nibble(above, 2));
+        c[0]           = vb_window(kvt_low_t3, kvt_high_t3, vb_nibble(above, 1), vb_nibble(b, 1));
     }
 };
 
@@ -291,10 +245,46 @@ struct kvt_row_t4_64 : kvt_row_block<kvt_block_t4_64, 64> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         const vb q = vb_load(KVT_AT(qs), nb), h = vb_load(KVT_AT(qh), nb);
         const vb q0 = vb_nibble(q, 0), q4 = vb_nibble(q, 4), h0 = vb_nibble(h, 0), h4 = vb_nibble(h, 4);
-        c[3] = vb_window(kvt_levels_t4, q0, q4);
-        c[2] = vb_window(kvt_levels_t4, q4, h0);
-        c[1] = vb_window(kvt_levels_t4, h0, h4);
-        c[0] = vb_window(kvt_levels_t4, h4, vb_before(q0));
+        c[3] = vb_window(kvt_low_t4, kvt_high_t4, q0, q4);
+        c[2] = vb_window(kvt_low_t4, kvt_high_t4, q4, h0);
+        c[1] = vb_window(kvt_low_t4, kvt_high_t4, h0, h4);
+        c[0] = vb_window(kvt_low_t4, kvt_high_t4, h4, vb_before(q0));
+    }
+};
+
+// group types: their first group is c[0]
+static const int8_t kvt_low_k2[4][16] = KVT_LEVELS_K2_LOW, kvt_high_k2[4][16] = KVT_LEVELS_K2_HIGH;
+static const int8_t kvt_low_k3[3][16] = KVT_LEVELS_K3_LOW, kvt_high_k3[3][16] = KVT_LEVELS_K3_HIGH;
+static const int8_t kvt_low_k4[3][16] = KVT_LEVELS_K4_LOW, kvt_high_k4[3][16] = KVT_LEVELS_K4_HIGH;
+
+struct kvt_row_k2_64 : kvt_row_block<kvt_block_k2_64, 64> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        const vb q = vb_load(KVT_AT(qs), nb), b = vb_before(q);
+        c[3] = vb_window(kvt_low_k2[3], kvt_high_k2[3], vb_nibble(q, 0), vb_nibble(q, 4));
+        c[2] = vb_window(kvt_low_k2[2], kvt_high_k2[2], vb_nibble(q, 1), vb_across(q, b, 5));
+        c[1] = vb_window(kvt_low_k2[1], kvt_high_k2[1], vb_nibble(q, 2), vb_across(q, b, 6));
+        c[0] = vb_window(kvt_low_k2[0], kvt_high_k2[0], vb_nibble(q, 4), vb_nibble(b, 0));
+    }
+};
+
+struct kvt_row_k3_64 : kvt_row_block<kvt_block_k3_64, 64> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        const vb q = vb_load(KVT_AT(qs), nb), h = vb_halves(KVT_AT(qh), nb), b = vb_before(q);
+        c[3] = vb_window(kvt_low_k3[2], kvt_high_k3[2], vb_nibble(q, 0), vb_across(q, b, 4, 6));
+        c[2] = vb_window(kvt_low_k3[1], kvt_high_k3[1], vb_nibble(q, 1), vb_across(q, b, 5, 6));
+        c[1] = vb_window(kvt_low_k3[0], kvt_high_k3[0], vb_across(q, b, 3, 6), vb_nibble(b, 1));
+        c[0] = vb_sub(vb_or(vb_and(q, vb_set1(-64)), vb_shl16(h, 2)), vb_set1(126));
+    }
+};
+
+struct kvt_row_k4_64 : kvt_row_block<kvt_block_k4_64, 64> {
+    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
+        const vb q = vb_load(KVT_AT(qs), nb), h = vb_load(KVT_AT(qh), nb), b = vb_before(q);
+        const vb above = vb_or(vb_and(h, vb_set1(1)), vb_shl16(vb_nibble(b, 0), 1)); // bits 8 to 12, as above those of q
+        c[3]           = vb_window(kvt_low_k4[2], kvt_high_k4[2], vb_nibble(q, 0), vb_nibble(q, 4));
+        c[2]           = vb_window(kvt_low_k4[1], kvt_high_k4[1], vb_nibble(q, 2), vb_across(q, above, 6));
+        c[1]           = vb_window(kvt_low_k4[0], kvt_high_k4[0], vb_across(q, above, 5), vb_nibble(b, 0));
+        c[0]           = vb_sub(vb_or(h, vb_set1(1)), vb_set1(-128));
     }
 };
 

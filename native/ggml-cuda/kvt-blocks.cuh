@@ -76,23 +76,11 @@ constexpr uint32_t kvt_word(const T (&level)[n], int i, int more = 0) {
 
 constexpr int kvt_table_q2[]     = KVT_LEVELS_Q2;
 constexpr int kvt_table_q3[]     = KVT_LEVELS_Q3;
-constexpr int kvt_table_k1[]     = KVT_LEVELS_K1;
-constexpr int kvt_table_k2[]     = KVT_LEVELS_K2;
-constexpr int kvt_table_k3[]     = KVT_LEVELS_K3;
-constexpr int kvt_table_k4[]     = KVT_LEVELS_K4;
 constexpr int kvt_table_iq4_nl[] = KVT_LEVELS_IQ4_NL;
 
 constexpr uint32_t kvt_q2_0     = kvt_word(kvt_table_q2, 0);
 constexpr uint32_t kvt_q3_0     = kvt_word(kvt_table_q3, 0);
 constexpr uint32_t kvt_q3_4     = kvt_word(kvt_table_q3, 4);
-constexpr uint32_t kvt_k1_0     = kvt_word(kvt_table_k1, 0);
-constexpr uint32_t kvt_k2_0     = kvt_word(kvt_table_k2, 0);
-constexpr uint32_t kvt_k3_0     = kvt_word(kvt_table_k3, 0);
-constexpr uint32_t kvt_k3_4     = kvt_word(kvt_table_k3, 4);
-constexpr uint32_t kvt_k4_0     = kvt_word(kvt_table_k4, 0);
-constexpr uint32_t kvt_k4_4     = kvt_word(kvt_table_k4, 4);
-constexpr uint32_t kvt_k4_8     = kvt_word(kvt_table_k4, 8);
-constexpr uint32_t kvt_k4_c     = kvt_word(kvt_table_k4, 12);
 constexpr uint32_t kvt_iq4_nl_0 = kvt_word(kvt_table_iq4_nl, 0);
 constexpr uint32_t kvt_iq4_nl_4 = kvt_word(kvt_table_iq4_nl, 4);
 constexpr uint32_t kvt_iq4_nl_8 = kvt_word(kvt_table_iq4_nl, 8);
@@ -190,79 +178,139 @@ struct kvt_cuda<kvt_codec_q6_32> : kvt_codec_q6_32 {
 };
 
 //
-// group types. A warp reads all groups at once, and a thread the same one of every block: what depends on the group are masks, words
-// of a table, and a choice between two results, not what is done
+// codes on a ring. A warp reads all groups at once, and a thread the same one of every block: what depends on the group are shifts, masks,
+// words of a table, and a choice between two results, not what is done
 //
 
-// 4*code - 126 as int8, from bits 0, 1 and bits 2 to 5 of each code
-KVT_FN uint32_t kvt_levels_k6(uint32_t low, uint32_t high) {
-    return (low << 2 | high << 4) ^ 0x82828282;
+// by halves of windows, one in each byte, four levels. Both halves of one are within 64, and more by that here: so a sum of bytes has no
+// carry, and is more by 128
+template <typename R, int p> struct kvt_words {
+    static constexpr uint32_t low[]  = { kvt_word(R::low[p], 0, 64), kvt_word(R::low[p], 4, 64), kvt_word(R::low[p], 8, 64), kvt_word(R::low[p], 12, 64) };
+    static constexpr uint32_t high[] = { kvt_word(R::high[p], 0, 64), kvt_word(R::high[p], 4, 64), kvt_word(R::high[p], 8, 64), kvt_word(R::high[p], 12, 64) };
+
+    // of the first phase from p on whose group is this one, or of the last
+    KVT_FN void of(unsigned group, uint32_t * words) {
+        constexpr uint32_t all[8] = { low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3] };
+        if constexpr (p + 1 < R::n_phase) {
+            kvt_words<R, p + 1>::of(group, words);
+        }
+        const bool mine = p + 1 == R::n_phase || group == p + 4 - R::n_value;
+        for (int i = 0; i < 8; i++) {
+            words[i] = mine ? all[i] : words[i];
+        }
+    }
+};
+
+template <typename R>
+KVT_FN uint32_t kvt_levels_of_windows(uint32_t window, unsigned group) {
+    uint32_t w[8];
+    kvt_words<R, 0>::of(group, w);
+    const uint32_t low  = kvt_lookup16(w[0], w[1], w[2], w[3], kvt_nibbles(window & 0x0F0F0F0F));
+    const uint32_t high = kvt_lookup16(w[4], w[5], w[6], w[7], kvt_nibbles(window >> 4 & 0x0F0F0F0F));
+    return (low + high) ^ 0x80808080;
+}
+
+// bits shift .. shift + 7 of four numbers in bytes: of their low n_bit bits, and of those above, of which lo and hi are the low eight each
+template <int n_bit = 8>
+KVT_FN uint32_t kvt_windows(uint32_t lo, uint32_t hi, unsigned shift) {
+    const uint32_t mask = (((1u << n_bit) - 1) >> shift) * 0x01010101;
+    return (lo >> shift & mask) | (hi << (n_bit - shift) & ~mask);
+}
+
+// bits of the codes on the ring below those of each group, in bytes
+template <typename R>
+constexpr uint32_t kvt_shifts() {
+    uint32_t res = 0;
+    for (int p = 0; p < R::n_value; p++) {
+        res |= (uint32_t) kvt_bits_after<R>(p) << 8 * (p + 4 - R::n_value);
+    }
+    return res;
+}
+
+template <typename R> constexpr uint32_t kvt_all_shifts = kvt_shifts<R>();
+
+template <typename R>
+KVT_FN unsigned kvt_shift(unsigned group) {
+    return kvt_all_shifts<R> >> 8 * group & 255;
+}
+
+// the bytes of four lanes, and those of the lanes before them
+KVT_FN uint32_t kvt_own(const uint8_t * qs, unsigned i, uint32_t * before) {
+    const unsigned lane = 4 * (i % 4);
+    const uint32_t own  = kvt_load4(qs + lane);
+    *before             = own << 8 | qs[(lane + 15) % 16];
+    return own;
+}
+
+// of 16 values in 8 bytes, the first eight in the low halves
+KVT_FN uint32_t kvt_halves(const uint8_t * qh, unsigned i) {
+    return kvt_load4(qh + 4 * (i % 2)) >> 2 * (i & 2) & 0x0F0F0F0F;
+}
+
+KVT_FN void kvt_write_halves(uint8_t * qh, int j, int own) {
+    const int next = KVT_SHUFFLE(own, 8); // eight values on
+    if (j < 8) {
+        qh[j] = own | next << 4;
+    }
+}
+
+// the bits on the ring of the codes that a thread holds
+template <typename R, int i = 0>
+KVT_FN int kvt_own_bits(const uint8_t * c) {
+    const int bits = c[i + 4 - R::n_value] << kvt_bits_below<R, i>;
+    if constexpr (i + 1 < R::n_value) {
+        return bits | kvt_own_bits<R, i + 1>(c);
+    } else {
+        return bits;
+    }
 }
 
 template <>
 struct kvt_cuda<kvt_codec_k2_64> : kvt_codec_k2_64 {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
-        const unsigned group = i / 4;
-        const uint32_t q     = kvt_load4(x.qs + 4 * (i % 4));
-        const uint32_t bit2  = group == 0 ? 0x04040404 : 0;
-        const uint32_t t0    = group == 0 ? kvt_k4_0 : (group == 1 ? kvt_k2_0 : kvt_k1_0);
-        const uint32_t code  = (q >> 2 * group & 0x03030303) | (q >> 3 & bit2) | (q >> 4 & bit2 << 1);
-        return kvt_lookup16(t0, kvt_k4_4, kvt_k4_8, kvt_k4_c, kvt_nibbles(code));
+        uint32_t       before;
+        const uint32_t own = kvt_own(x.qs, i, &before);
+        return kvt_levels_of_windows<R>(kvt_windows(own, before, kvt_shift<R>(i / 4)), i / 4);
     }
 
     KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        y->qs[j] = (c[0] & 3) | c[1] << 2 | (c[2] | (c[0] >> 1 & 2)) << 4 | (c[3] | (c[0] >> 2 & 2)) << 6;
+        y->qs[j] = kvt_own_bits<R>(c);
     }
 };
 
 template <>
 struct kvt_cuda<kvt_codec_k3_64> : kvt_codec_k3_64 {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
-        const unsigned group = i / 4;
-        const uint32_t q     = kvt_load4(x.qs + 4 * (i % 4));
-        const uint32_t high  = kvt_load4(x.qh + 4 * (i % 2)) >> 2 * (i & 2) & 0x0F0F0F0F;
-        const uint32_t low   = q >> 2 * group & 0x03030303;
-        const uint32_t bit2  = group == 1 ? 0x04040404 : 0;
-        const uint32_t t0    = group == 1 ? kvt_k3_0 : (group == 2 ? kvt_k2_0 : kvt_k1_0);
-        const uint32_t few   = kvt_prmt(t0, kvt_k3_4, kvt_nibbles(low | (q >> 5 & bit2)));
-        const uint32_t many  = kvt_levels_k6(low, high);
-        return group == 0 ? many : few;
+        uint32_t       before;
+        const uint32_t own   = kvt_own(x.qs, i, &before);
+        const uint32_t first = (own & 0xC0C0C0C0) | kvt_halves(x.qh, i) << 2 | 0x02020202; // 4*code + 2
+        const uint32_t other = kvt_levels_of_windows<R>(kvt_windows<6>(own, before, kvt_shift<R>(i / 4)), i / 4);
+        return i / 4 == 0 ? first ^ 0x80808080 : other;
     }
 
     KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        y->qs[j]       = (c[0] & 3) | (c[1] & 3) << 2 | c[2] << 4 | (c[3] | (c[1] >> 1 & 2)) << 6;
-        const int own  = c[0] >> 2;
-        const int next = KVT_SHUFFLE(own, 8); // eight values on
-        if (j < 8) {
-            y->qh[j] = own | next << 4;
-        }
+        y->qs[j] = kvt_own_bits<R>(c) | c[0] >> 4 << 6;
+        kvt_write_halves(y->qh, j, c[0] & 15);
     }
 };
 
 template <>
 struct kvt_cuda<kvt_codec_k4_64> : kvt_codec_k4_64 {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
-        const unsigned group = i / 4;
-        const uint32_t low   = kvt_read2<n>(x.qs, i);
+        uint32_t       before;
+        const uint32_t own   = kvt_own(x.qs, i, &before);
         const uint32_t high  = kvt_load4(x.qh + 4 * (i % 4));
-        const uint32_t bits  = group == 1 ? 0x0C0C0C0C : 0x04040404;
-        const unsigned shift = group == 1 ? 2 : group + 2;
-        const uint32_t t0    = group == 1 ? kvt_k4_0 : kvt_k3_0;
-        const uint32_t t4    = group == 1 ? kvt_k4_4 : kvt_k3_4;
-        const uint32_t few   = kvt_lookup16(t0, t4, kvt_k4_8, kvt_k4_c, kvt_nibbles(low | (high >> shift & bits)));
-        const uint32_t many  = kvt_levels_k6(low, high & 0x0F0F0F0F);
-        return group == 0 ? many : few;
+        const uint32_t above = (high & 0x01010101) | (before & 0x7F7F7F7F) << 1;
+        const uint32_t other = kvt_levels_of_windows<R>(kvt_windows(own, above, kvt_shift<R>(i / 4)), i / 4);
+        return i / 4 == 0 ? (high | 0x01010101) ^ 0x80808080 : other; // 2*code + 1 - 128
     }
 
     KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        kvt_write2<n>(c, y->qs, j);
-        y->qh[j] = c[0] >> 2 | (c[1] >> 2) << 4 | (c[2] >> 2) << 6 | (c[3] >> 2) << 7;
+        const int bits = kvt_own_bits<R>(c);
+        y->qs[j]       = bits;
+        y->qh[j]       = bits >> 8 | c[0] << 1;
     }
 };
-
-//
-// trellis types, for which the same holds: what depends on a value's place are shifts, masks, and a choice between two words
-//
 
 // bits 8 and on of the numbers of four lanes and of those of the lanes before them, whose low bits are given, in bytes: 8 to 15, and 16 to 23
 KVT_FN void kvt_ring_above(const kvt_block_t2_64 &, unsigned, uint32_t before, uint32_t * above) {
@@ -271,7 +319,7 @@ KVT_FN void kvt_ring_above(const kvt_block_t2_64 &, unsigned, uint32_t before, u
 }
 
 KVT_FN void kvt_ring_above(const kvt_block_t3_64 & x, unsigned i, uint32_t before, uint32_t * above) {
-    above[0] = (kvt_load4(x.qh + 4 * (i % 2)) >> 2 * (i & 2) & 0x0F0F0F0F) | (before & 0x0F0F0F0F) << 4;
+    above[0] = kvt_halves(x.qh, i) | (before & 0x0F0F0F0F) << 4;
     above[1] = before >> 4 & 0x0F0F0F0F;
 }
 
@@ -283,44 +331,27 @@ KVT_FN void kvt_ring_above(const kvt_block_t4_64 & x, unsigned i, uint32_t befor
 KVT_FN void kvt_write_above(kvt_block_t2_64 *, int, int) {}
 
 KVT_FN void kvt_write_above(kvt_block_t3_64 * y, int j, int own) {
-    const int next = KVT_SHUFFLE(own, 8); // eight values on
-    if (j < 8) {
-        y->qh[j] = own | next << 4;
-    }
+    kvt_write_halves(y->qh, j, own);
 }
 
 KVT_FN void kvt_write_above(kvt_block_t4_64 * y, int j, int own) {
     y->qh[j] = own;
 }
 
-template <typename block, int k>
-struct kvt_cuda<kvt_codec_t<block, k>> : kvt_codec_t<block, k> {
-    typedef kvt_ring<k> R;
-
-    // both halves of a level are within 64, and more by that here: so a sum of bytes has no carry, and is more by 128
-    static constexpr uint32_t low_0 = kvt_word(R::low, 0, 64), low_4 = kvt_word(R::low, 4, 64), low_8 = kvt_word(R::low, 8, 64), low_c = kvt_word(R::low, 12, 64);
-    static constexpr uint32_t high_0 = kvt_word(R::high, 0, 64), high_4 = kvt_word(R::high, 4, 64), high_8 = kvt_word(R::high, 8, 64), high_c = kvt_word(R::high, 12, 64);
-
+template <typename block, typename ring>
+struct kvt_cuda<kvt_codec_t<block, ring>> : kvt_codec_t<block, ring> {
     KVT_FN uint32_t levels(const block & x, unsigned i) {
-        const unsigned lane   = 4 * (i % 4);
-        const unsigned shift  = k * (3 - i / 4);
-        const uint32_t own    = kvt_load4(x.qs + lane);
-        const uint32_t before = own << 8 | x.qs[(lane + 15) % 16];
-        uint32_t       above[2];
+        const unsigned shift = kvt_shift<ring>(i / 4);
+        uint32_t       before, above[2];
+        const uint32_t own = kvt_own(x.qs, i, &before);
         kvt_ring_above(x, i, before, above);
-        const uint32_t lo     = shift < 8 ? own : above[0];
-        const uint32_t hi     = shift < 8 ? above[0] : above[1];
-        const uint32_t mask   = (0xFF >> shift % 8) * 0x01010101;
-        const uint32_t window = (lo >> shift % 8 & mask) | (hi << (8 - shift % 8) & ~mask);
-        const uint32_t low    = kvt_lookup16(low_0, low_4, low_8, low_c, kvt_nibbles(window & 0x0F0F0F0F));
-        const uint32_t high   = kvt_lookup16(high_0, high_4, high_8, high_c, kvt_nibbles(window >> 4 & 0x0F0F0F0F));
-        return (low + high) ^ 0x80808080;
+        return kvt_levels_of_windows<ring>(kvt_windows(shift < 8 ? own : above[0], shift < 8 ? above[0] : above[1], shift % 8), 0);
     }
 
     KVT_FN void write(const uint8_t * c, block * y, int j) {
-        const int number = c[0] << 3 * k | c[1] << 2 * k | c[2] << k | c[3];
-        y->qs[j]         = number;
-        kvt_write_above(y, j, number >> 8);
+        const int bits = kvt_own_bits<ring>(c);
+        y->qs[j]       = bits;
+        kvt_write_above(y, j, bits >> 8);
     }
 };
 

@@ -3,7 +3,7 @@ be."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -15,30 +15,113 @@ MAGNITUDES = {
 }  # the positive levels; the others mirror them
 
 
-# of the types with four groups of 16 values: bits of a group -> positive levels, what they keep, weight
-GROUPS = {"k2_64": (4, 2, 1, 1), "k3_64": (6, 3, 2, 1), "k4_64": (6, 4, 3, 3)}
-GROUP_LEVELS = {
-    1: (np.array([48], F32), F32(0.6366), F32(1)),
-    2: (np.array([20, 66], F32), F32(0.8825), F32(1.75)),
-    3: (np.array([10, 30, 54, 86], F32), F32(0.9655), F32(3.25)),
-    4: (np.array([5, 15, 25, 36, 49, 62, 80, 105], F32), F32(0.9905), F32(6)),
-    6: (np.arange(2, 127, 4, dtype=F32), F32(1), F32(18)),
-}
+@dataclass(frozen=True)
+class Ring:
+    """Codes of 16*n values in the order of lanes: value i of the first group on the ring, value i of the next, ...
 
-KEPT = {2: F32(0.922), 3: F32(0.978), 4: F32(0.994)}  # of a normal value's energy, by bits of a trellis
-# of the trellis types: levels by the low and the high half of a window of 8 bits
+    bits    of the codes of each group    first, step  bits of the codes of a first group off the ring, and its grid
+    low high  levels of each group by half a window of 8 bits
+    kept    of a normal value's energy    sigma        levels of a standard deviation
+    fine shift  of the search: values and levels times fine/64, costs >> shift
+    """
+
+    bits: tuple[int, ...]
+    low: list[list[int]]
+    high: list[list[int]]
+    kept: tuple[float, ...]
+    sigma: float = 32
+    fine: tuple[int, ...] = (64, 64, 64, 64)
+    shift: tuple[int, ...] = (0, 0, 0, 0)
+    first: int = 0
+    step: int = 0
+
+    @property
+    def n(self) -> int:
+        return len(self.bits)
+
+    def after(self, p: int) -> int:
+        return sum(self.bits[p + 1 :])
+
+
+def _even(bits: int, low: list[int], high: list[int], kept: float) -> Ring:
+    return Ring((bits,) * 4, [low] * 4, [high] * 4, (kept,) * 4)
+
+
 RINGS = {
-    "t2_64": (
+    "t2_64": _even(
+        2,
         [41, -36, 13, -7, -12, 3, -36, 29, 23, -23, -12, 12, -27, -1, 33, 3],
         [-8, -10, -34, 0, -30, 12, 12, 12, 32, 38, -14, -28, 10, -46, 10, 44],
+        0.922,
     ),
-    "t3_64": (
+    "t3_64": _even(
+        3,
         [-14, 19, 3, 42, 10, -29, 29, -6, -8, -31, -19, 4, 13, 43, 25, -53],
         [8, -34, 36, 50, -4, 32, -48, 10, 22, 20, -20, -20, -34, 2, -10, -8],
+        0.978,
     ),
-    "t4_64": (
+    "t4_64": _even(
+        4,
         [-18, 45, -63, 27, -48, -25, 8, -5, 20, 34, -3, -34, 61, 3, -11, 14],
         [12, -10, -20, 28, 28, -32, -24, -42, 6, 0, 44, 2, 14, -6, 20, -16],
+        0.994,
+    ),
+    "k2_64": Ring(
+        (4, 2, 1, 1),
+        [
+            [-23, 32, -13, -64, 42, 24, -6, 8, 17, 15, 5, 63, -15, -2, -40, -31],
+            [10, -46, -13, 44, 11, 41, -34, -9, 34, -11, 11, -42, -46, 11, -12, 44],
+            [36, -24, 16, -23, 34, -44, -12, 48, -36, 34, 26, -26, -30, 39, -49, 4],
+            [28, -26, -27, 19, 25, -9, 21, -42, -27, 31, -30, 29, -13, 23, -28, 32],
+        ],
+        [
+            [-16, 26, -4, 38, 20, -22, -34, -14, -6, 0, 6, -6, -28, 36, 14, -16],
+            [30, 40, 18, -32, 2, 16, 4, 22, -4, -46, -8, 20, -20, -10, -22, 0],
+            [18, 20, 0, -26, 10, -4, 6, -6, 28, -6, -2, 48, -4, -28, -34, -28],
+            [8, 6, -46, 2, 12, -36, 10, -10, -44, 46, 24, 0, 44, -16, -22, 24],
+        ],
+        (0.9933, 0.9220, 0.7392, 0.7516),
+        34.8,
+        (64, 34, 31, 31),
+        (0, 2, 4, 4),
+    ),
+    "k3_64": Ring(
+        (3, 2, 1),
+        [
+            [-59, 53, 8, -17, 34, -6, 17, -33, -8, 13, 32, 58, 30, 2, -42, -22],
+            [17, -44, -4, 40, 46, 21, -32, -9, -5, -6, -45, 29, -42, -10, 9, 41],
+            [30, -28, 15, -35, 28, -35, -35, 33, 25, -29, 28, -36, -24, 21, -41, 31],
+        ],
+        [
+            [-38, -22, -8, 28, -18, 16, -32, 8, 24, -54, 14, -28, -6, 50, 2, -10],
+            [20, 56, 20, -38, 14, -18, 2, 42, -4, -56, -34, 26, -28, 6, -8, -16],
+            [-4, -20, 22, 14, -42, -2, 38, 26, -16, -54, 6, 54, 56, 20, -34, -2],
+        ],
+        (0.9766, 0.9228, 0.7567),
+        39.1,
+        (56, 29, 27),
+        (0, 0, 2),
+        6,
+        4,
+    ),
+    "k4_64": Ring(
+        (4, 3, 2),
+        [
+            [-12, 14, -53, 52, -36, -28, 29, -44, -19, -63, 36, 63, 6, 22, -4, 43],
+            [43, -62, -7, -39, 2, 29, -24, 14, 7, -38, 62, 30, -22, 43, -5, 17],
+            [20, 50, -38, -4, 35, -48, 6, -23, 39, -51, 10, -12, -28, -9, 14, 38],
+        ],
+        [
+            [-54, 22, -12, -6, 10, -30, -34, 30, -2, 18, 20, 6, -24, 50, 32, -20],
+            [54, 38, -6, -8, -38, -42, 12, 4, 24, -52, -26, 12, 0, -2, -16, -22],
+            [14, -26, -18, 32, 40, -44, -32, 22, 18, -50, 2, 36, -20, -10, 52, 0],
+        ],
+        (0.9939, 0.9785, 0.9259),
+        37.5,
+        (60, 31, 32),
+        (0, 0, 2),
+        7,
+        2,
     ),
 }
 
@@ -50,7 +133,7 @@ def fields(name: str) -> tuple[int, int]:
 
 
 def scale_bytes(name: str) -> int:
-    return 1 if name in GROUPS or name in RINGS else 2
+    return 1 if name in RINGS else 2
 
 
 def stored(name: str, d: np.ndarray) -> np.ndarray:
@@ -71,12 +154,9 @@ def quantize(name: str, x: np.ndarray) -> np.ndarray:
     bits, n = fields(name)
     blocks = np.asarray(x, F32).reshape(-1, n)
     with np.errstate(divide="ignore", over="ignore"):
-        if name in GROUPS:
-            d, codes = _groups(blocks, GROUPS[name])
-            packed = _pack_groups(codes, GROUPS[name])
-        elif name in RINGS:
-            d, codes = _trellis(blocks, bits, *RINGS[name])
-            packed = _pack_ring(codes, bits)
+        if name in RINGS:
+            d, codes = (_groups if name[0] == "k" else _trellis)(blocks, RINGS[name])
+            packed = _pack_ring(codes, RINGS[name])
         else:
             d, codes = (_uniform if bits == 6 else _symmetric)(blocks, bits)
             packed = _pack(codes, bits)
@@ -89,12 +169,8 @@ def dequantize(name: str, data: np.ndarray) -> np.ndarray:
     d, blocks = np.split(data.reshape(-1, scale_bytes(name) + n * bits // 8), [scale_bytes(name)], axis=1)
     d = d.astype(np.uint16) << 7 if scale_bytes(name) == 1 else np.ascontiguousarray(d)
     d = d.view(np.float16).astype(F32)
-    if name in GROUPS:
-        codes = _unpack_groups(blocks, GROUPS[name])
-        levels = [_mirrored(GROUP_LEVELS[b][0])[c] for b, c in zip(GROUPS[name], np.hsplit(codes, 4))]
-        return (d * np.hstack(levels)).reshape(len(data), -1)
     if name in RINGS:
-        return (d * _ring_levels(_unpack_ring(blocks, bits), bits, *RINGS[name])).reshape(len(data), -1)
+        return (d * _levels(_unpack_ring(blocks, RINGS[name]), RINGS[name])).reshape(len(data), -1)
     codes = _unpack(blocks, bits)
     levels = _mirrored(MAGNITUDES[bits]) if bits < 6 else np.arange(-32, 32, dtype=F32)
     return (d * levels[codes]).reshape(len(data), -1)
@@ -149,119 +225,134 @@ def _signed(x: np.ndarray, index: np.ndarray, n_level: int) -> np.ndarray:
     return np.where(x < 0, n_level - 1 - index, n_level + index)
 
 
-def _groups(x: np.ndarray, bits: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+def _groups(x: np.ndarray, ring: Ring) -> tuple[np.ndarray, np.ndarray]:
     a = _clean(x)
-    weight = np.repeat([GROUP_LEVELS[b][2] for b in bits], 16)
-
-    def nearest(d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(levels, their index) of each value, group by group."""
-        index, levels = [], []
-        for b, of_group in zip(bits, np.hsplit(a, 4)):
-            table = GROUP_LEVELS[b][0] * GROUP_LEVELS[b][1]
-            if b == 6:
-                scale = np.where(d > F32(1e-30), F32(1) / (F32(4) * d), F32(0))
-                i = np.rint(np.minimum(of_group * scale, F32(31.5)) - F32(0.5)).astype(np.int64)
-            else:
-                i = sum(((of_group > d * (F32(0.5) * (lo + hi))).astype(np.int64) for lo, hi in pairwise(table)), 0)
-                i = np.broadcast_to(i, of_group.shape)
-            index.append(i)
-            levels.append(table[i])
-        return np.hstack(levels), np.hstack(index)
-
-    def refit(d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        for _ in range(2):
-            m = nearest(d)[0]
-            am, mm = _sum(weight * (a * m)), _sum(weight * (m * m))
-            d, gain = am / mm, am * (am / mm)
-        return d, gain
-
-    start = np.sqrt(_sum(a * a) / F32(64)) * (F32(1) / F32(38.5))
-    d, gain = refit(start)
-    for factor in (F32(0.9), F32(1.1)):
-        other = refit(start * factor)
-        d, gain = np.where(other[1] > gain, other, (d, gain))
-    d = _e5m3(d, 126)
-    index = np.hsplit(nearest(d.astype(F32))[1], 4)
-    return d, np.hstack([_signed(v, i, 1 << (b - 1)) for v, i, b in zip(np.hsplit(x, 4), index, bits)])
+    sigma = np.sqrt(_sum(a * a) / F32(64))
+    stored = _e5m3(sigma * (F32(1) / F32(ring.sigma)), 127)
+    d = stored.astype(F32)
+    factor = [F32(fine) / (F32(64) * F32(kept)) for fine, kept in zip(ring.fine, ring.kept)]
+    with np.errstate(invalid="ignore"):
+        inv = np.where(d > 0, np.minimum(F32(1) / d, F32(38) / factor[0] / sigma), F32(0))
+    groups = np.hsplit(a, 4)[4 - ring.n :]
+    on_ring = np.hstack([_searched(of_group, inv * f) for of_group, f in zip(groups, factor)])
+    codes = _search(_in_time(np.where(x[:, -16 * ring.n :] < 0, -on_ring, on_ring), ring.n), ring)
+    if ring.first:
+        half = 1 << (ring.first - 1)
+        scaled = a[:, :16] * inv * (F32(1) / F32(ring.step))
+        index = np.rint(np.minimum(scaled, F32(half - 0.5)) - F32(0.5)).astype(np.int64)
+        codes = np.hstack([_signed(x[:, :16], index, half), codes])
+    return stored, codes
 
 
-def _trellis(x: np.ndarray, k: int, low: list[int], high: list[int]) -> tuple[np.ndarray, np.ndarray]:
+def _trellis(x: np.ndarray, ring: Ring) -> tuple[np.ndarray, np.ndarray]:
     a = _clean(x)
     energy = _sum(a * a)
     sigma = np.sqrt(energy / F32(64))
-    kept = KEPT[k]
+    kept = F32(ring.kept[0])
     expected = _e5m3(sigma * (F32(1) / F32(32) / kept), 127).astype(F32)
     with np.errstate(invalid="ignore"):
-        most = np.where(sigma > F32(1e-30), F32(34) / sigma, F32(0))
+        most = np.where(sigma > F32(1e-30), F32(38) / sigma, F32(0))
         inv = np.where(expected > 0, np.minimum(F32(1) / (kept * expected), most), most)
-    q = np.rint(np.minimum(a * inv, F32(106))).astype(np.int64)
-    codes = _search(_in_time(np.where(x < 0, -q, q)), k, np.array(low), np.array(high))
-    along = _sum(np.where(x < 0, -a, a) * _ring_levels(_from_time(codes), k, low, high).astype(F32))
+    q = _searched(a, inv)
+    codes = _search(_in_time(np.where(x < 0, -q, q), 4), ring)
+    along = _sum(np.where(x < 0, -a, a) * _levels(codes, ring))
     with np.errstate(invalid="ignore"):
         d = np.where(along > 0, energy / along, expected)
-    return _e5m3(d, 127), _from_time(codes)
+    return _e5m3(d, 127), codes
 
 
-def _in_time(x: np.ndarray) -> np.ndarray:
-    """Values of a block in the order of the ring: 0, 16, 32, 48, 1, 17, ..."""
-    return x.reshape(-1, 4, 16).swapaxes(1, 2).reshape(-1, 64)
+def _searched(a: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return np.rint(np.minimum(a * scale, F32(106))).astype(np.int64)
 
 
-def _from_time(x: np.ndarray) -> np.ndarray:
-    return x.reshape(-1, 16, 4).swapaxes(1, 2).reshape(-1, 64)
+def _in_time(x: np.ndarray, n: int) -> np.ndarray:
+    """n groups of values in the order of the ring: 0, 16, 32, 48, 1, 17, ..."""
+    return x.reshape(-1, n, 16).swapaxes(1, 2).reshape(-1, 16 * n)
 
 
-def _search(x: np.ndarray, k: int, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """(n_blocks, 64) integers in the order of the ring -> codes: the best way from a state around to itself, of that
-    state which the best way over the end of the ring goes through there."""
-    n_state, n_over = 1 << (8 - k), 24 // k
-    state = np.arange(n_state)
-    window = state[:, None] | np.arange(1 << k)[None] << (8 - k)  # (state, its predecessor's number)
-    before = window >> k
-    # a quarter of (x - low - high)^2, as the encoder takes it
-    half = high[window >> 4] // 2
+def _from_time(x: np.ndarray, n: int) -> np.ndarray:
+    return x.reshape(-1, 16, n).swapaxes(1, 2).reshape(-1, 16 * n)
+
+
+def _search(x: np.ndarray, ring: Ring) -> np.ndarray:
+    """(n_blocks, 16*n) integers in the order of the ring -> codes, group by group: the best way from a state around to
+    itself, of that state which the best way over the end of the ring goes through there."""
+    n, n_lane = ring.n, -(-24 // sum(ring.bits))
+
+    def way(p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Windows of (a state after this phase, the number of the one before), and their levels' halves as searched."""
+        room = 8 - ring.bits[(p + 1) % n]
+        window = np.arange(1 << room)[:, None] | np.arange(1 << (8 - room)) << room
+        low = (np.array(ring.low[p]) * ring.fine[p] + 32) >> 6
+        high = ((np.array(ring.high[p]) * ring.fine[p] + 64) >> 7) * 2
+        return window, low[window[:, 0] & 15], high[window >> 4] // 2
+
+    ways = [way(p) for p in range(n)]
 
     def run(cost: np.ndarray, times: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """A quarter of (x - low - high)^2 for each, as the encoder takes it."""
         choices = []
         for t in times:
-            u = x[:, t, None] - low[state & 15]
-            ways = cost[:, before] + half * half - u[:, :, None] * half
-            choices.append(ways.argmin(axis=2))
-            cost = ways.min(axis=2) + (u * u >> 2)
+            window, low, half = ways[t % n]
+            shift = ring.shift[t % n]
+            u = x[:, t, None] - low
+            found = cost[:, window >> ring.bits[t % n]] + ((half * half - u[:, :, None] * half) >> shift)
+            choices.append(found.argmin(axis=2))
+            cost = found.min(axis=2) + (u * u >> (2 + shift))
         return cost, choices
 
-    def back(n: np.ndarray, choice: np.ndarray) -> np.ndarray:
-        return before[n, np.take_along_axis(choice, n[:, None], axis=1)[:, 0]]
+    def back(state: np.ndarray, t: int, choice: np.ndarray) -> np.ndarray:
+        return ways[t % n][0][state, np.take_along_axis(choice, state[:, None], axis=1)[:, 0]]
 
-    cost, choices = run(np.zeros((len(x), n_state), np.int64), [*range(64 - n_over, 64), *range(n_over)])
-    n = cost.argmin(axis=1)
-    for choice in reversed(choices[n_over:]):
-        n = back(n, choice)
-    _, choices = run(np.where(state == n[:, None], 0, 16000), list(range(64)))
+    state = np.arange(1 << (8 - ring.bits[0]))
+    over = [*range(16 * n - n_lane * n, 16 * n), *range(n_lane * n)]
+    cost, choices = run(np.zeros((len(x), len(state)), np.int64), over)
+    now = cost.argmin(axis=1)
+    for t in reversed(range(n_lane * n)):
+        now = back(now, t, choices[n_lane * n + t]) >> ring.bits[t % n]
+    _, choices = run(np.where(state == now[:, None], 0, 16000), list(range(16 * n)))
     codes = np.empty_like(x)
-    for t in reversed(range(64)):
-        codes[:, t] = n & ((1 << k) - 1)
-        n = back(n, choices[t])
-    return codes
+    for t in reversed(range(16 * n)):
+        window = back(now, t, choices[t])
+        codes[:, t] = window & ((1 << ring.bits[t % n]) - 1)
+        now = window >> ring.bits[t % n]
+    return _from_time(codes, n)
 
 
-def _ring_levels(codes: np.ndarray, k: int, low: list[int], high: list[int]) -> np.ndarray:
-    ring = _in_time(codes)
-    window = sum(np.roll(ring, i, axis=1) << (k * i) for i in range(-(-8 // k))) & 255
-    return _from_time(np.array(low)[window & 15] + np.array(high)[window >> 4]).astype(F32)
+def _numbers(codes: np.ndarray, ring: Ring) -> np.ndarray:
+    """(n_blocks, 16) bits of each lane's codes on the ring."""
+    return sum(c << ring.after(p) for p, c in enumerate(np.hsplit(codes, 4)[4 - ring.n :]))
 
 
-def _pack_ring(codes: np.ndarray, k: int) -> np.ndarray:
-    number = sum(codes.reshape(-1, 4, 16)[:, p] << (k * (3 - p)) for p in range(4))
+def _levels(codes: np.ndarray, ring: Ring) -> np.ndarray:
+    own = _numbers(codes, ring)
+    bits = np.roll(own, 1, axis=1) << sum(ring.bits) | own
+    windows = [bits >> ring.after(p) & 255 for p in range(ring.n)]
+    levels = [np.array(low)[w & 15] + np.array(high)[w >> 4] for w, low, high in zip(windows, ring.low, ring.high)]
+    if ring.first:
+        levels.insert(0, ring.step * codes[:, :16] + ring.step // 2 - (ring.step << (ring.first - 1)))
+    return np.hstack(levels).astype(F32)
+
+
+def _pack_ring(codes: np.ndarray, ring: Ring) -> np.ndarray:
+    number, first = _numbers(codes, ring), codes[:, :16]
+    width = sum(ring.bits)
+    if ring.first:  # in 12 or 16 bits: those of the ring, then of the first group
+        number = number | (first >> 4) << 6 | (first & 15) << 8 if width == 6 else number | first << width
+        width += ring.first
     high = number >> 8
-    extra = {2: [], 3: [high[:, :8] | high[:, 8:] << 4], 4: [high]}[k]
+    extra = {8: [], 12: [high[:, :8] | high[:, 8:] << 4], 16: [high]}[width]
     return np.hstack([number & 255, *extra]).astype(np.uint8)
 
 
-def _unpack_ring(data: np.ndarray, k: int) -> np.ndarray:
+def _unpack_ring(data: np.ndarray, ring: Ring) -> np.ndarray:
     low, high = np.split(data.astype(np.int64), [16], axis=1)
-    number = low | (np.hstack([high & 15, high >> 4]) if k == 3 else high if k == 4 else 0) << 8
-    return np.hstack([number >> (k * (3 - p)) & ((1 << k) - 1) for p in range(4)])
+    width = ring.first + sum(ring.bits)
+    number = low | (np.hstack([high & 15, high >> 4]) if width == 12 else high if width == 16 else 0) << 8
+    codes = [number >> ring.after(p) & ((1 << b) - 1) for p, b in enumerate(ring.bits)]
+    if ring.first:
+        codes.insert(0, number >> 8 | (number >> 6 & 3) << 4 if width == 12 else number >> 9)
+    return np.hstack(codes)
 
 
 def _uniform(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -304,41 +395,3 @@ def _unpack(data: np.ndarray, bits: int) -> np.ndarray:
         return low | _unpack(data[:, n // 2 :], 2) << 4
     two = np.hstack([data[:, : n // 4] >> 2 * j & 3 for j in range(4)])
     return two if bits == 2 else two | np.unpackbits(data[:, n // 4 :], axis=1, bitorder="little") << 2
-
-
-def _places(bits: tuple[int, ...], i: int) -> list[list[tuple[int, int]]]:
-    """Where the bits of the codes of value i of each group lie: (byte, bit), from the lowest bit."""
-    low = [[(i, 2 * g), (i, 2 * g + 1)] for g in range(4)]
-    if bits == GROUPS["k2_64"]:
-        return [[*low[0], low[2][1], low[3][1]], low[1], low[2][:1], low[3][:1]]
-    if bits == GROUPS["k3_64"]:
-        high = [(16 + i % 8, 4 * (i // 8) + b) for b in range(4)]
-        return [[*low[0], *high], [*low[1], low[3][1]], low[2], low[3][:1]]
-    return [
-        [*low[0], *((16 + i, b) for b in range(4))],
-        [*low[1], (16 + i, 4), (16 + i, 5)],
-        [*low[2], (16 + i, 6)],
-        [*low[3], (16 + i, 7)],
-    ]
-
-
-def _each_bit(bits: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
-    """(value, bit of its code, byte after the scale, bit of it) of every stored bit."""
-    for i in range(16):
-        for g, places in enumerate(_places(bits, i)):
-            for bit, (byte, at) in enumerate(places):
-                yield 16 * g + i, bit, byte, at
-
-
-def _pack_groups(codes: np.ndarray, bits: tuple[int, ...]) -> np.ndarray:
-    data = np.zeros((len(codes), 16 * sum(bits) // 8), np.uint8)
-    for value, bit, byte, at in _each_bit(bits):
-        data[:, byte] |= ((codes[:, value] >> bit & 1) << at).astype(np.uint8)
-    return data
-
-
-def _unpack_groups(data: np.ndarray, bits: tuple[int, ...]) -> np.ndarray:
-    codes = np.zeros((len(data), 64), np.int64)
-    for value, bit, byte, at in _each_bit(bits):
-        codes[:, value] |= (data[:, byte].astype(np.int64) >> at & 1) << bit
-    return codes

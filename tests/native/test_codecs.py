@@ -22,18 +22,21 @@ one_step_types = pytest.mark.parametrize(
 quantized_types = pytest.mark.parametrize("name", [name for name, c in CODECS.items() if c.block_size > 1])
 RMS_ERROR = {
     **{"q6_32": 0.0204, "q3_32": 0.164, "q3_64": 0.176, "q2_32": 0.347, "q2_64": 0.356},
-    **{"k4_64": 0.133, "k3_64": 0.424, "k2_64": 0.564},
+    **{"k4_64": 0.175, "k3_64": 0.334, "k2_64": 0.448},
     **{"t4_64": 0.079, "t3_64": 0.152, "t2_64": 0.298},
 }
 """Our types: relative RMS error on normal values that they must not exceed. Measured: .0202, .1628, .1747, .3448,
-.3543, .1322, .4224, .5621, .0784, .1510, .2976."""
+.3543, .1730, .3315, .4449, .0784, .1510, .2976."""
 GROUP_ERROR = {
-    "k4_64": (0.0009, 0.008, 0.031, 0.031),
-    "k3_64": (0.0009, 0.031, 0.126, 0.56),
-    "k2_64": (0.0078, 0.126, 0.57, 0.57),
+    "k4_64": (0.0003, 0.0075, 0.0255, 0.088),
+    "k3_64": (0.001, 0.027, 0.089, 0.33),
+    "k2_64": (0.0077, 0.0915, 0.36, 0.34),
 }
-"""Mean squared error of the four groups, of values of variance 1. Measured: .0009 .0078 .0308 .0304, .0009 .0304 .1249
-.5573, .0075 .1244 .5639 .5678."""
+"""Mean squared error of the four groups, of values of variance 1. Measured: .0003 .0073 .0252 .0870, .0010 .0266 .0879
+.3241, .0075 .0903 .3568 .3371."""
+LENGTH = {"k3_64": (0.99, 0.98, 0.95, 0.91), "k2_64": (0.99, 0.97, 0.90, 0.88)}
+"""Of the groups of K, whose error matters more than their length where they have few bits. Measured: 1.00 .99 .96 .92,
+1.00 .98 .91 .89."""
 
 NUMBERS = {
     "q2_64": 200,
@@ -123,8 +126,12 @@ def test_the_first_group_is_the_most_precise(name):
 def test_low_bits_do_not_make_values_shorter(name):
     """Attention averages errors away, but not a bias."""
     x = values(seed=9, n_rows=2000)
-    kept = (x * native.round_trip(name, x)).sum() / np.square(x).sum()
-    assert abs(kept - 1) < 0.01  # with the scale of the least squared error: .88 at 2 bits, .965 at 3
+    kept = (x * native.round_trip(name, x)).reshape(-1, 4, 16).sum(axis=(0, 2))
+    kept /= np.square(x).reshape(-1, 4, 16).sum(axis=(0, 2))
+    if name in LENGTH:
+        assert (LENGTH[name] < kept).all() and (kept < 1.01).all()
+    else:
+        assert abs(kept.mean() - 1) < 0.01  # with the scale of the least squared error: .88 at 2 bits, .965 at 3
 
 
 @every_type
@@ -212,6 +219,10 @@ def hard_values():
     x[15] = np.abs(x[15])
     x[16, 1:] = 0.0
     x[17, :63] = -1e-30
+    for group in range(4):  # all of a block's energy, as high costs as a way may have
+        x[18 + group, np.arange(64) // 16 != group] = 0.0
+        x[22 + group] = np.where(np.arange(64) // 16 == group, np.sign(x[22 + group]), 0.0)
+    x[26] = np.where(np.arange(64) % 16 == 0, x[26] * 1e3, x[26])
     return x
 
 

@@ -21,7 +21,7 @@ from kvtuner_gguf.kvectors import KVectors
 
 every_way = pytest.mark.parametrize("way", BASES)
 NO_PAIRS = (np.arange(0), np.arange(0))
-BITS = {"k4_64": (6, 4, 3, 3), "k3_64": (6, 3, 2, 1), "k2_64": (4, 2, 1, 1), "t3_64": (3, 3, 3, 3)}
+BITS = {"k4_64": (7, 4, 3, 2), "k3_64": (6, 3, 2, 1), "k2_64": (4, 2, 1, 1), "t3_64": (3, 3, 3, 3)}
 
 
 def levels(bits, n_step=200):
@@ -37,7 +37,7 @@ def levels(bits, n_step=200):
     return found
 
 
-LEVELS = {bits: levels(bits) for bits in (1, 2, 3, 4, 6)}
+LEVELS = {bits: levels(bits) for bits in (1, 2, 3, 4, 6, 7)}
 
 
 def round_trip(name, rows):
