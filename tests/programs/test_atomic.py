@@ -229,6 +229,33 @@ with orderly():
 
 
 @posix
+def test_a_signal_during_an_import_ends_the_program_once_that_is_done(tmp_path):
+    """numpy.random's modules, among others, ignore any exception of what they register themselves with."""
+    (tmp_path / "careless.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nexcept:\n    pass\n"
+    )
+    (tmp_path / "program.py").write_text(
+        """
+from kvtuner_gguf.interrupts import orderly
+with orderly():
+    try:
+        import careless
+        print("imported", flush=True)
+        import time
+        time.sleep(60)
+    finally:
+        print("cleared up", flush=True)
+"""
+    )
+    start = time.monotonic()
+    for how in (["program.py"], ["-c", "import program"]):
+        result = subprocess.run([sys.executable, *how], capture_output=True, text=True, cwd=tmp_path)
+        assert result.stdout == "imported\ncleared up\n" and result.returncode == 128 + signal.SIGTERM, result
+        assert result.stderr == ""
+    assert time.monotonic() - start < 30
+
+
+@posix
 def test_a_signal_that_is_ignored_stays_so():
     program = """
 import os, signal
