@@ -50,7 +50,7 @@ def orderly() -> Iterator[None]:
 
 
 def _end(block: FrameType, number: int, frame: FrameType | None) -> None:
-    if _would_be_lost(frame, block):  # once more, when C code has come back
+    if _would_be_lost(frame, block):  # once more, when that is over
         again = threading.Timer(_AGAIN_S, _send, (number,))
         again.daemon = True
         again.start()

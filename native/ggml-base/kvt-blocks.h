@@ -105,6 +105,11 @@ KVT_FN float kvt_least(float a, float b) {
     return a < b ? a : b;
 }
 
+// to the nearest integer, of numbers below 2^22: by 1.5*2^23
+KVT_FN float kvt_round(float v) {
+    return (v + 12582912.0f) - 12582912.0f;
+}
+
 // the nearest f16 that is a kvt_e5m3, of a number that is not negative; times level it is within f16's range
 KVT_FN kvt_half kvt_to_e5m3(float v, float level) {
     return (kvt_half) ((kvt_to_half(kvt_least(v, 65504.0f / level)) + 64) & ~127);
@@ -316,7 +321,7 @@ struct kvt_codec_q6_32 {
             float v = x[i] * inv;
             v       = v > -32.0f ? v : -32.0f;
             v       = v < 31.0f ? v : 31.0f;
-            q[i]    = (v + 12582912.0f) - 12582912.0f; // 1.5*2^23
+            q[i]    = kvt_round(v);
         }
     }
 

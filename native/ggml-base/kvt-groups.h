@@ -4,42 +4,12 @@
 
 #include "kvt-trellis.h"
 
-static inline void kvt_pack_k(int i, int bits, int, kvt_block_k2_64 * y) {
-    y->qs[i] = (uint8_t) bits;
-}
-
-static inline void kvt_pack_k(int i, int bits, int first, kvt_block_k3_64 * y) {
-    y->qs[i]     = (uint8_t) (bits | first >> 4 << 6);
-    y->qh[i % 8] = (uint8_t) (i < 8 ? first & 15 : y->qh[i % 8] | (first & 15) << 4);
-}
-
-static inline void kvt_pack_k(int i, int bits, int first, kvt_block_k4_64 * y) {
-    y->qs[i] = (uint8_t) bits;
-    y->qh[i] = (uint8_t) (bits >> 8 | first << 1);
-}
-
-// the bits on the ring; c: that of the first group
-static inline int kvt_unpack_k(int i, const kvt_block_k2_64 * x, int *) {
-    return x->qs[i];
-}
-
-static inline int kvt_unpack_k(int i, const kvt_block_k3_64 * x, int * first) {
-    *first = (x->qh[i % 8] >> (i < 8 ? 0 : 4) & 15) | x->qs[i] >> 6 << 4;
-    return x->qs[i] & 63;
-}
-
-static inline int kvt_unpack_k(int i, const kvt_block_k4_64 * x, int * first) {
-    *first = x->qh[i] >> 1;
-    return x->qs[i] | (x->qh[i] & 1) << 8;
-}
-
-// K in groups of 16 values; of the first, codes of `bits` bits stand for odd multiples of half a step, if it is not on the ring
-template <typename block, typename ring, int bits, int step>
-struct kvt_codec_k {
-    static const int n = 64;
-    typedef block    block_t;
-    typedef ring     R;
-    static const int n_first = 4 - R::n_value; // groups that are not on the ring
+template <typename block, typename ring>
+struct kvt_codec_k : kvt_codec_ring<block, ring> {
+    typedef ring                        R;
+    typedef kvt_codec_ring<block, ring> C;
+    using C::n;
+    using C::n_first;
 
     // of a phase: from values in levels to those of the search
     template <int p> static constexpr float to_search = R::fine[p] / (64.0f * R::kept[p]);
@@ -68,35 +38,16 @@ struct kvt_codec_k {
         on_ring<T>(x + n_first * n_group, a + n_first * n_group, inv, q);
         kvt_ways<R, T>::find(q, c + n_first * n_group, m);
         if constexpr (n_first > 0) {
-            const float half = 1 << (bits - 1);
+            const float half = 1 << (C::bits - 1);
             for (int i = 0; i < n_group; i++) {
-                const float r = (kvt_least(a[i] * inv * (1.0f / step), half - 0.5f) - 0.5f + 12582912.0f) - 12582912.0f; // 1.5*2^23: to the nearest
+                const float r = kvt_round(kvt_least(a[i] * inv * (1.0f / C::step), half - 0.5f) - 0.5f);
                 c[i]          = (uint8_t) (x[i] < 0.0f ? half - 1 - r : half + r);
             }
         }
         return d;
     }
-
-    static void levels(const block * x, int8_t * l) {
-        int first  = 0;
-        int before = kvt_unpack_k(15, x, &first);
-        for (int i = 0; i < 16; i++) {
-            const int own = kvt_unpack_k(i, x, &first);
-            if constexpr (n_first > 0) {
-                l[i] = (int8_t) (step * first + step / 2 - (step << (bits - 1)));
-            }
-            kvt_levels_on_ring<R>(before, own, l + 16 * n_first + i);
-            before = own;
-        }
-    }
-
-    static void pack(const uint8_t * c, block * y) {
-        for (int i = 0; i < 16; i++) {
-            kvt_pack_k(i, kvt_bits_on_ring<R>(c + 16 * n_first + i), c[i], y);
-        }
-    }
 };
 
-typedef kvt_codec_k<kvt_block_k2_64, kvt_ring_k2, 0, 0> kvt_codec_k2_64;
-typedef kvt_codec_k<kvt_block_k3_64, kvt_ring_k3, 6, 4> kvt_codec_k3_64;
-typedef kvt_codec_k<kvt_block_k4_64, kvt_ring_k4, 7, 2> kvt_codec_k4_64;
+typedef kvt_codec_k<kvt_block_k2_64, kvt_ring_k2> kvt_codec_k2_64;
+typedef kvt_codec_k<kvt_block_k3_64, kvt_ring_k3> kvt_codec_k3_64;
+typedef kvt_codec_k<kvt_block_k4_64, kvt_ring_k4> kvt_codec_k4_64;

@@ -36,27 +36,24 @@ constexpr uint64_t kvt_bytes(const int16_t * level, int i) {
 //            scale costs the groups with few bits less than it gives the others, by the error of attention
 //   fine     in 64ths, and shift: in the search, a value and its levels are taken times fine/64, and a cost >> shift. So costs have the
 //            weights that errors have: for groups the inverse of what a normal value's is
-struct kvt_ring_t2 {
-    static const int         n_value = 4, n_phase = 1;
-    static constexpr int     bits[] = { 2 }, fine[] = { 64 }, shift[] = { 0 };
+template <int k> struct kvt_ring_even {
+    static const int       n_value = 4, n_phase = 1;
+    static constexpr int   bits[] = { k }, fine[] = { 64 }, shift[] = { 0 };
+    static constexpr float sigma = 32.0f;
+};
+
+struct kvt_ring_t2 : kvt_ring_even<2> {
     static constexpr float   kept[]    = { 0.922f };
-    static constexpr float   sigma     = 32.0f;
     static constexpr int16_t low[][16] = { KVT_LEVELS_T2_LOW }, high[][16] = { KVT_LEVELS_T2_HIGH };
 };
 
-struct kvt_ring_t3 {
-    static const int         n_value = 4, n_phase = 1;
-    static constexpr int     bits[] = { 3 }, fine[] = { 64 }, shift[] = { 0 };
+struct kvt_ring_t3 : kvt_ring_even<3> {
     static constexpr float   kept[]    = { 0.978f };
-    static constexpr float   sigma     = 32.0f;
     static constexpr int16_t low[][16] = { KVT_LEVELS_T3_LOW }, high[][16] = { KVT_LEVELS_T3_HIGH };
 };
 
-struct kvt_ring_t4 {
-    static const int         n_value = 4, n_phase = 1;
-    static constexpr int     bits[] = { 4 }, fine[] = { 64 }, shift[] = { 0 };
+struct kvt_ring_t4 : kvt_ring_even<4> {
     static constexpr float   kept[]    = { 0.994f };
-    static constexpr float   sigma     = 32.0f;
     static constexpr int16_t low[][16] = { KVT_LEVELS_T4_LOW }, high[][16] = { KVT_LEVELS_T4_HIGH };
 };
 
@@ -402,52 +399,81 @@ static inline void kvt_levels_on_ring(uint32_t before, uint32_t own, int8_t * l)
     }
 }
 
-template <typename R>
-static inline int kvt_bits_on_ring(const uint8_t * c) {
-    int bits = 0;
-    for (int i = 0; i < R::n_value; i++) {
-        bits |= c[16 * i] << kvt_bits_after<R>(i);
+// of the codes of a lane on the ring, a stride apart
+template <typename R, int stride, int i = 0>
+KVT_FN int kvt_bits_on_ring(const uint8_t * c) {
+    const int bits = c[stride * i] << kvt_bits_below<R, i>;
+    if constexpr (i + 1 < R::n_value) {
+        return bits | kvt_bits_on_ring<R, stride, i + 1>(c);
+    } else {
+        return bits;
     }
-    return bits;
 }
 
-// a value in the search: times scale, to the nearest, by 1.5*2^23; a is its |x|
+// a value in the search: times scale, to the nearest; a is its |x|
 KVT_FN int16_t kvt_on_ring(float x, float a, float scale) {
-    const float r = (kvt_least(a * scale, KVT_RING_MAX) + 12582912.0f) - 12582912.0f;
+    const float r = kvt_round(kvt_least(a * scale, KVT_RING_MAX));
     return (int16_t) (x < 0.0f ? -r : r);
 }
 
-static inline void kvt_pack_ring(int i, int bits, kvt_block_t2_64 * y) {
-    y->qs[i] = (uint8_t) bits;
+// bytes of a block that hold what is above the low eight bits of its lanes' numbers (kvt-types.h)
+template <typename block> constexpr int kvt_n_high = sizeof(block) - sizeof(block::d) - sizeof(block::qs);
+
+template <typename block>
+static inline void kvt_pack_lane(int i, int number, block * y) {
+    y->qs[i] = (uint8_t) number;
+    if constexpr (kvt_n_high<block> == 8) {
+        y->qh[i % 8] = (uint8_t) (i < 8 ? number >> 8 : y->qh[i % 8] | number >> 8 << 4);
+    } else if constexpr (kvt_n_high<block> == 16) {
+        y->qh[i] = (uint8_t) (number >> 8);
+    }
 }
 
-static inline int kvt_unpack_ring(int i, const kvt_block_t2_64 * x) {
-    return x->qs[i];
+template <typename block>
+static inline int kvt_unpack_lane(int i, const block * x) {
+    if constexpr (kvt_n_high<block> == 8) {
+        return x->qs[i] | (x->qh[i % 8] >> (i < 8 ? 0 : 4) & 15) << 8;
+    } else if constexpr (kvt_n_high<block> == 16) {
+        return x->qs[i] | x->qh[i] << 8;
+    } else {
+        return x->qs[i];
+    }
 }
 
-static inline void kvt_pack_ring(int i, int bits, kvt_block_t3_64 * y) {
-    y->qs[i]     = (uint8_t) bits;
-    y->qh[i % 8] = (uint8_t) (i < 8 ? bits >> 8 : y->qh[i % 8] | bits >> 8 << 4);
-}
-
-static inline int kvt_unpack_ring(int i, const kvt_block_t3_64 * x) {
-    return x->qs[i] | (x->qh[i % 8] >> (i < 8 ? 0 : 4) & 15) << 8;
-}
-
-static inline void kvt_pack_ring(int i, int bits, kvt_block_t4_64 * y) {
-    y->qs[i] = (uint8_t) bits;
-    y->qh[i] = (uint8_t) (bits >> 8);
-}
-
-static inline int kvt_unpack_ring(int i, const kvt_block_t4_64 * x) {
-    return x->qs[i] | x->qh[i] << 8;
-}
-
+// a block on a ring, and its first group, if that is not on it: its codes stand for odd multiples of half a step
 template <typename block, typename ring>
-struct kvt_codec_t {
+struct kvt_codec_ring {
     static const int n = 64;
     typedef block    block_t;
     typedef ring     R;
+
+    static const int n_bit = kvt_bits_of_lane<R>, n_first = 4 - R::n_value; // of a lane on the ring; groups that are not
+    static const int bits = (16 + kvt_n_high<block>) / 2 - n_bit, step = 256 >> bits;
+
+    static void levels(const block * x, int8_t * l) {
+        uint32_t before = kvt_unpack_lane(15, x);
+        for (int i = 0; i < 16; i++) {
+            const uint32_t own = kvt_unpack_lane(i, x);
+            if (n_first > 0) {
+                l[i] = (int8_t) (step * (own >> n_bit) + step / 2 - 128);
+            }
+            kvt_levels_on_ring<R>(before, own & ((1 << n_bit) - 1), l + 16 * n_first + i);
+            before = own;
+        }
+    }
+
+    static void pack(const uint8_t * c, block * y) {
+        for (int i = 0; i < 16; i++) {
+            const int first = n_first > 0 ? c[i] << n_bit : 0;
+            kvt_pack_lane(i, first | kvt_bits_on_ring<R, 16>(c + 16 * n_first + i), y);
+        }
+    }
+};
+
+template <typename block, typename ring>
+struct kvt_codec_t : kvt_codec_ring<block, ring> {
+    typedef ring R;
+    using kvt_codec_ring<block, ring>::n;
 
     // as kvt_codec_levels: the scale that is stored is that with sum(x*x^) = sum(x*x), but for its rounding. What that takes from it or
     // gives to it is known before, as a rule, and the codes are chosen for it
@@ -472,21 +498,6 @@ struct kvt_codec_t {
         }
         const float along = kvt_sum<n_own, T>(v);
         return kvt_to_e5m3(along > 0.0f ? all / along : d, 127.0f);
-    }
-
-    static void levels(const block * x, int8_t * l) {
-        uint32_t before = kvt_unpack_ring(15, x);
-        for (int i = 0; i < 16; i++) {
-            const uint32_t own = kvt_unpack_ring(i, x);
-            kvt_levels_on_ring<R>(before, own, l + i);
-            before = own;
-        }
-    }
-
-    static void pack(const uint8_t * c, block * y) {
-        for (int i = 0; i < 16; i++) {
-            kvt_pack_ring(i, kvt_bits_on_ring<R>(c + i), y);
-        }
     }
 };
 

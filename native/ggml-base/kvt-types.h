@@ -52,15 +52,14 @@
 // trellis types: the codes of a block are a ring of bits, 2, 3 or 4 for each value, and the level of a value is that of the 8 bits that end
 // with its own: LOW[window & 15] + HIGH[window >> 4]. So a value has 256 levels, of which its neighbours leave it 4, 8 or 16, and the
 // encoder chooses the way around. The order on the ring is value 0, 16, 32, 48, 1, 17, ...; the first of a value's bits is its highest
-// Bits of four values i, i + 16, i + 32, i + 48, a number of 8, 12 or 16 bits: the low 8 are qs[i];
-// 3 bits: its bits 8 to 11 are in qh, of i below 8 in the low half of byte i, of others in the high half of byte i - 8; 4 bits: qh[i]
 //
 // group types: values 0..15 of a block are its first group, and so on; bits of a code are 4,2,1,1, or 6,3,2,1, or 7,4,3,2. K is such
 // that its channels have one variance and come in order of what they matter, see kvt-cond.h. The groups are on such a ring, but for the
-// first of k3_64 and k4_64, with levels 4*code - 126 and 2*code - 127. Bits of the values i of the groups on the ring:
-// k2_64: 8, qs[i]; k3_64: 6, the low ones of qs[i]; k4_64: 9, qs[i] and the lowest of qh[i]. Bits of the first group's code:
-// k3_64: the low four in qh, of i below 8 in the low half of byte i, of others in the high half of byte i - 8; the others above those of
-// the ring in qs[i]. k4_64: above that of the ring in qh[i]
+// first of k3_64 and k4_64, with levels 4*code - 126 and 2*code - 127
+//
+// bits of values i, i + 16, i + 32, i + 48, of both: those on the ring are a number, and a first group's code that is not on it is above
+// them. The low 8 of its 8, 12 or 16 bits are qs[i]; of 12 bits, the others are in qh, of i below 8 in the low half of byte i, of others
+// in the high half of byte i - 8; of 16 bits, they are qh[i]
 //
 // d, a byte: bits 7 to 14 of an f16, which are its exponent and the first three bits of its fraction. No scale is negative
 // qs, 2 bits: bits 2j, 2j+1 of byte i are those of value i + j*sizeof(qs)

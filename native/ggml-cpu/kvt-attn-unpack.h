@@ -273,7 +273,7 @@ struct kvt_row_k3_64 : kvt_row_block<kvt_block_k3_64, 64> {
         c[3] = vb_window(kvt_low_k3[2], kvt_high_k3[2], vb_nibble(q, 0), vb_across(q, b, 4, 6));
         c[2] = vb_window(kvt_low_k3[1], kvt_high_k3[1], vb_nibble(q, 1), vb_across(q, b, 5, 6));
         c[1] = vb_window(kvt_low_k3[0], kvt_high_k3[0], vb_across(q, b, 3, 6), vb_nibble(b, 1));
-        c[0] = vb_sub(vb_or(vb_and(q, vb_set1(-64)), vb_shl16(h, 2)), vb_set1(126));
+        c[0] = vb_sub(vb_or(vb_and(vb_shr16(q, 4), vb_set1(12)), vb_shl16(h, 4)), vb_set1(126));
     }
 };
 

@@ -247,21 +247,20 @@ KVT_FN uint32_t kvt_halves(const uint8_t * qh, unsigned i) {
     return kvt_load4(qh + 4 * (i % 2)) >> 2 * (i & 2) & 0x0F0F0F0F;
 }
 
-KVT_FN void kvt_write_halves(uint8_t * qh, int j, int own) {
-    const int next = KVT_SHUFFLE(own, 8); // eight values on
-    if (j < 8) {
-        qh[j] = own | next << 4;
-    }
-}
-
-// the bits on the ring of the codes that a thread holds
-template <typename R, int i = 0>
-KVT_FN int kvt_own_bits(const uint8_t * c) {
-    const int bits = c[i + 4 - R::n_value] << kvt_bits_below<R, i>;
-    if constexpr (i + 1 < R::n_value) {
-        return bits | kvt_own_bits<R, i + 1>(c);
-    } else {
-        return bits;
+// the number of a thread's lane
+template <typename C>
+KVT_FN void kvt_write_lane(const uint8_t * c, typename C::block_t * y, int j) {
+    const int first  = C::n_first > 0 ? c[0] << C::n_bit : 0;
+    const int number = first | kvt_bits_on_ring<typename C::R, 1>(c + C::n_first);
+    y->qs[j]         = number;
+    if constexpr (kvt_n_high<typename C::block_t> == 8) {
+        const int own  = number >> 8;
+        const int next = KVT_SHUFFLE(own, 8); // eight lanes on
+        if (j < 8) {
+            y->qh[j] = own | next << 4;
+        }
+    } else if constexpr (kvt_n_high<typename C::block_t> == 16) {
+        y->qh[j] = number >> 8;
     }
 }
 
@@ -274,7 +273,7 @@ struct kvt_cuda<kvt_codec_k2_64> : kvt_codec_k2_64 {
     }
 
     KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        y->qs[j] = kvt_own_bits<R>(c);
+        kvt_write_lane<kvt_codec_k2_64>(c, y, j);
     }
 };
 
@@ -283,14 +282,13 @@ struct kvt_cuda<kvt_codec_k3_64> : kvt_codec_k3_64 {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         uint32_t       before;
         const uint32_t own   = kvt_own(x.qs, i, &before);
-        const uint32_t first = (own & 0xC0C0C0C0) | kvt_halves(x.qh, i) << 2 | 0x02020202; // 4*code + 2
+        const uint32_t first = (own >> 4 & 0x0C0C0C0C) | kvt_halves(x.qh, i) << 4 | 0x02020202; // 4*code + 2
         const uint32_t other = kvt_levels_of_windows<R>(kvt_windows<6>(own, before, kvt_shift<R>(i / 4)), i / 4);
         return i / 4 == 0 ? first ^ 0x80808080 : other;
     }
 
     KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        y->qs[j] = kvt_own_bits<R>(c) | c[0] >> 4 << 6;
-        kvt_write_halves(y->qh, j, c[0] & 15);
+        kvt_write_lane<kvt_codec_k3_64>(c, y, j);
     }
 };
 
@@ -306,9 +304,7 @@ struct kvt_cuda<kvt_codec_k4_64> : kvt_codec_k4_64 {
     }
 
     KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        const int bits = kvt_own_bits<R>(c);
-        y->qs[j]       = bits;
-        y->qh[j]       = bits >> 8 | c[0] << 1;
+        kvt_write_lane<kvt_codec_k4_64>(c, y, j);
     }
 };
 
@@ -328,16 +324,6 @@ KVT_FN void kvt_ring_above(const kvt_block_t4_64 & x, unsigned i, uint32_t befor
     above[1] = before;
 }
 
-KVT_FN void kvt_write_above(kvt_block_t2_64 *, int, int) {}
-
-KVT_FN void kvt_write_above(kvt_block_t3_64 * y, int j, int own) {
-    kvt_write_halves(y->qh, j, own);
-}
-
-KVT_FN void kvt_write_above(kvt_block_t4_64 * y, int j, int own) {
-    y->qh[j] = own;
-}
-
 template <typename block, typename ring>
 struct kvt_cuda<kvt_codec_t<block, ring>> : kvt_codec_t<block, ring> {
     KVT_FN uint32_t levels(const block & x, unsigned i) {
@@ -349,9 +335,7 @@ struct kvt_cuda<kvt_codec_t<block, ring>> : kvt_codec_t<block, ring> {
     }
 
     KVT_FN void write(const uint8_t * c, block * y, int j) {
-        const int bits = kvt_own_bits<ring>(c);
-        y->qs[j]       = bits;
-        kvt_write_above(y, j, bits >> 8);
+        kvt_write_lane<kvt_codec_t<block, ring>>(c, y, j);
     }
 };
 

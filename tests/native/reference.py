@@ -337,8 +337,8 @@ def _levels(codes: np.ndarray, ring: Ring) -> np.ndarray:
 def _pack_ring(codes: np.ndarray, ring: Ring) -> np.ndarray:
     number, first = _numbers(codes, ring), codes[:, :16]
     width = sum(ring.bits)
-    if ring.first:  # in 12 or 16 bits: those of the ring, then of the first group
-        number = number | (first >> 4) << 6 | (first & 15) << 8 if width == 6 else number | first << width
+    if ring.first:
+        number = number | first << width
         width += ring.first
     high = number >> 8
     extra = {8: [], 12: [high[:, :8] | high[:, 8:] << 4], 16: [high]}[width]
@@ -351,7 +351,7 @@ def _unpack_ring(data: np.ndarray, ring: Ring) -> np.ndarray:
     number = low | (np.hstack([high & 15, high >> 4]) if width == 12 else high if width == 16 else 0) << 8
     codes = [number >> ring.after(p) & ((1 << b) - 1) for p, b in enumerate(ring.bits)]
     if ring.first:
-        codes.insert(0, number >> 8 | (number >> 6 & 3) << 4 if width == 12 else number >> 9)
+        codes.insert(0, number >> sum(ring.bits))
     return np.hstack(codes)
 
 
