@@ -282,9 +282,9 @@ struct kvt_cuda<kvt_codec_k3_64> : kvt_codec_k3_64 {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         uint32_t       before;
         const uint32_t own   = kvt_own(x.qs, i, &before);
-        const uint32_t first = (own >> 4 & 0x0C0C0C0C) | kvt_halves(x.qh, i) << 4 | 0x02020202; // 4*code + 2
+        const uint32_t first = ((own >> 4 & 0x0C0C0C0C) | kvt_halves(x.qh, i) << 4) ^ 0x82828282; // 4*code + 2 - 128
         const uint32_t other = kvt_levels_of_windows<R>(kvt_windows<6>(own, before, kvt_shift<R>(i / 4)), i / 4);
-        return i / 4 == 0 ? first ^ 0x80808080 : other;
+        return i / 4 == 0 ? first : other;
     }
 
     KVT_FN void write(const uint8_t * c, block_t * y, int j) {
