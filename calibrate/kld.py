@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def measure(
     with session.context(reference.chunks.n_ctx, pairs, k_vectors, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
         if pairs is not None and ctx.notes():
             raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")
-        kld, same_top = compare(ctx, reference, progress=progress)
+        kld, same_top = compare(ctx, reference, n_threads=session.n_threads, progress=progress)
     if not np.isfinite(kld).all():
         what = (
             ", ".join(sorted({str(p) for p in pairs if p.type_k}))
@@ -168,22 +169,32 @@ def measure(
 
 
 def compare(
-    ctx: Context, reference: Reference, *, step: int = N_UBATCH, progress: Callable[[int], None] = lambda n: None
+    ctx: Context,
+    reference: Reference,
+    *,
+    n_threads: int = 1,
+    step: int = N_UBATCH,
+    progress: Callable[[int], None] = lambda n: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run the reference's text, step tokens at once: the KLD of each scored position, and whether the likeliest token
     is the same."""
     base, chunks = reference.open(), reference.chunks
-    kld, same_top = np.empty(chunks.n_positions), np.empty(chunks.n_positions, bool)
-    at = 0
-    for tokens in chunks.tokens.tolist():
-        for logits in ctx.logits(tokens, chunks.first, step):
-            for block in _blocks(logits):
-                rows = slice(at, at + len(block))
-                kld[rows] = kl_divergence(base[rows], block)
-                same_top[rows] = base[rows].argmax(axis=1) == block.argmax(axis=1)
-                at += len(block)
-            progress(len(logits))
-    return kld, same_top
+    kld, same_top, at = [], [], 0
+    with ThreadPoolExecutor(n_threads) as pool:
+        for tokens in chunks.tokens.tolist():
+            for logits in ctx.logits(tokens, chunks.first, step):
+                kept = base[at : at + len(logits)]
+                for of_block in pool.map(_compared, _blocks(kept), _blocks(logits)):
+                    kld.append(of_block[0])
+                    same_top.append(of_block[1])
+                at += len(logits)
+                progress(len(logits))
+    return np.concatenate(kld), np.concatenate(same_top)
+
+
+def _compared(base: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    base = base.astype(np.float32)  # whose largest is found sooner
+    return kl_divergence(base, logits), base.argmax(axis=1) == logits.argmax(axis=1)
 
 
 def _blocks(logits: np.ndarray) -> Iterator[np.ndarray]:

@@ -158,7 +158,7 @@ def errors_of(
     """What each pair does to each layer. Raises CalibrationError if a layer cannot be at f16."""
 
     def make() -> ErrorTable:
-        captured = _captured(plannable, text, bench)
+        captured = replace(_captured(plannable, text, bench), n_sample=plannable.sizes.n_errors)
         if any("f16" not in k or "f16" not in v for k, v in types.values()):
             raise CalibrationError("some layers cannot be set to f16. This model is not supported.")
         with bench.progress.bar("error: K and V after each type", len(captured.il) * captured.n_sample) as advance:
@@ -169,8 +169,9 @@ def errors_of(
 
 
 def search_reference(plannable: Plannable, text: Text, bench: Bench) -> Reference:
-    """The f16 cache on what plans are tried on: of the second half of the calibration text."""
-    sizes, tail = plannable.sizes, text.calibration[len(text.calibration) // 2 :]
+    """The f16 cache on what plans are tried on: the end of the calibration text, which is not captured."""
+    sizes = plannable.sizes
+    tail = text.calibration[sizes.n_captured * sizes.stream :]
     chunks = chunks_of(tail, sizes.search_ctx, sizes.n_searched, "calibration text", sizes.search_skip)
     with bench.progress.bar("search: f16 reference", chunks.n_positions) as advance:
         return make_reference(bench.session, chunks, bench.scratch / "search.f16", advance)

@@ -24,12 +24,12 @@ class Sizes:
     def fitting(self, fit: Callable[[int], int]) -> Sizes:
         """The same for a model that can read fit(n) of n tokens."""
         stream = fit(self.stream)
-        search_ctx = min(self.search_ctx, stream // 2)  # plans are tried on the second half of the calibration text
+        search_ctx = min(self.search_ctx, stream // 2)
         return replace(self, stream=stream, search_ctx=search_ctx, search_skip=min(self.search_skip, search_ctx // 4))
 
     @property
     def n_calibration(self) -> int:
-        return self.n_chunk * self.stream
+        return self.n_captured * self.stream + self.n_searched * self.search_ctx
 
     @property
     def n_heldout(self) -> int:
@@ -37,12 +37,17 @@ class Sizes:
 
     @property
     def n_captured(self) -> int:
-        """Chunks that are captured."""
+        """Chunks that are captured: K's vectors need many tokens, a basis of large heads above all."""
+        return self.n_chunk
+
+    @property
+    def n_errors(self) -> int:
+        """Chunks of these whose errors are measured."""
         return max(1, self.n_chunk // 2)
 
     @property
     def n_searched(self) -> int:
-        """Chunks that plans are tried on."""
+        """Chunks that plans are tried on, which no vector of K was made from."""
         return max(1, self.n_chunk * 3 // 4)
 
     @property

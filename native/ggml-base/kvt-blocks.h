@@ -24,6 +24,14 @@
 #endif
 #endif
 
+KVT_FN float kvt_least(float a, float b) {
+    return a < b ? a : b;
+}
+
+KVT_FN float kvt_most(float a, float b) {
+    return a > b ? a : b;
+}
+
 // (v[0] + v[n/2]) + ..., halves onto halves; n is what a thread holds
 template <int n, int T>
 KVT_FN float kvt_sum(const float * v) {
@@ -63,13 +71,13 @@ KVT_FN float kvt_max(const float * v) {
         float s = v[0];
         for (int bit = T / 2; bit > 0; bit /= 2) {
             const float other = KVT_SHUFFLE(s, bit);
-            s                 = s > other ? s : other;
+            s                 = kvt_most(s, other);
         }
         return s;
     } else {
         float t[n / 2];
         for (int j = 0; j < n / 2; j++) {
-            t[j] = v[j] > v[j + n / 2] ? v[j] : v[j + n / 2];
+            t[j] = kvt_most(v[j], v[j + n / 2]);
         }
         return kvt_max<n / 2, T>(t);
     }
@@ -99,10 +107,6 @@ KVT_FN float kvt_from_half(kvt_half d) {
 #else
     return ggml_fp16_to_fp32(d);
 #endif
-}
-
-KVT_FN float kvt_least(float a, float b) {
-    return a < b ? a : b;
 }
 
 // to the nearest integer, of numbers below 2^22: by 1.5*2^23

@@ -24,15 +24,17 @@ struct kvt_codec_k : kvt_codec_ring<block, ring> {
         }
     }
 
-    // the scale is what a block should have whose values are as they are meant to be
+    // the scale is what a block should have whose values are as they are meant to be; more where the first group, whose errors weigh
+    // most, would be cut off
     template <int T> KVT_FN kvt_half quantize(const float * x, uint8_t * c) {
         const int       n_group = 16 / T;
         constexpr float to_d = 1.0f / R::sigma, most = KVT_RING_SIGMA / to_search<0>;
+        constexpr float top_to_d = 1.0f / (n_first > 0 ? 127.0f : KVT_RING_MAX);
         float           a[n / T];
         int16_t         q[n / T], m[n / T];
         kvt_abs<n / T>(x, a);
         const float    sigma = kvt_rms<n, T>(a);
-        const kvt_half d     = kvt_to_e5m3(sigma * to_d, 127.0f);
+        const kvt_half d     = kvt_to_e5m3(kvt_most(sigma * to_d, kvt_max<n_group, T>(a) * top_to_d), 127.0f);
         const float    f     = kvt_from_half(d);
         const float    inv   = f > 0.0f ? kvt_least(1.0f / f, most / sigma) : 0.0f;
         on_ring<T>(x + n_first * n_group, a + n_first * n_group, inv, q);

@@ -2,12 +2,13 @@
 made of, and its rivals.
 
 python tests/bench/plans.py MODEL.gguf [--bits 4.5,3.5,3.25,2.75] [--ways
-default,no-mean,no-scale,no-basis,no-trellis,no-layers,error,paper] [-f TEXT]
+default,no-mean,no-scale,no-basis,no-trellis,before,no-layers,error,paper] [-f TEXT]
     [--contexts 2048x8,8192x1] [--shared-bits 4.5,3.25] [--chunks 4] [--on-copy]
 
 default      what `kvtuner-gguf calibrate` searches, without its proof
 no-mean      K keeps its mean     no-scale  K is not scaled     no-basis  the same bits all over a head
 no-trellis   q2_64, q3_64, q4_0 and iq4_nl in place of t2_64, t3_64 and t4_64
+before       no basis, no trellis: what plans were made of before there was either
 no-layers    the best uniform pair of all types, with K conditioned
 error        the solver's plan by squared errors alone: no run has told what a layer matters
 paper        --method paper
@@ -52,6 +53,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "no-scale": {"k_scale": False},
     "no-basis": {"k_basis": False},
     "no-trellis": {"types": tuple(t for t in DEFAULT_TYPES if t not in ("t4_64", "t3_64", "t2_64"))},
+    "before": {"k_basis": False, "types": tuple(t for t in DEFAULT_TYPES if t[0] not in "tk")},
     "paper": {"method": "paper"},
 }
 

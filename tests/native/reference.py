@@ -228,7 +228,8 @@ def _signed(x: np.ndarray, index: np.ndarray, n_level: int) -> np.ndarray:
 def _groups(x: np.ndarray, ring: Ring) -> tuple[np.ndarray, np.ndarray]:
     a = _clean(x)
     sigma = np.sqrt(_sum(a * a) / F32(64))
-    stored = _e5m3(sigma * (F32(1) / F32(ring.sigma)), 127)
+    top = a[:, :16].max(axis=1, keepdims=True) * (F32(1) / F32(127 if ring.first else 106))
+    stored = _e5m3(np.maximum(sigma * (F32(1) / F32(ring.sigma)), top), 127)
     d = stored.astype(F32)
     factor = [F32(fine) / (F32(64) * F32(kept)) for fine, kept in zip(ring.fine, ring.kept)]
     with np.errstate(invalid="ignore"):
