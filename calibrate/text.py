@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle, groupby
 from pathlib import Path
@@ -179,7 +180,9 @@ def write_text(
     The two parts come from different prompts.
     """
     counts = [-(-n_tokens // stream) for n_tokens in (n_calibration, n_heldout)]
-    streams = _Writer(session, stream, seed).write([half for half in (0, 1) for _ in range(counts[half])], progress)
+    with ThreadPoolExecutor(session.n_threads) as threads:
+        writer = _Writer(session, stream, seed, threads)
+        streams = writer.write([half for half in (0, 1) for _ in range(counts[half])], progress)
     parts = [s.reshape(-1)[:n] for s, n in zip(np.split(streams, [counts[0]]), (n_calibration, n_heldout))]
     data = np.concatenate(parts).tobytes()
     return Text("written by the model", hashlib.sha256(data).hexdigest(), *parts)
@@ -188,8 +191,8 @@ def write_text(
 class _Writer:
     """Lets the model write several sequences at once: one batch per token reads the weights once for all."""
 
-    def __init__(self, session: Session, stream: int, seed: int) -> None:
-        self.session, self.stream = session, stream
+    def __init__(self, session: Session, stream: int, seed: int, threads: Executor) -> None:
+        self.session, self.stream, self.threads = session, stream, threads
         prompts = [_prompt_tokens(session, p) for p in SEED_PROMPTS]
         self.prompts = (cycle(prompts[0::2]), cycle(prompts[1::2]))  # of the two halves, which share none
         self.rng = np.random.default_rng(seed)
@@ -218,18 +221,19 @@ class _Writer:
                 written_logits = ctx.decode(rows, outputs)
                 if len(written_logits):
                     check_logits(self.session, written_logits, texts[at[0]])
-                for i, logits in zip(at, written_logits):
-                    token, written[i] = self._sample(logits), written[i] + 1
-                    pending[i] = [token]
+                draws = self.rng.random(len(at))
+                for i, token in zip(at, self.threads.map(_sample, written_logits, draws)):
+                    pending[i], written[i] = [token], written[i] + 1
                     if self.session.is_end(token) or written[i] >= MAX_DOCUMENT:
                         pending[i], written[i] = [token, *next(self.prompts[halves[i]])], 0
                 progress(len(rows))
         return texts
 
-    def _sample(self, logits: np.ndarray) -> int:
-        """A token at temperature 1."""
-        cumulative = np.exp(logits - logits.max()).cumsum(dtype=np.float64)
-        return min(int(cumulative.searchsorted(self.rng.random() * cumulative[-1])), len(logits) - 1)
+
+def _sample(logits: np.ndarray, draw: float) -> int:
+    """A token at temperature 1. draw: in 0..1"""
+    cumulative = np.exp(logits - logits.max()).cumsum(dtype=np.float64)
+    return min(int(cumulative.searchsorted(draw * cumulative[-1])), len(logits) - 1)
 
 
 def _prompt_tokens(session: Session, prompt: str) -> list[int]:

@@ -153,7 +153,7 @@ const kvt_cond_layer * kvt_cache::cond(uint32_t il, ggml_backend_buffer_type_t b
         departures[format("the mean of K is left in, since the attention has %s; the rest applies", sinks ? "sinks" : "a soft cap")].push_back(il);
         vectors.mean.clear();
     }
-    return vectors.empty() ? nullptr : k_cond.add(il, vectors, hparams.n_head_kv(il), buft);
+    return vectors.empty() ? nullptr : k_cond.add(il, vectors, types_k.at(il), hparams.n_head_kv(il), buft);
 }
 
 kvt_layer kvt_cache::layer(uint32_t il, ggml_backend_buffer_type_t buft) {

@@ -7,7 +7,9 @@
 #include "llama-hparams.h"
 #include "llama-io.h"
 
+#include <algorithm>
 #include <cinttypes>
+#include <cmath>
 #include <stdexcept>
 
 //
@@ -26,17 +28,25 @@ ggml_context * kvt_cond::ctx_for(ggml_backend_buffer_type_t buft) {
     return ctx.get();
 }
 
-ggml_tensor * kvt_cond::add_tensor(ggml_context * ctx, const char * name, uint32_t il, std::vector<int64_t> ne, const std::vector<float> & values) {
+ggml_tensor * kvt_cond::add_tensor(ggml_context * ctx, const char * name, uint32_t il, ggml_type type, std::vector<int64_t> ne, const std::vector<float> & values) {
     if (values.empty()) {
         return nullptr;
     }
-    ggml_tensor * t = ggml_new_tensor(ctx, GGML_TYPE_F32, ne.size(), ne.data());
+    ggml_tensor * t = ggml_new_tensor(ctx, type, ne.size(), ne.data());
     ggml_format_name(t, "k_%s_l%u", name, il);
     data.emplace_back(t, values);
     return t;
 }
 
-const kvt_cond_layer * kvt_cond::add(uint32_t il, const kvt_k_vectors & vectors, int64_t n_head_kv, ggml_backend_buffer_type_t buft) {
+// of a basis's matrices, which every token reads whole: what f16 rounds is little beside a quantized K's error
+static ggml_type kvt_basis_type(const kvt_k_basis & basis, ggml_type type_k) {
+    const auto fits = [](const std::vector<float> & values) {
+        return std::all_of(values.begin(), values.end(), [](float v) { return std::fabs(v) <= 65504.0f; });
+    };
+    return ggml_is_quantized(type_k) && fits(basis.of_k) && fits(basis.of_q) ? GGML_TYPE_F16 : GGML_TYPE_F32;
+}
+
+const kvt_cond_layer * kvt_cond::add(uint32_t il, const kvt_k_vectors & vectors, ggml_type type_k, int64_t n_head_kv, ggml_backend_buffer_type_t buft) {
     ggml_context * ctx = ctx_for(buft);
 
     uint64_t hash = KVT_HASH_START;
@@ -54,11 +64,12 @@ const kvt_cond_layer * kvt_cond::add(uint32_t il, const kvt_k_vectors & vectors,
 
         add_hash('b', basis->rows);
         add_hash('r', basis->row_scale);
-        layer.basis_k = add_tensor(ctx, "basis_k", il, { n, n, n_head_kv }, basis->of_k);
-        layer.basis_q = add_tensor(ctx, "basis_q", il, { n, n, n_head_kv }, basis->of_q);
+        const ggml_type type = kvt_basis_type(*basis, type_k);
+        layer.basis_k        = add_tensor(ctx, "basis_k", il, type, { n, n, n_head_kv }, basis->of_k);
+        layer.basis_q        = add_tensor(ctx, "basis_q", il, type, { n, n, n_head_kv }, basis->of_q);
     }
     const auto vector = [&](const char * name, const std::vector<float> & values) {
-        return add_tensor(ctx, name, il, { (int64_t) values.size() / n_head_kv, n_head_kv }, values);
+        return add_tensor(ctx, name, il, GGML_TYPE_F32, { (int64_t) values.size() / n_head_kv, n_head_kv }, values);
     };
     layer.mean = vector("mean", vectors.mean);
     layer.hash = hash;
@@ -101,7 +112,14 @@ void kvt_cond::alloc(bool no_alloc) {
         bufs.emplace_back(buf);
     }
     for (const auto & [t, values] : data) {
-        if (!no_alloc) {
+        if (no_alloc) {
+            continue;
+        }
+        if (t->type == GGML_TYPE_F16) {
+            std::vector<ggml_fp16_t> halves(values.size());
+            ggml_fp32_to_fp16_row(values.data(), halves.data(), values.size());
+            ggml_backend_tensor_set(t, halves.data(), 0, ggml_nbytes(t));
+        } else {
             ggml_backend_tensor_set(t, values.data(), 0, ggml_nbytes(t));
         }
     }

@@ -35,8 +35,8 @@ struct kvt_cond_layer {
 
 // the vectors of one cache, in the buffer types of its layers
 struct kvt_cond {
-    // tensors for a layer; no data before alloc()
-    const kvt_cond_layer * add(uint32_t il, const kvt_k_vectors & vectors, int64_t n_head_kv, ggml_backend_buffer_type_t buft);
+    // tensors for a layer whose K is cached in type_k; no data before alloc()
+    const kvt_cond_layer * add(uint32_t il, const kvt_k_vectors & vectors, ggml_type type_k, int64_t n_head_kv, ggml_backend_buffer_type_t buft);
 
     // one buffer per type, filled. no_alloc: sizes only
     void alloc(bool no_alloc);
@@ -52,7 +52,7 @@ private:
     std::map<ggml_backend_buffer_type_t, size_t>              sizes;
     std::vector<std::pair<ggml_tensor *, std::vector<float>>> data; // until alloc()
 
-    ggml_tensor * add_tensor(ggml_context * ctx, const char * name, uint32_t il, std::vector<int64_t> ne, const std::vector<float> & values);
+    ggml_tensor * add_tensor(ggml_context * ctx, const char * name, uint32_t il, ggml_type type, std::vector<int64_t> ne, const std::vector<float> & values);
 };
 
 // whether a K of this type is cached in its layer's basis, if there is one
