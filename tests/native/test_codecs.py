@@ -35,7 +35,7 @@ GROUP_ERROR = {
 """Mean squared error of the four groups, of values of variance 1. Measured: .0003 .0073 .0252 .0870, .0010 .0266 .0879
 .3241, .0075 .0903 .3568 .3371."""
 LARGEST_ERROR = {"k4_64": 0.06, "k3_64": 0.067, "k2_64": 0.13}
-"""Of a value far above all others in the first group, relative; a sixteenth is what rounding the scale may take. Measured:
+"""Of a value far above all others in the first group, relative: rounding the scale may take a sixteenth. Measured:
 .0583, .0657, .1289."""
 LENGTH = {"k3_64": (0.99, 0.98, 0.95, 0.91), "k2_64": (0.99, 0.97, 0.90, 0.88)}
 """Of the groups of K, whose error matters more than their length where they have few bits. Measured: 1.00 .99 .96 .92,
