@@ -154,10 +154,50 @@ template <int T> KVT_FN int kvt_of_lane(const int16_t * row, int lane) {
 #endif
 
 #ifdef KVT_VECTORS
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 typedef int16_t kvt_v16 __attribute__((vector_size(32)));
+typedef uint16_t kvt_u16 __attribute__((vector_size(32))); // where a sum may wrap on its way
 typedef int32_t kvt_v32 __attribute__((vector_size(32)));
 typedef int64_t kvt_v64 __attribute__((vector_size(32)));
 typedef int64_t kvt_v64h __attribute__((vector_size(16)));
+
+static inline kvt_v16 kvt_min(kvt_v16 a, kvt_v16 b) {
+#ifdef __AVX2__
+    return (kvt_v16) _mm256_min_epi16((__m256i) a, (__m256i) b); // else it is a choice by the mask that the caller has use for: slower
+#else
+    return a < b ? a : b;
+#endif
+}
+
+// high halves, halved, in the order of the states before a window; and e*e + low*e of each high half e, by lanes
+struct kvt_rows {
+    int16_t v[16][16];
+};
+
+template <typename P>
+constexpr kvt_rows kvt_find_states() {
+    kvt_rows res = {};
+    for (int i = 0; i < 16 << (4 - P::bits); i++) {
+        res.v[i >> 4][i & 15] = (int16_t) (P::high.v[i >> (4 - P::bits)] / 2);
+    }
+    return res;
+}
+
+template <typename P>
+constexpr kvt_rows kvt_find_levels() {
+    kvt_rows res = {};
+    for (int i = 0; i < 256; i++) {
+        const int e           = P::high.v[i >> 4] / 2;
+        res.v[i >> 4][i & 15] = (int16_t) (e * e + P::low.v[i & 15] * e);
+    }
+    return res;
+}
+
+template <typename P> constexpr kvt_rows kvt_of_states = kvt_find_states<P>();
+template <typename P> constexpr kvt_rows kvt_of_levels = kvt_find_levels<P>();
 
 // lane l: cost[l >> k]
 template <int k>
@@ -256,28 +296,43 @@ struct kvt_ways {
     }
 
 #ifdef KVT_VECTORS
+    // as step: of each state before, what its cost and the value make together is the same for all values that may follow
     template <int p> static inline void step_of_vectors(kvt_ways & w, int x, int16_t * from) {
         typedef kvt_phase<R, p> P;
         const int               k = P::bits, l = P::next;
-        kvt_v16                 low, number    = {};
-        int16_t                 cost[1 << (4 - l)][16];
+        constexpr bool          apart = P::shift == 0; // a sum that is rounded down is none of its parts'
+        kvt_v16                 low, number = {};
+        int16_t                 cost[1 << (4 - l)][16], before[1 << (4 - k)][16];
         memcpy(&low, P::low.v, sizeof(low));
         const kvt_v16 u  = (int16_t) x - low;
         const kvt_v16 uu = u * u >> (2 + P::shift);
+        for (int i = 0; apart && i < 1 << (4 - k); i++) {
+            kvt_u16 of_row, e;
+            memcpy(&of_row, w.cost[i], sizeof(of_row));
+            memcpy(&e, kvt_of_states<P>.v[i], sizeof(e));
+            of_row -= (uint16_t) x * e;
+            memcpy(before[i], &of_row, sizeof(of_row));
+        }
         for (int h = 0; h < 1 << (4 - l); h++) {
             kvt_v16 best = {}, arg = {};
             for (int j = 0; j < 1 << l; j++) {
-                const int16_t e = P::high.v[h | j << (4 - l)] / 2;
-                kvt_v16       c;
-                kvt_spread<k>(&w.cost[0][0] + (j << (8 - l - k)) + (16 * h >> k), &c);
-                c = c + (((int16_t) (e * e) - u * e) >> P::shift);
+                const int16_t * states = (apart ? before[0] : w.cost[0]) + (j << (8 - l - k)) + (16 * h >> k);
+                kvt_v16         c;
+                kvt_spread<k>(states, &c);
+                if constexpr (apart) {
+                    kvt_u16 more;
+                    memcpy(&more, kvt_of_levels<P>.v[h | j << (4 - l)], sizeof(more));
+                    c = (kvt_v16) ((kvt_u16) c + more);
+                } else {
+                    const int16_t e = P::high.v[h | j << (4 - l)] / 2;
+                    c += ((int16_t) (e * e) - u * e) >> P::shift;
+                }
                 if (j == 0) {
                     best = c;
                     continue;
                 }
-                const kvt_v16 less = c < best;
-                const kvt_v16 mine = less & (int16_t) (j << (l * h));
-                best               = less ? c : best;
+                const kvt_v16 mine = (c < best) & (int16_t) (j << (l * h));
+                best               = kvt_min(c, best);
                 arg                = mine > arg ? mine : arg;
             }
             best += uu;
