@@ -162,6 +162,7 @@ def error_table(
     round_trip: RoundTrip,
     k_vectors: Sequence[KVectors] = (),
     *,
+    first: int = 0,
     progress: Callable[[int], None] = lambda n: None,
 ) -> ErrorTable:
     """The errors of every pair that each captured layer may have, mean over samples: MEASURES, and
@@ -173,13 +174,14 @@ def error_table(
                 only where V lies in K's rows
     round_trip  (type name, float32 rows (n_kv, n_head_kv*head_dim)) -> the rows after quantize and dequantize
     k_vectors   how each layer of the model conditions a quantized K; () = none does
+    first       sample to begin with
     progress    gets samples done
     """
     layers: list[dict[Pair, dict[str, float]]] = []
     for il in capture.il:
         vectors = k_vectors[il] if k_vectors else AS_IT_IS
         samples = []
-        for i in range(capture.n_sample):
+        for i in range(first, capture.n_sample):
             samples.append(sample_errors(capture.sample(il, i).measured(), *types[il], round_trip, vectors))
             progress(1)
         layers.append({pair: _mean([errors[pair] for errors in samples]) for pair in samples[0]})

@@ -119,7 +119,7 @@ def conditions(options: Options, plannable: Plannable, types: Types, text: Text,
     judged = {il: min(k, key=lambda t: abs(codec(t).bits_per_value - JUDGED_BITS)) for il, k in quantized.items() if k}
 
     def make() -> Conditions:
-        captured = _captured(plannable, text, bench)
+        captured = replace(_captured(plannable, text, bench), n_sample=plannable.sizes.n_vectors)
         error = partial(k_error, round_trip=native.round_trip)
 
         def attended(sample: LayerSample) -> tuple[np.ndarray, np.ndarray]:
@@ -158,20 +158,21 @@ def errors_of(
     """What each pair does to each layer. Raises CalibrationError if a layer cannot be at f16."""
 
     def make() -> ErrorTable:
-        captured = replace(_captured(plannable, text, bench), n_sample=plannable.sizes.n_errors)
+        captured, first = _captured(plannable, text, bench), plannable.sizes.n_vectors
         if any("f16" not in k or "f16" not in v for k, v in types.values()):
             raise CalibrationError("some layers cannot be set to f16. This model is not supported.")
-        with bench.progress.bar("error: K and V after each type", len(captured.il) * captured.n_sample) as advance:
-            return error_table(captured, types, native.round_trip, k_vectors, progress=advance)
+        n_sample = len(captured.il) * (captured.n_sample - first)
+        with bench.progress.bar("error: K and V after each type", n_sample) as advance:
+            return error_table(captured, types, native.round_trip, k_vectors, first=first, progress=advance)
 
     names = dict.fromkeys(name for sides in types.values() for side in sides for name in side)
     return bench.store.get(ErrorTable, f"errors-{'-'.join(names)}{tag(k_vectors)}.json", make)
 
 
 def search_reference(plannable: Plannable, text: Text, bench: Bench) -> Reference:
-    """The f16 cache on what plans are tried on: the end of the calibration text, which is not captured."""
+    """The f16 cache on what plans are tried on: the end of the calibration text, from which no vector of K was made."""
     sizes = plannable.sizes
-    tail = text.calibration[sizes.n_captured * sizes.stream :]
+    tail = text.calibration[sizes.n_vectors * sizes.stream :]
     chunks = chunks_of(tail, sizes.search_ctx, sizes.n_searched, "calibration text", sizes.search_skip)
     with bench.progress.bar("search: f16 reference", chunks.n_positions) as advance:
         return make_reference(bench.session, chunks, bench.scratch / "search.f16", advance)

@@ -29,25 +29,26 @@ class Sizes:
 
     @property
     def n_calibration(self) -> int:
-        return self.n_captured * self.stream + self.n_searched * self.search_ctx
+        return self.n_captured * self.stream
 
     @property
     def n_heldout(self) -> int:
         return self.n_chunk * self.stream * 3 // 2
 
     @property
-    def n_captured(self) -> int:
-        """Chunks that are captured: K's vectors need many tokens, a basis of large heads above all."""
+    def n_vectors(self) -> int:
+        """Chunks that K's vectors are made from: a basis of a large head needs many tokens."""
         return self.n_chunk
 
     @property
-    def n_errors(self) -> int:
-        """Chunks of these whose errors are measured."""
-        return max(1, self.n_chunk // 2)
+    def n_captured(self) -> int:
+        """Chunks that are captured: those, and others to measure errors on, in which the vectors fit no better than
+        they will."""
+        return self.n_vectors + max(1, self.n_chunk // 2)
 
     @property
     def n_searched(self) -> int:
-        """Chunks that plans are tried on, which no vector of K was made from."""
+        """Chunks that plans are tried on, of the text that errors are measured on."""
         return max(1, self.n_chunk * 3 // 4)
 
     @property

@@ -15,9 +15,9 @@ def test_each_stage_has_the_text_that_it_needs(n_positions):
 
 def _check_sizes(sizes: Sizes, n_positions: int) -> None:
     assert 16 <= sizes.search_ctx <= sizes.stream <= min(1024, n_positions)
-    assert 0 < sizes.n_errors <= sizes.n_captured
-    not_captured = sizes.n_calibration - sizes.n_captured * sizes.stream
-    assert sizes.n_searched * sizes.search_ctx <= not_captured
+    assert 0 < sizes.n_vectors < sizes.n_captured and sizes.n_captured * sizes.stream <= sizes.n_calibration
+    of_no_vector = sizes.n_calibration - sizes.n_vectors * sizes.stream
+    assert sizes.n_searched * sizes.search_ctx <= of_no_vector
     assert 0 <= sizes.search_skip < sizes.search_ctx and sizes.n_heldout >= sizes.stream
     assert sizes.n_scored >= sizes.n_searched * (sizes.search_ctx - sizes.search_skip)
 
