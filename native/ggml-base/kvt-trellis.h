@@ -158,11 +158,11 @@ template <int T> KVT_FN int kvt_of_lane(const int16_t * row, int lane) {
 #include <immintrin.h>
 #endif
 
-typedef int16_t kvt_v16 __attribute__((vector_size(32)));
+typedef int16_t  kvt_v16 __attribute__((vector_size(32)));
 typedef uint16_t kvt_u16 __attribute__((vector_size(32))); // where a sum may wrap on its way
-typedef int32_t kvt_v32 __attribute__((vector_size(32)));
-typedef int64_t kvt_v64 __attribute__((vector_size(32)));
-typedef int64_t kvt_v64h __attribute__((vector_size(16)));
+typedef int32_t  kvt_v32 __attribute__((vector_size(32)));
+typedef int64_t  kvt_v64 __attribute__((vector_size(32)));
+typedef int64_t  kvt_v64h __attribute__((vector_size(16)));
 
 static inline kvt_v16 kvt_min(kvt_v16 a, kvt_v16 b) {
 #ifdef __AVX2__
