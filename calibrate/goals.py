@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
-from kvtuner_gguf.calibrate.kld_model import KldModel
+from kvtuner_gguf.calibrate.kld_model import Fit, KldModel
 from kvtuner_gguf.calibrate.progress import Advance, Progress
 from kvtuner_gguf.calibrate.results import Evaluate, Trial, Trials
 from kvtuner_gguf.calibrate.solve import fewest_bytes, kld_search, refine, solve
@@ -72,7 +70,7 @@ class Target(ABC):
         """The best trial within the goal. Raises CalibrationError if none is."""
 
     @abstractmethod
-    def solve(self, kld_model: KldModel, x: np.ndarray, floor: float, spent: int) -> Pairs:
+    def solve(self, found: Fit, spent: int) -> Pairs:
         """The plan of the goal by a fitted model: its x, and its floor. Raises CalibrationError if there is none."""
 
     @abstractmethod
@@ -119,8 +117,8 @@ class WithinBytes(Target):
             )
         return min(within, key=lambda t: (t.kld, t.n_bytes))
 
-    def solve(self, kld_model: KldModel, x: np.ndarray, floor: float, spent: int) -> Pairs:
-        return solve(kld_model, kld_model.prices(x), self.n_bytes - spent)
+    def solve(self, found: Fit, spent: int) -> Pairs:
+        return solve(found.kld_model, found.prices, self.n_bytes - spent)
 
     def refine(
         self,
@@ -175,12 +173,12 @@ class WithinKld(Target):
             )
         return min(within, key=lambda t: (t.n_bytes, t.kld))
 
-    def solve(self, kld_model: KldModel, x: np.ndarray, floor: float, spent: int) -> Pairs:
-        pairs = fewest_bytes(kld_model, kld_model.prices(x), self.max_kld - floor)
+    def solve(self, found: Fit, spent: int) -> Pairs:
+        pairs = fewest_bytes(found.kld_model, found.prices, self.max_kld - found.floor)
         if pairs is None:
             raise CalibrationError(
-                f"goal of a KLD of {self.max_kld:g}: the rounding of any quantized cache alone costs {floor:.6f}. "
-                "Allow a larger --max-kld."
+                f"goal of a KLD of {self.max_kld:g}: the rounding of any quantized cache alone costs "
+                f"{found.floor:.6f}. Allow a larger --max-kld."
             )
         return pairs
 

@@ -3,15 +3,16 @@
 KLD(plan) ~ floor + sum over layers of  x_k * error(type_k)^2 + x_v * error(type_v)^2
 
 The squared error of the residual stream tells how a layer's damage grows from type to type, and roughly how much the
-layer matters. What remains, x, is fitted to measured KLDs. The floor is what any change of rounding does to the model;
-it grows through the layers above the first one that is quantized. A single KLD is noisy for the same reason, so a plan
-is chosen by the fitted model, not by its luckiest run.
+layer matters. What remains is fitted to measured KLDs: x, and a factor of each type of K and of V, as errors of two types
+that are as large on a few samples need not do as much. The floor is what any change of rounding does to the model; it
+grows through the layers above the first one that is quantized. A single KLD is noisy for the same reason, so a plan is
+chosen by the fitted model, not by its luckiest run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -25,6 +26,8 @@ F16 = Pair("f16", "f16")
 PRIOR_SPREAD = 1.0
 ALIKE = 0.85  # correlation of the x of a layer's K and of its V: what lies above a layer amplifies both (SmolLM2: 0.87)
 N_REWEIGHT = 5
+TYPE_SPREAD = 0.5  # of a type's factor about 1
+TYPE_RANGE = (0.25, 4.0)
 NOISE = 0.1  # how far a measured KLD may lie from the model, relative
 
 
@@ -118,7 +121,64 @@ def floor_shape(kld_model: KldModel, trials: Sequence[Trial]) -> np.ndarray:
     return np.minimum.accumulate(shape / shape[0])
 
 
-def fit(kld_model: KldModel, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What trials tell of the plans that were not run.
+
+    kld_model  with squared errors times the factors of their types
+    x          (2*n_il,) of K in each layer, then of V
+    floor      of a plan that is quantized from the first layer on
+    """
+
+    kld_model: KldModel
+    x: np.ndarray
+    floor: float
+
+    @property
+    def prices(self) -> np.ndarray:
+        """(n_il, n_pair) as KldModel.prices."""
+        return self.kld_model.prices(self.x)
+
+    def kld(self, pairs: Sequence[Pair]) -> float:
+        """Of a plan that is quantized from the first layer on, foretold."""
+        return self.floor + float(self.kld_model.features(pairs) @ self.x)
+
+
+def fit(kld_model: KldModel, trials: Sequence[Trial]) -> Fit:
+    """x, the floor, and the factors of types that explain the trials' KLDs best."""
+    found = _of_types(kld_model, trials, *_of_layers(kld_model, trials))
+    return Fit(found, *_of_layers(found, trials))
+
+
+def _of_types(kld_model: KldModel, trials: Sequence[Trial], x: np.ndarray, floor: float) -> KldModel:
+    """With squared errors times a factor of their type, of K and of V: ridge regression towards 1, given the layers'
+    x."""
+    from scipy.optimize import lsq_linear
+
+    columns = np.array([[kld_model.column[t.pairs[il]] for il in kld_model.il] for t in trials])
+    types = np.array([(p.type_k, p.type_v) for p in kld_model.pairs]).T  # of each column of a side's squares
+    parts = []
+    for of_layers, squares, of_column in zip(np.split(x, 2), (kld_model.sq_k, kld_model.sq_v), types):
+        each = of_layers * squares[np.arange(len(squares)), columns]  # (trial, layer)
+        parts += [np.where(of_column[columns] == name, each, 0).sum(axis=1) for name in np.unique(of_column)]
+    y = np.array([t.kld for t in trials])
+    weight = 1 / (NOISE * np.maximum(y, 1e-6))
+    target = (y - floor * _floors(kld_model, trials)) * weight
+    unknowns = np.vstack([np.column_stack(parts) * weight[:, None], np.eye(len(parts)) / TYPE_SPREAD])
+    factors = lsq_linear(unknowns, np.append(target, np.full(len(parts), 1 / TYPE_SPREAD)), bounds=TYPE_RANGE).x
+    of_k = np.unique(types[0], return_inverse=True)[1]
+    of_v = np.unique(types[1], return_inverse=True)[1] + of_k.max() + 1
+    return replace(kld_model, sq_k=kld_model.sq_k * factors[of_k], sq_v=kld_model.sq_v * factors[of_v])
+
+
+def _floors(kld_model: KldModel, trials: Sequence[Trial]) -> np.ndarray:
+    """(n_trial,) relative to that of a plan that is quantized from the first layer on."""
+    shape = floor_shape(kld_model, trials)
+    rows = [kld_model.first_quantized(t.pairs) for t in trials]
+    return np.array([0.0 if row is None else shape[row] for row in rows])
+
+
+def _of_layers(kld_model: KldModel, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
     """x (2*n_il,) and the floor that explain the trials' KLDs best: ridge regression towards one x per side.
 
     What a layer's x departs from that by is expected to be much the same for its K and its V. The floor is that of a
@@ -129,9 +189,7 @@ def fit(kld_model: KldModel, trials: Sequence[Trial]) -> tuple[np.ndarray, float
     a = np.array([kld_model.features(t.pairs) for t in trials])
     y = np.array([t.kld for t in trials])
     n = len(kld_model.il)
-    shape = floor_shape(kld_model, trials)
-    rows = [kld_model.first_quantized(t.pairs) for t in trials]
-    floor = np.array([0.0 if row is None else shape[row] for row in rows])
+    floor = _floors(kld_model, trials)
     weight = 1 / np.maximum(y, 1e-6)
     sides = np.column_stack([a[:, :n].sum(axis=1), a[:, n:].sum(axis=1), floor])
     mean, _ = nnls(sides * weight[:, None], y * weight)

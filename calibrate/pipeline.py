@@ -156,15 +156,14 @@ def solved(options: Options, plannable: Plannable, measured: Measured, store: St
     name, known = max(by_search.items(), key=lambda item: len(item[1]))
     if len(known) < LEAST_KNOWN:
         store.check_writable(runs.path)
-    x, floor = fit(kld_model, known)
+    found = fit(kld_model, known)
     if name == SEARCH_COPY:  # whose floor is lower than the model's
-        floor = max([floor, *(q.kld_mean for _, q in runs.of(HELDOUT + FLOOR))])
-    pairs = plannable.goal.solve(kld_model, x, floor, spent)
+        found = replace(found, floor=max([found.floor, *(q.kld_mean for _, q in runs.of(HELDOUT + FLOOR))]))
+    pairs = plannable.goal.solve(found, spent)
     plan = plan_of(pairs, where_quantized(k_vectors, pairs), geometry, made_of(options, measured.text, rotated=rotated))
-    predicted = floor + float(kld_model.features(pairs) @ x)
-    points = [(p, kld, where_quantized(k_vectors, p)) for p, kld in front(kld_model, x, floor)]
+    points = [(p, kld, where_quantized(k_vectors, p)) for p, kld in front(found)]
     rows = [Point(geometry.bits_per_value(p, v), geometry.bytes(p, v), kld) for p, kld, v in points]
-    return Solved(plan, predicted, tuple(rows), plannable.geometry)
+    return Solved(plan, found.kld(pairs), tuple(rows), plannable.geometry)
 
 
 def sizes_of(options: Options) -> Sizes:

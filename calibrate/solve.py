@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvtuner_gguf.calibrate.kld_model import F16, KldModel, fit
+from kvtuner_gguf.calibrate.kld_model import F16, Fit, KldModel, fit
 from kvtuner_gguf.calibrate.results import Evaluate, Trial, Trials
 from kvtuner_gguf.codecs import codec
 from kvtuner_gguf.errors import CalibrationError
@@ -158,13 +158,13 @@ def refine(
 
     stale = 0
     while len(tried) - n_known < n_trials - 1 and stale < 10:
-        x, _ = fit(kld_model, list(tried.values()))
+        found = fit(kld_model, list(tried.values()))
         spread = SPREAD * (1 - (len(tried) - n_known) / n_trials) + 0.1 * stale
-        plan = solve(kld_model, kld_model.prices(x * np.exp(spread * rng.standard_normal(len(x)))), max_bytes)
+        noise = np.exp(spread * rng.standard_normal(len(found.x)))
+        plan = solve(kld_model, found.kld_model.prices(found.x * noise), max_bytes)
         stale = stale + 1 if plan in tried else 0
         run(plan)
-    x, _ = fit(kld_model, list(tried.values()))
-    best = run(solve(kld_model, kld_model.prices(x), max_bytes))
+    best = run(solve(kld_model, fit(kld_model, list(tried.values())).prices, max_bytes))
     return Trials(tuple(tried.values())), best
 
 
@@ -188,10 +188,10 @@ def kld_search(
     tried = {t.pairs: t for t in known}
     n_known = len(tried)
     while len(tried) - n_known < n_trials:
-        x, floor = fit(kld_model, list(tried.values()))
-        prices = kld_model.prices(x)
+        found = fit(kld_model, list(tried.values()))
         plans = (
-            fewest_bytes(kld_model, prices, (max_kld - floor) * STEP**i) or finest(kld_model) for i in range(N_STEPS)
+            fewest_bytes(kld_model, found.prices, (max_kld - found.floor) * STEP**i) or finest(kld_model)
+            for i in range(N_STEPS)
         )
         new = next((plan for plan in plans if plan not in tried), None)
         if new is None:
@@ -208,11 +208,11 @@ def finest(kld_model: KldModel) -> tuple[Pair, ...]:
     return kld_model.lowered({row: kld_model.finest(row) or F16 for row in range(len(kld_model.il))})
 
 
-def front(kld_model: KldModel, x: np.ndarray, floor: float, n_points: int = 20) -> list[tuple[tuple[Pair, ...], float]]:
+def front(found: Fit, n_points: int = 20) -> list[tuple[tuple[Pair, ...], float]]:
     """(plan, predicted KLD) of budgets from the cheapest plan to the best of quantized pairs; distinct, by ascending
     bytes."""
+    kld_model, prices = found.kld_model, found.prices
     dearest = finest(kld_model)
     most = sum(kld_model.n_bytes[row, kld_model.column[dearest[il]]] for row, il in enumerate(kld_model.il))
-    prices = kld_model.prices(x)
     plans = dict.fromkeys(solve(kld_model, prices, int(b)) for b in np.linspace(cheapest(kld_model), most, n_points))
-    return [(plan, floor + float(kld_model.features(plan) @ x)) for plan in plans]
+    return [(plan, found.kld(plan)) for plan in plans]

@@ -96,8 +96,7 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
     said = f"search {found.best.kld:.4f}"
     if way != "paper":
         of_others = [t for t in known_trials(kld_model, store.evaluations.of(what), geometry) if t != found.best]
-        x, floor = fit(kld_model, of_others)
-        said = f"predicted {floor + float(kld_model.features(found.best.pairs) @ x):.4f} {said}"
+        said = f"predicted {fit(kld_model, of_others).kld(found.best.pairs):.4f} {said}"
     plans = [plan(found.best.pairs, said)]
     if way == "default":
         best = min((t for t in found.uniform if known.goal.allows(t.n_bytes)), key=lambda t: t.kld, default=None)

@@ -7,7 +7,7 @@ import pytest
 
 from kvtuner_gguf import Geometry, Pair
 from kvtuner_gguf.calibrate.goals import Search, Target, WithinBits, WithinBytes, WithinKld
-from kvtuner_gguf.calibrate.kld_model import KldModel
+from kvtuner_gguf.calibrate.kld_model import Fit, KldModel
 from kvtuner_gguf.calibrate.progress import Silent
 from kvtuner_gguf.calibrate.results import ErrorTable, Trial, Trials
 from kvtuner_gguf.errors import CalibrationError
@@ -53,16 +53,16 @@ def test_bytes_spent_on_vectors_are_not_left_to_the_pairs():
 
 def test_the_plan_within_bytes_gives_them_to_the_layer_that_bears_less():
     x = np.ones(4)
-    assert WithinBytes(20800).solve(model(), x, 0.0, 0) == (Q4, Q8)
-    assert WithinBytes(20800).solve(model(), x, 0.0, 1) != (Q4, Q8)
+    assert WithinBytes(20800).solve(Fit(model(), x, 0.0), 0) == (Q4, Q8)
+    assert WithinBytes(20800).solve(Fit(model(), x, 0.0), 1) != (Q4, Q8)
 
 
 def test_the_smallest_plan_within_a_kld():
     x = np.ones(4)  # q4_0 and q8_0: 2 * 0.16 + 2 * 0.04 = 0.4, the other way round 2 * 0.64 + 2 * 0.01 = 1.3
-    assert WithinKld(0.45).solve(model(), x, 0.04, 0) == (Q4, Q8)
-    assert WithinKld(1.65).solve(model(), x, 0.04, 0) == (Q4, Q4)
+    assert WithinKld(0.45).solve(Fit(model(), x, 0.04), 0) == (Q4, Q8)
+    assert WithinKld(1.65).solve(Fit(model(), x, 0.04), 0) == (Q4, Q4)
     with pytest.raises(CalibrationError, match="rounding of any quantized cache alone costs 0.500000"):
-        WithinKld(0.45).solve(model(), x, 0.5, 0)
+        WithinKld(0.45).solve(Fit(model(), x, 0.5), 0)
 
 
 @pytest.mark.parametrize(("goal", "best"), [(WithinBytes(20800), (Q4, Q8)), (WithinKld(0.45), (Q4, Q8))])
