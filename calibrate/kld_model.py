@@ -3,10 +3,10 @@
 KLD(plan) ~ floor + sum over layers of  x_k * error(type_k)^2 + x_v * error(type_v)^2
 
 The squared error of the residual stream tells how a layer's damage grows from type to type, and roughly how much the
-layer matters. What remains is fitted to measured KLDs: x, and a factor of each type of K and of V, as errors of two types
-that are as large on a few samples need not do as much. The floor is what any change of rounding does to the model; it
-grows through the layers above the first one that is quantized. A single KLD is noisy for the same reason, so a plan is
-chosen by the fitted model, not by its luckiest run.
+layer matters. What remains is fitted to measured KLDs: x, and a factor of each type of K and of V, as errors of two
+types that are as large on a few samples need not do as much. The floor is what any change of rounding does to the
+model; it grows through the layers above the first one that is quantized. A single KLD is noisy for the same reason, so
+a plan is chosen by the fitted model, not by its luckiest run.
 """
 
 from __future__ import annotations
