@@ -26,7 +26,7 @@ from kvtuner_gguf.calibrate.samples import Capture, LayerSample
 from kvtuner_gguf.kvectors import K_MEAN_MAX, KVectors
 
 LEAST_GAIN = 0.02  # of the error, for one more operation in every token's graph
-N_JUDGED = 2  # places at which a sample is measured
+N_JUDGED = 3  # places at which a sample is measured
 
 # name -> (mean, scale), from the fewest operations on
 WAYS = {"none": (False, False), "mean": (True, False), "scale": (False, True), "both": (True, True)}

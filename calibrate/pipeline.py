@@ -30,8 +30,8 @@ from kvtuner_gguf.quality import Comparison
 from kvtuner_gguf.runtime import Session
 
 STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
-SEARCH_CTX = 512  # tokens of a chunk that plans are tried on
-SEARCH_SKIP = 128  # of them not scored: three chunks tell as much as four whose second half is
+SEARCH_CTX = 1024  # tokens of a chunk that plans are tried on: layers matter otherwise in a short context
+SEARCH_SKIP = 256  # of them not scored: three chunks tell as much as four whose second half is
 LEAST_KNOWN = 8  # runs from which prices can be told
 
 
@@ -154,7 +154,8 @@ def solved(options: Options, plannable: Plannable, measured: Measured, store: St
         name: known_trials(kld_model, runs.of(name + tag(k_vectors)), geometry) for name in (SEARCH, SEARCH_COPY)
     }
     name, known = max(by_search.items(), key=lambda item: len(item[1]))
-    if len(known) < LEAST_KNOWN:
+    ended = bool(runs.of(HELDOUT + FLOOR))  # a search of few types may have few plans to try
+    if len(known) < LEAST_KNOWN and not (known and ended):
         store.check_writable(runs.path)
     found = fit(kld_model, known)
     if name == SEARCH_COPY:  # whose floor is lower than the model's

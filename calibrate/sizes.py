@@ -24,7 +24,7 @@ class Sizes:
     def fitting(self, fit: Callable[[int], int]) -> Sizes:
         """The same for a model that can read fit(n) of n tokens."""
         stream = fit(self.stream)
-        search_ctx = min(self.search_ctx, stream // 2)
+        search_ctx = min(self.search_ctx, stream)
         return replace(self, stream=stream, search_ctx=search_ctx, search_skip=min(self.search_skip, search_ctx // 4))
 
     @property
@@ -49,7 +49,7 @@ class Sizes:
     @property
     def n_searched(self) -> int:
         """Chunks that plans are tried on, of the text that errors are measured on."""
-        return max(1, self.n_chunk * 3 // 4)
+        return self.n_captured - self.n_vectors
 
     @property
     def n_scored(self) -> int:
