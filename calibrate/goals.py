@@ -71,7 +71,7 @@ class Target(ABC):
 
     @abstractmethod
     def solve(self, found: Fit, spent: int) -> Pairs:
-        """The plan of the goal by a fitted model: its x, and its floor. Raises CalibrationError if there is none."""
+        """The plan of the goal by what the runs told. Raises CalibrationError if there is none."""
 
     @abstractmethod
     def refine(

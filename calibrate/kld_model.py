@@ -146,11 +146,14 @@ class Fit:
 
 def fit(kld_model: KldModel, trials: Sequence[Trial]) -> Fit:
     """x, the floor, and the factors of types that explain the trials' KLDs best."""
-    found = _of_types(kld_model, trials, *_of_layers(kld_model, trials))
-    return Fit(found, *_of_layers(found, trials))
+    floors = _floors(kld_model, trials)
+    found = _of_types(kld_model, trials, floors, *_of_layers(kld_model, trials, floors))
+    return Fit(found, *_of_layers(found, trials, floors))
 
 
-def _of_types(kld_model: KldModel, trials: Sequence[Trial], x: np.ndarray, floor: float) -> KldModel:
+def _of_types(
+    kld_model: KldModel, trials: Sequence[Trial], floors: np.ndarray, x: np.ndarray, floor: float
+) -> KldModel:
     """With squared errors times a factor of their type, of K and of V: ridge regression towards 1, given the layers'
     x."""
     from scipy.optimize import lsq_linear
@@ -163,7 +166,7 @@ def _of_types(kld_model: KldModel, trials: Sequence[Trial], x: np.ndarray, floor
         parts += [np.where(of_column[columns] == name, each, 0).sum(axis=1) for name in np.unique(of_column)]
     y = np.array([t.kld for t in trials])
     weight = 1 / (NOISE * np.maximum(y, 1e-6))
-    target = (y - floor * _floors(kld_model, trials)) * weight
+    target = (y - floor * floors) * weight
     unknowns = np.vstack([np.column_stack(parts) * weight[:, None], np.eye(len(parts)) / TYPE_SPREAD])
     factors = lsq_linear(unknowns, np.append(target, np.full(len(parts), 1 / TYPE_SPREAD)), bounds=TYPE_RANGE).x
     of_k = np.unique(types[0], return_inverse=True)[1]
@@ -178,7 +181,7 @@ def _floors(kld_model: KldModel, trials: Sequence[Trial]) -> np.ndarray:
     return np.array([0.0 if row is None else shape[row] for row in rows])
 
 
-def _of_layers(kld_model: KldModel, trials: Sequence[Trial]) -> tuple[np.ndarray, float]:
+def _of_layers(kld_model: KldModel, trials: Sequence[Trial], floors: np.ndarray) -> tuple[np.ndarray, float]:
     """x (2*n_il,) and the floor that explain the trials' KLDs best: ridge regression towards one x per side.
 
     What a layer's x departs from that by is expected to be much the same for its K and its V. The floor is that of a
@@ -189,14 +192,13 @@ def _of_layers(kld_model: KldModel, trials: Sequence[Trial]) -> tuple[np.ndarray
     a = np.array([kld_model.features(t.pairs) for t in trials])
     y = np.array([t.kld for t in trials])
     n = len(kld_model.il)
-    floor = _floors(kld_model, trials)
     weight = 1 / np.maximum(y, 1e-6)
-    sides = np.column_stack([a[:, :n].sum(axis=1), a[:, n:].sum(axis=1), floor])
+    sides = np.column_stack([a[:, :n].sum(axis=1), a[:, n:].sum(axis=1), floors])
     mean, _ = nnls(sides * weight[:, None], y * weight)
     least = 1e-3 * mean[:2].max() if mean[:2].max() > 0 else 1.0
     prior = np.repeat(np.maximum(mean[:2], least), n)
     center = np.append(prior, max(mean[2], 1e-6))
-    data, target = np.column_stack([a, floor]) * (weight / NOISE)[:, None], y * weight / NOISE
+    data, target = np.column_stack([a, floors]) * (weight / NOISE)[:, None], y * weight / NOISE
     alike = _whitened(n)
     found = center
     for _ in range(N_REWEIGHT):

@@ -1,8 +1,8 @@
 // kvt-groups.h - how a block of each group type is written and read: four groups of 16 values with bits of their own, under one scale. The
-// groups with few bits are on a ring (kvt-trellis.h), the first of k3_64 and k4_64 has a grid of its own. The rules are those of kvt-blocks.h
+// groups with few bits are on a ring (kvt-rings.h), the first of k3_64 and k4_64 has a grid of its own. The rules are those of kvt-blocks.h
 #pragma once
 
-#include "kvt-trellis.h"
+#include "kvt-ways.h"
 
 template <typename block, typename ring>
 struct kvt_codec_k : kvt_codec_ring<block, ring> {

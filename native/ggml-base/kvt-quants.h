@@ -24,6 +24,15 @@ KVT_TYPES(KVT_TYPE_DECLARE)
 KVT_TYPES(KVT_TYPE_CHECK)
 #undef KVT_TYPE_CHECK
 
+static inline bool kvt_is_type(enum ggml_type type) {
+    switch (type) {
+        KVT_TYPES(KVT_TYPE_CASE)
+        return true;
+        default:
+            return false;
+    }
+}
+
 #define KVT_GGML_ITEM(NAME)                        GGML_TYPE_##NAME,
 
 #define KVT_TYPE_TRAITS(NAME, name, number, n, bits) \

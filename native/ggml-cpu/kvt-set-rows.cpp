@@ -1,6 +1,6 @@
 // kvt-set-rows.cpp - rows written into a cache of our types on the CPU, by blocks
 #include "kvt-set-rows.h"
-#include "kvt-table.h"
+#include "kvt-quants.h"
 
 #define GGML_COMMON_DECL_CPP
 #include "ggml-common.h"
@@ -8,15 +8,6 @@
 #include "ggml-cpu.h"
 
 #include <algorithm>
-
-static bool kvt_is_ours(ggml_type type) {
-    switch (type) {
-        KVT_TYPES(KVT_TYPE_CASE)
-        return true;
-        default:
-            return false;
-    }
-}
 
 template <typename idx_t>
 static void kvt_set_rows(const ggml_compute_params * params, const ggml_tensor * src, const ggml_tensor * rows, ggml_tensor * dst) {
@@ -41,7 +32,7 @@ static void kvt_set_rows(const ggml_compute_params * params, const ggml_tensor *
 
 bool kvt_set_rows_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor *src = dst->src[0], *rows = dst->src[1];
-    if (!kvt_is_ours(dst->type) || src->type != GGML_TYPE_F32 || src->nb[0] != sizeof(float)) {
+    if (!kvt_is_type(dst->type) || src->type != GGML_TYPE_F32 || src->nb[0] != sizeof(float)) {
         return false;
     }
     if (rows->type == GGML_TYPE_I64) {

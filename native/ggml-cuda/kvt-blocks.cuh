@@ -1,6 +1,6 @@
 // kvt-blocks.cuh - our cache types, and iq4_nl, on a GPU: one kvt_codec<type> each
 // Read four values at a time, as int8 levels in one register: what a dot product with q8_1 takes, and d*level is the value.
-// Written by KVT_THREADS threads for each block, with the code of kvt-blocks.h, kvt-groups.h and kvt-trellis.h.
+// Written by KVT_THREADS threads for each block, with the code of kvt-blocks.h, kvt-groups.h and kvt-trellis.h, and of what they include.
 // Host code, too, with the instructions spelled out, so that tests compare it with the CPU's without a GPU.
 #pragma once
 

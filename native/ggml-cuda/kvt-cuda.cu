@@ -4,6 +4,7 @@
 
 #include "kvt-cuda.h"
 #include "kvt-cuda.cuh"
+#include "kvt-quants.h"
 
 static kvt_dims kvt_dims_of(const ggml_tensor * t) {
     kvt_dims res;
@@ -15,12 +16,7 @@ static kvt_dims kvt_dims_of(const ggml_tensor * t) {
 }
 
 bool kvt_cuda_is_type(ggml_type type) {
-    switch (type) {
-        KVT_TYPES(KVT_TYPE_CASE)
-        return true;
-        default:
-            return false;
-    }
+    return kvt_is_type(type);
 }
 
 bool kvt_cuda_can_cpy(ggml_type src, ggml_type dst) {

@@ -95,21 +95,14 @@ def test_a_dropped_turn_is_forgotten(llama, arch):
 def test_a_draft_does_not_change_the_answer(llama, arch):
     from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
-    tokens = (prompt(30, 5) * 6)[:170]  # says the same again and again, so that drafts are made
+    # says the same again and again, so that drafts are made; no two tokens are next to alike, as the size of a batch
+    # changes how some processors round
+    tokens = (prompt(30, 8) * 6)[:170]
     drafted = llama(arch, logits_all=True, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=7))
-    for asked in (tokens, SHORT, tokens):
-        assert_same(answer(drafted, asked, 40), answer(llama(arch), asked, 40), llama(arch, logits_all=True), asked)
-
-
-def assert_same(got, want, fresh, tokens):
-    """Two answers to the tokens, up to where a fresh Llama holds both next tokens for as likely: a product of several
-    rows may be summed in another order than that of one."""
-    assert len(got) == len(want)
-    differ = next((i for i, (a, b) in enumerate(zip(got, want)) if a != b), None)
-    if differ is not None:
-        fresh.eval([*tokens, *want[:differ]])
-        logits = fresh.scores[fresh.n_tokens - 1]
-        assert abs(logits[got[differ]] - logits[want[differ]]) < 1e-3 and logits[got[differ]] > logits.max() - 1e-3
+    want = answer(llama(arch), tokens, 40)
+    assert answer(drafted, tokens, 40) == want
+    assert answer(drafted, SHORT, 40) == answer(llama(arch), SHORT, 40)
+    assert answer(drafted, tokens, 40) == want
 
 
 @pytest.mark.parametrize("arch", ["gemma3", "gpt_oss", "hybrid"])
