@@ -61,14 +61,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def load() -> Iterator[Callable[..., Session]]:
     """load(path, **arguments of Session) -> a Session, closed at the end of the test.
 
-    One thread: the models are tiny, and the results are then the same in every run.
+    One thread if nothing else is said: the models are tiny, and the results are then the same in every run.
     """
     from kvtuner_gguf.runtime import Session
 
     sessions = []
 
     def open_session(path: Path, **arguments: object) -> Session:
-        sessions.append(Session(path, n_threads=1, **arguments))
+        sessions.append(Session(path, **{"n_threads": 1} | arguments))
         return sessions[-1]
 
     yield open_session

@@ -1,5 +1,6 @@
 // kvt-cond.cpp - conditioning of K: kept beside the cache, applied in the graph, told by a state
 #include "kvt-cond.h"
+#include "kvt-cond-op.h"
 #include "kvt-hash.h"
 #include "kvt-table.h"
 
@@ -46,6 +47,15 @@ static ggml_type kvt_basis_type(const kvt_k_basis & basis, ggml_type type_k) {
     return ggml_is_quantized(type_k) && fits(basis.of_k) && fits(basis.of_q) ? GGML_TYPE_F16 : GGML_TYPE_F32;
 }
 
+// of a layer in such a buffer, or null
+static ggml_custom_op_t kvt_cond_in_one(ggml_backend_buffer_type_t buft) {
+    ggml_backend_dev_t dev = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    if (buft != ggml_backend_cpu_buffer_type() || !dev) {
+        return nullptr;
+    }
+    return (ggml_custom_op_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), KVT_COND_PROC);
+}
+
 const kvt_cond_layer * kvt_cond::add(uint32_t il, const kvt_k_vectors & vectors, ggml_type type_k, int64_t n_head_kv, ggml_backend_buffer_type_t buft) {
     ggml_context * ctx = ctx_for(buft);
 
@@ -73,6 +83,7 @@ const kvt_cond_layer * kvt_cond::add(uint32_t il, const kvt_k_vectors & vectors,
     };
     layer.mean = vector("mean", vectors.mean);
     layer.hash = hash;
+    layer.in_one = kvt_cond_in_one(buft);
     if (layer.basis_k) {
         return &layer;
     }
@@ -195,7 +206,37 @@ static ggml_tensor * kvt_cond_q(ggml_context * ctx, const kvt_cond_layer * cond,
     return ggml_reshape_3d(ctx, ggml_mul(ctx, q, scale), q->ne[0], n_head, n_tokens);
 }
 
+// so many tokens at most: more are faster in products of matrices
+static constexpr int64_t KVT_COND_IN_ONE_TOKENS = 8;
+
+// whether it was done: a token's work is less than the barriers between its steps
+static bool kvt_cond_qk_in_one(ggml_context * ctx, const kvt_cond_layer & cond, ggml_tensor *& q, ggml_tensor *& k) {
+    ggml_tensor * of_q = cond.basis_q ? cond.basis_q : cond.scale;
+    ggml_tensor * of_k = cond.basis_k ? cond.basis_k : cond.scale_inv;
+    if (!cond.in_one || !of_q || q->ne[2] > KVT_COND_IN_ONE_TOKENS || q->ne[0] > KVT_COND_MAX_HEAD_DIM) {
+        return false;
+    }
+    const auto is_row = [](const ggml_tensor * t) { return t->type == GGML_TYPE_F32 && t->nb[0] == sizeof(float) && t->ne[3] == 1; };
+    if (!is_row(q) || !is_row(k)) {
+        return false;
+    }
+    ggml_tensor * args[] = { q, k, of_q, of_k, cond.mean };
+    ggml_tensor * both =
+        ggml_custom_4d(ctx, GGML_TYPE_F32, ggml_nelements(q) + ggml_nelements(k), 1, 1, 1, args, cond.mean ? 5 : 4, cond.in_one, GGML_N_TASKS_MAX, nullptr);
+
+    const auto part = [&](const ggml_tensor * t, size_t offset) {
+        return ggml_view_3d(ctx, both, t->ne[0], t->ne[1], t->ne[2], t->ne[0] * sizeof(float), t->ne[0] * t->ne[1] * sizeof(float), offset);
+    };
+    const size_t size_q = ggml_nelements(q) * sizeof(float);
+    q = part(q, 0);
+    k = part(k, size_q);
+    return true;
+}
+
 void kvt_cond_qk(ggml_context * ctx, const kvt_cond_layer * cond, ggml_tensor *& q, ggml_tensor *& k) {
+    if (cond && k && kvt_cond_qk_in_one(ctx, *cond, q, k)) {
+        return;
+    }
     q = kvt_cond_q(ctx, cond, q);
     k = kvt_cond_k(ctx, cond, k);
 }

@@ -30,6 +30,8 @@ struct kvt_cond_layer {
     ggml_tensor * basis_k = nullptr; // [head_dim, head_dim, n_head_kv], in the place of the scale and the rotation
     ggml_tensor * basis_q = nullptr;
 
+    ggml_custom_op_t in_one = nullptr; // all of it in one op, for a few tokens: on the CPU
+
     uint64_t hash = 0; // of the vectors: a state tells by it how its K was conditioned
 };
 

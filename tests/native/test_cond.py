@@ -21,6 +21,7 @@ pytestmark = pytest.mark.native
 MODELS = {
     "llama": ("llama", {}, (2, 64)),
     "heads of 96, never rotated": ("llama", {"head_dim": 96}, (2, 96)),
+    "heads of 72": ("llama", {"head_dim": 72}, (2, 72)),
     "heads of 128": ("llama", {"head_dim": 128}, (2, 128)),
     "one KV head": ("llama", {"n_head_kv": 1}, (1, 64)),
     "as many KV heads": ("llama", {"n_head_kv": 4}, (4, 64)),
@@ -81,6 +82,24 @@ def test_a_cache_that_is_not_quantized_gives_the_same_logits(load, tiny, model, 
         have = run(session, pairs, k_vectors, flash_attn=flash_attn)
         assert not np.array_equal(have, want)
         assert np.abs(have - want).max() < MOST[name]
+
+
+@every_model
+@pytest.mark.parametrize("basis", [False, True])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_a_few_tokens_at_once_give_the_logits_of_many(load, tiny, model, basis, n_threads):
+    arch, arguments, shape = MODELS[model]
+    session = load(tiny(arch, **arguments), n_threads=n_threads)
+    tokens = prompt(40)
+
+    def last_logits(n, name="f32"):
+        session.set_plan(uniform(name, session.n_layer), all_vectors(session, shape, basis=basis))
+        with session.context(256, flash_attn=False) as ctx:
+            return [feed(ctx, tokens[i : i + n], i)[-1] for i in range(0, len(tokens), n)][-1]
+
+    want = last_logits(len(tokens))
+    for n in (1, 5, 8):
+        assert np.abs(last_logits(n) - want).max() < MOST["f32"]
 
 
 def test_greedy_tokens_are_the_same(load, tiny):
