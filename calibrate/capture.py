@@ -46,7 +46,7 @@ def capture(
     tap = Tap(on_node, N_Q)
     try:
         # full-size sliding windows: the mask tells what a query sees
-        with session.context(chunks.n_ctx, None, n_ubatch=N_UBATCH, swa_full=True, tap=tap) as ctx:
+        with session.context(chunks.n_ctx, None, n_ubatch=N_UBATCH, swa_full=True, watch=tap) as ctx:
             for sample, tokens in enumerate(chunks.tokens):  # noqa: B007 - on_node reads it
                 ctx.clear()
                 rows = [(int(token), pos, 0) for pos, token in enumerate(tokens)]
@@ -87,7 +87,7 @@ def _turns(session: Session, chunks: Chunks, n_ctx: int) -> dict[int, np.ndarray
     seen: dict[int, list[LayerSample]] = {}
     tap = Tap(lambda node: seen.setdefault(node.il, []).append(_sample(node, (0, 0), session.rope(node.il))), 1)
     try:
-        with session.context(max(256, N_PROBE), None, n_ubatch=N_UBATCH, swa_full=True, tap=tap) as ctx:
+        with session.context(max(256, N_PROBE), None, n_ubatch=N_UBATCH, swa_full=True, watch=tap) as ctx:
             for start in starts:
                 ctx.clear()
                 tokens = chunks.tokens[0][:N_PROBE].tolist()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kvtuner_gguf.calibrate.corpus import Corpus
 from kvtuner_gguf.calibrate.goals import Target
+from kvtuner_gguf.calibrate.hidden import hidden_bytes
 from kvtuner_gguf.calibrate.options import Options
 from kvtuner_gguf.calibrate.sizes import Sizes
 from kvtuner_gguf.codecs import codec
@@ -32,7 +33,8 @@ class Plannable:
     sizes          of the text that the stages work on
     types          il -> the K types and the V types that the layer can take, of those to choose from and f16; those of
                    groups as if each K were in a basis
-    scratch_bytes  of the largest file that is kept while it runs: captured Q, K and V, or a reference
+    scratch_bytes  of the files that are kept at once while it runs: captured Q, K and V, or a reference with its hidden
+                   states
     """
 
     goal: Target
@@ -58,7 +60,9 @@ def plannable_of(options: Options, sizes: Sizes) -> Plannable:
         check_can_plan(options.model, geometry)
         goal = options.goal.at(geometry)
         goal.check(geometry, cheapest_bytes(geometry, types))
-        return Plannable(goal, geometry, sizes, types, max(captured, 2 * session.n_vocab * sizes.n_scored))
+        hidden = hidden_bytes(session.n_layer, sizes.n_searched * sizes.search_ctx, session.n_embd)
+        kept = max(captured, 2 * session.n_vocab * sizes.n_scored + hidden)
+        return Plannable(goal, geometry, sizes, types, kept)
 
 
 def offered(types: Types, in_basis: Container[int]) -> Types:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kvtuner_gguf.calibrate.records import CURE
 from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.hidden import Hidden
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.quality import Quality
@@ -100,34 +102,53 @@ def kl_divergence(base: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Reference:
-    """Log-probabilities of the f16 cache on the scored positions: (n_positions, n_vocab) float16, on disk."""
+    """Log-probabilities of the f16 cache on the scored positions: (n_positions, n_vocab) float16, on disk.
+
+    hidden  its hidden states: runs that leave lower layers at f16 start with the first that they do not
+    """
 
     chunks: Chunks
     path: Path
     n_vocab: int
+    hidden: Hidden | None = None
 
     def open(self) -> np.ndarray:
         return np.memmap(self.path, np.float16, "r", shape=(self.chunks.n_positions, self.n_vocab))
 
+    def discard(self) -> None:
+        """Take it from the disk; it is large."""
+        self.path.unlink(missing_ok=True)
+        if self.hidden:
+            self.hidden.close()
+            self.hidden.path.unlink(missing_ok=True)
+
 
 def make_reference(
-    session: Session, chunks: Chunks, path: Path, progress: Callable[[int], None] = lambda n: None
+    session: Session,
+    chunks: Chunks,
+    path: Path,
+    progress: Callable[[int], None] = lambda n: None,
+    hidden: Hidden | None = None,
 ) -> Reference:
     """Run the text on an f16 cache and keep its log-probabilities in a file. progress gets positions done.
+
+    hidden  gets the hidden states of the run
 
     Raises CalibrationError if the disk has no room for it: seen before the run, and never by a write into a mapping.
     """
     n_bytes = 2 * chunks.n_positions * session.n_vocab
     with write_errors(path, n_bytes, CURE, CalibrationError), open(path, "wb", opener=_private) as out:
         reserve(out, path.parent, n_bytes)
-        with session.context(chunks.n_ctx, None, n_ubatch=N_UBATCH) as ctx:
+        if hidden:
+            hidden.keep()
+        with session.context(chunks.n_ctx, None, n_ubatch=N_UBATCH, watch=hidden) as ctx:
             for tokens in chunks.tokens.tolist():
                 for logits in ctx.logits(tokens, chunks.first):
                     check_logits(session, logits, tokens)
                     for block in _blocks(logits):
                         out.write(log_softmax(block).astype(np.float16).tobytes())
                     progress(len(logits))
-    return Reference(chunks, path, session.n_vocab)
+    return Reference(chunks, path, session.n_vocab, hidden)
 
 
 def _private(path: str, flags: int) -> int:
@@ -151,10 +172,16 @@ def measure(
                 difference is rounding alone, as the model's other roundings amplify it
     Raises CalibrationError if the run time did not allocate what was asked for.
     """
-    with session.context(reference.chunks.n_ctx, pairs, k_vectors, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
+    options: dict[str, Any] = {"n_ubatch": N_UBATCH, "flash_attn": flash_attn}
+    hidden = reference.hidden if pairs else None
+    if hidden and hidden.start(_first_changed(pairs or ())):
+        options["watch"] = hidden
+    with session.context(reference.chunks.n_ctx, pairs, k_vectors, **options) as ctx:
         if pairs is not None and ctx.notes():
             raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")
         kld, same_top = compare(ctx, reference, n_threads=session.n_threads, progress=progress)
+    if hidden:
+        hidden.check()
     if not np.isfinite(kld).all():
         what = (
             ", ".join(sorted({str(p) for p in pairs if p.type_k}))
@@ -166,6 +193,11 @@ def measure(
             "Choose other types."
         )
     return Quality(float(kld.mean()), float(np.quantile(kld, 0.999)), float(same_top.mean()), len(kld))
+
+
+def _first_changed(pairs: Sequence[Pair]) -> int:
+    """The first layer that is not at f16; 0 if all are."""
+    return next((il for il, pair in enumerate(pairs) if {pair.type_k, pair.type_v} - {"f16", ""}), 0)
 
 
 def compare(

@@ -15,6 +15,7 @@ from kvtuner_gguf.calibrate.capture import capture
 from kvtuner_gguf.calibrate.checks import Plannable, Types, cheapest_bytes, offered
 from kvtuner_gguf.calibrate.condition import condition
 from kvtuner_gguf.calibrate.error import attention, error_table, k_error
+from kvtuner_gguf.calibrate.hidden import hidden_of
 from kvtuner_gguf.calibrate.kld import Reference, make_reference
 from kvtuner_gguf.calibrate.options import Options
 from kvtuner_gguf.calibrate.progress import Progress
@@ -175,7 +176,8 @@ def search_reference(plannable: Plannable, text: Text, bench: Bench) -> Referenc
     tail = text.calibration[sizes.n_vectors * sizes.stream :]
     chunks = chunks_of(tail, sizes.search_ctx, sizes.n_searched, "calibration text", sizes.search_skip)
     with bench.progress.bar("search: f16 reference", chunks.n_positions) as advance:
-        return make_reference(bench.session, chunks, bench.scratch / "search.f16", advance)
+        hidden = hidden_of(bench.session, chunks.tokens.size, bench.scratch / "hidden.f32")
+        return make_reference(bench.session, chunks, bench.scratch / "search.f16", advance, hidden)
 
 
 def heldout_reference(plannable: Plannable, text: Text, bench: Bench) -> Reference:

@@ -100,7 +100,7 @@ def search(options: Options, plannable: Plannable, measured: Measured, bench: Be
         for pairs in uniform:
             rivals.append(Trial.of(pairs, runs.of_stock(pairs).kld_mean, geometry))
             advance(1)
-    reference.path.unlink(missing_ok=True)  # large, and of no use from here on
+    reference.discard()
     return Found(best, tuple(rivals))
 
 

@@ -142,6 +142,11 @@ _SIGNATURES = {
     "kvt_tap_enable": (None, [_ptr, ctypes.c_bool]),
     "kvt_tap_error": (_str, [_ptr]),
     "kvt_tap_share": (_i32, [_ptr, _i32, _ptr]),
+    "kvt_hidden_new": (_ptr, [_ptr, _i32, _i32, _i64, _i32]),
+    "kvt_hidden_free": (None, [_ptr]),
+    "kvt_hidden_keep": (None, [_ptr]),
+    "kvt_hidden_start": (_i32, [_ptr, _i32]),
+    "kvt_hidden_taken": (_i64, [_ptr]),
 }
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from . import native
 from .errors import NativeError
 from .geometry import Geometry
+from .hidden import Hidden
 from .in_force import put_in_force, put_pairs_in_force
 from .interrupts import called_from_c
 from .kvectors import KVectors
@@ -95,6 +96,7 @@ class Session:
         self.vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_layer = native.n_layer(self.model)
+        self.n_embd = llama_cpp.llama_model_n_embd(self.model)
         self.n_ctx_train = llama_cpp.llama_model_n_ctx_train(self.model)
         self.n_params = llama_cpp.llama_model_n_params(self.model)
 
@@ -276,7 +278,7 @@ class Context:
         type_v: str = "f16",
         flash_attn: bool = True,
         swa_full: bool = False,
-        tap: Tap | None = None,
+        watch: Tap | Hidden | None = None,
     ) -> None:
         """n_ctx: tokens, of all sequences together. Raises NativeError if the context cannot be made."""
         check_context(session.model, n_ctx, n_seq_max)
@@ -288,9 +290,9 @@ class Context:
         params.flash_attn_type = lc.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash_attn else lc.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.type_k, params.type_v = native.type_number(type_k), native.type_number(type_v)
         params.swa_full = swa_full
-        if tap:
-            params.cb_eval, params.cb_eval_user_data = tap.eval_callback, tap.handle
-        self._tap = tap
+        if watch:
+            params.cb_eval, params.cb_eval_user_data = watch.eval_callback, watch.handle
+        self._watch = watch
         self.ctx = lc.llama_init_from_model(session.model, params)
         if not self.ctx:
             raise NativeError(f"a context of {n_ctx} tokens cannot be made: {session._log.reason()}")

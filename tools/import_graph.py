@@ -29,12 +29,13 @@ FLOORS = (
     "calibrate.checks calibrate.methods calibrate.store calibrate.write",
     "calibrate.condition calibrate.error calibrate.options",
     "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.text output",
-    "calibrate.kld calibrate.moments calibrate.prices calibrate.solve calibrate.weights identity llama shown",
+    "calibrate.hidden calibrate.kld calibrate.moments calibrate.prices calibrate.solve calibrate.weights identity "
+    "llama shown",
     "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples "
     "gguf_file runtime",
     "calibrate.results gguf_header in_force report",
     "geometry plan",
-    "calibrate.corpus held kvectors tap uses",
+    "calibrate.corpus held hidden kvectors tap uses",
     "arguments calibrate.records chat default_model native pair quality target",
     "cache codecs machine reading room template terminal threads values",
     "errors",

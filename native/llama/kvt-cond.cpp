@@ -81,8 +81,8 @@ const kvt_cond_layer * kvt_cond::add(uint32_t il, const kvt_k_vectors & vectors,
     const auto vector = [&](const char * name, const std::vector<float> & values) {
         return add_tensor(ctx, name, il, GGML_TYPE_F32, { (int64_t) values.size() / n_head_kv, n_head_kv }, values);
     };
-    layer.mean = vector("mean", vectors.mean);
-    layer.hash = hash;
+    layer.mean   = vector("mean", vectors.mean);
+    layer.hash   = hash;
     layer.in_one = kvt_cond_in_one(buft);
     if (layer.basis_k) {
         return &layer;
@@ -222,14 +222,14 @@ static bool kvt_cond_qk_in_one(ggml_context * ctx, const kvt_cond_layer & cond, 
     }
     ggml_tensor * args[] = { q, k, of_q, of_k, cond.mean };
     ggml_tensor * both =
-        ggml_custom_4d(ctx, GGML_TYPE_F32, ggml_nelements(q) + ggml_nelements(k), 1, 1, 1, args, cond.mean ? 5 : 4, cond.in_one, GGML_N_TASKS_MAX, nullptr);
+            ggml_custom_4d(ctx, GGML_TYPE_F32, ggml_nelements(q) + ggml_nelements(k), 1, 1, 1, args, cond.mean ? 5 : 4, cond.in_one, GGML_N_TASKS_MAX, nullptr);
 
     const auto part = [&](const ggml_tensor * t, size_t offset) {
         return ggml_view_3d(ctx, both, t->ne[0], t->ne[1], t->ne[2], t->ne[0] * sizeof(float), t->ne[0] * t->ne[1] * sizeof(float), offset);
     };
     const size_t size_q = ggml_nelements(q) * sizeof(float);
-    q = part(q, 0);
-    k = part(k, size_q);
+    q                   = part(q, 0);
+    k                   = part(k, size_q);
     return true;
 }
 

@@ -166,6 +166,29 @@ LLAMA_API int32_t kvt_tap_share(const struct kvt_tap * tap, int32_t il, float * 
 // llama_context_params.cb_eval, with the tap as cb_eval_user_data; needs flash attention
 LLAMA_API bool kvt_tap_eval(struct ggml_tensor * t, bool ask, void * tap);
 
+//
+// hidden states between layers, for runs of one text that differ in their upper layers alone: kept once, then taken
+//
+
+struct kvt_hidden;
+
+// rows: [n_slot][n_rows][n_embd], the caller's, which outlive it: the states of n_rows tokens after every stride-th layer
+LLAMA_API struct kvt_hidden * kvt_hidden_new(float * rows, int32_t n_slot, int32_t stride, int64_t n_rows, int32_t n_embd);
+LLAMA_API void                kvt_hidden_free(struct kvt_hidden * hidden);
+
+// llama_context_params.cb_eval, with the hidden states as cb_eval_user_data
+LLAMA_API bool kvt_hidden_eval(struct ggml_tensor * t, bool ask, void * hidden);
+
+// from now on runs keep theirs, from row 0 on: the same tokens, in batches of any size, as the runs that take them
+LLAMA_API void kvt_hidden_keep(struct kvt_hidden * hidden);
+
+// from now on runs take them from row 0 on, and begin with layer il, or one before: the one that is returned. 0: with the first, as nothing
+// else was kept. For runs whose layers below are those of the run that was kept. A graph that lets no layer be left out is run whole
+LLAMA_API int32_t kvt_hidden_start(struct kvt_hidden * hidden, int32_t il);
+
+// rows that runs took since: 0 where they were whole, more than there are where they went wrong
+LLAMA_API int64_t kvt_hidden_taken(const struct kvt_hidden * hidden);
+
 #ifdef __cplusplus
 }
 #endif

@@ -132,7 +132,7 @@ class Bench:
         for _ in range(N_TRIES):
             keepers = method.keepers(self.known, shape)
             cache = RewrittenCache(keepers, shape.n_head_kv)
-            with self.session.context(shape.n_ctx, None, n_ubatch=N_UBATCH, tap=cache) as ctx:
+            with self.session.context(shape.n_ctx, None, n_ubatch=N_UBATCH, watch=cache) as ctx:
                 scores = compare(ctx, self.reference, step=method.step)
             cache.check()
             found = [bits for keeper in keepers.values() if (bits := keeper.bits())]

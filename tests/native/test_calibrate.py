@@ -290,8 +290,8 @@ def test_a_search_on_a_copy_is_proved_on_the_model(tiny, tmp_path, text, monkeyp
     monkeypatch.setattr(
         measured,
         "make_reference",
-        lambda session, chunks, path, advance: (
-            seen.setdefault(path.stem, session.path) and real(session, chunks, path, advance)
+        lambda session, chunks, path, *rest: (
+            seen.setdefault(path.stem, session.path) and real(session, chunks, path, *rest)
         ),
     )
     calibrate(model, "-f", text, *goal, "-o", tmp_path / "plan.json")

@@ -48,7 +48,7 @@ def tapped():
     def watch(session, runs, n_q_max=512, **arguments):
         samples = []
         taps.append(Tap(lambda node: samples.append(sample_of(node)), n_q_max))
-        with session.context(256, tap=taps[-1], **arguments) as ctx, taps[-1].enabled():
+        with session.context(256, watch=taps[-1], **arguments) as ctx, taps[-1].enabled():
             runs(ctx)
         return samples
 
@@ -118,7 +118,7 @@ def test_a_tap_changes_no_logits(load, tiny, arch):
         want = feed(ctx, tokens)
     seen = []
     tap = Tap(lambda node: seen.append(node.il), 8)
-    with session.context(256, tap=tap) as ctx:
+    with session.context(256, watch=tap) as ctx:
         assert np.array_equal(feed(ctx, tokens), want)
         assert not seen  # it is off at first
         ctx.clear()
@@ -151,6 +151,6 @@ def test_an_error_in_the_callback_comes_back(load, tiny):
         raise KeyError(node.il)
 
     tap = Tap(fail, 8)
-    with load(tiny("llama")).context(256, tap=tap) as ctx, pytest.raises(KeyError), tap.enabled():
+    with load(tiny("llama")).context(256, watch=tap) as ctx, pytest.raises(KeyError), tap.enabled():
         feed(ctx, prompt(8))
     tap.close()

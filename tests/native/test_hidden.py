@@ -1,0 +1,91 @@
+"""A run that differs from the f16 cache in upper layers alone starts there, and is the run that it would have been."""
+
+import numpy as np
+import pytest
+from models import FIRST_BYTE
+from running import prompt, uniform
+
+from kvtuner_gguf.calibrate import hidden as hidden_states
+from kvtuner_gguf.calibrate.hidden import hidden_bytes, hidden_of
+from kvtuner_gguf.calibrate.kld import Chunks, make_reference, measure
+from kvtuner_gguf.errors import NativeError
+from kvtuner_gguf.kvectors import KVectors
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.quality import Quality
+
+pytestmark = pytest.mark.native
+
+F16, Q4 = Pair("f16", "f16"), Pair("q4_0", "q4_0")
+ARCHS = ["llama", "qwen2", "gemma3", "gemma2", "gpt_oss", "refact", "hybrid", "mla"]
+
+
+def chunks(n_ctx: int = 768) -> Chunks:
+    """Two, of two batches each, the second shorter."""
+    tokens = np.random.default_rng(0).integers(FIRST_BYTE, FIRST_BYTE + 256, (2, n_ctx))
+    return Chunks(tokens.astype(np.int32), n_ctx // 4)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_run_is_the_same(load, tiny, tmp_path, arch):
+    session, text = load(tiny(arch)), chunks()
+    hidden = hidden_of(session, text.tokens.size, tmp_path / "hidden")
+    assert hidden is not None
+    whole = make_reference(session, text, tmp_path / "a")
+    kept = make_reference(session, text, tmp_path / "b", hidden=hidden)
+    assert whole.path.read_bytes() == kept.path.read_bytes()
+    with_kv = [il for il, n in enumerate(session.geometry(256).values_k) if n]
+    for il in with_kv:
+        plan = [Q4 if i == il else F16 for i in range(session.n_layer)]
+        vectors = [KVectors() for _ in plan]
+        have = measure(session, plan, kept, k_vectors=vectors)
+        assert have == measure(session, plan, whole, k_vectors=vectors)
+        assert have.kld_mean > 0
+        assert hidden.taken == (text.tokens.size if il else 0)
+    kept.discard()
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_plan_of_all_layers_runs_whole(load, tiny, tmp_path):
+    session, text = load(tiny("llama")), chunks()
+    kept = make_reference(session, text, tmp_path / "f16", hidden=hidden_of(session, text.tokens.size, tmp_path / "h"))
+    assert isinstance(measure(session, uniform("q4_0", 4), kept), Quality)
+    assert kept.hidden.taken == 0
+    assert measure(session, [F16] * 4, kept).kld_mean < 1e-6
+    assert kept.hidden.taken == 0
+
+
+def test_a_large_model_keeps_them_after_some_layers_alone(load, tiny, tmp_path, monkeypatch):
+    session, text = load(tiny("llama")), chunks()
+    of_layer = 4 * text.tokens.size * session.n_embd
+    monkeypatch.setattr(hidden_states, "MOST_BYTES", 2 * of_layer)
+    hidden = hidden_of(session, text.tokens.size, tmp_path / "h")
+    assert (tmp_path / "h").stat().st_size == hidden_bytes(4, text.tokens.size, session.n_embd) == of_layer
+    kept = make_reference(session, text, tmp_path / "f16", hidden=hidden)
+    assert [hidden.start(il) for il in range(4)] == [0, 0, 2, 2]
+    plan = [F16, F16, F16, Q4]
+    have = measure(session, plan, kept)
+    assert hidden.taken == text.tokens.size
+    assert have == measure(session, plan, make_reference(session, text, tmp_path / "whole"))
+
+
+def test_no_run_takes_what_none_kept(load, tiny, tmp_path):
+    session, text = load(tiny("llama")), chunks()
+    hidden = hidden_of(session, text.tokens.size, tmp_path / "h")
+    assert hidden.start(3) == 0
+    with pytest.raises(NativeError, match="layer -1 is negative"):
+        hidden.start(-1)
+
+
+def test_other_tokens_are_told(load, tiny, tmp_path):
+    session, text = load(tiny("llama")), chunks()
+    hidden = hidden_of(session, text.tokens.size, tmp_path / "h")
+    make_reference(session, text, tmp_path / "f16", hidden=hidden)
+    assert hidden.start(3) == 3
+    with session.context(256, None, watch=hidden) as ctx:
+        list(ctx.logits(prompt(40), 0))
+    with pytest.raises(NativeError, match=f"took 40 rows of hidden states, need {text.tokens.size}"):
+        hidden.check()
+
+
+def test_one_layer_has_none(load, tiny, tmp_path):
+    assert hidden_of(load(tiny("llama", n_layer=1)), 512, tmp_path / "h") is None
