@@ -29,10 +29,12 @@ class Chunks:
 
     tokens    (n_chunk, n_ctx) int32
     n_skip    positions at the start of each chunk that are not scored; by default half of it, as llama-perplexity does
+    every     each so-many-th of the others is scored, the last one of a chunk among them
     """
 
     tokens: np.ndarray
     n_skip: int | None = None
+    every: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or self.tokens.shape[1] < 16:
@@ -45,14 +47,15 @@ class Chunks:
         return self.tokens.shape[1]
 
     @property
-    def first(self) -> int:
-        """Index in a chunk of the first position that is scored."""
-        return self.n_ctx // 2 if self.n_skip is None else self.n_skip
+    def positions(self) -> range:
+        """Those of a chunk that are scored."""
+        n_skip = self.n_ctx // 2 if self.n_skip is None else self.n_skip
+        return range(self.n_ctx - 1, n_skip - 1, -self.every)[::-1]
 
     @property
     def n_positions(self) -> int:
         """Positions that are scored, all chunks together."""
-        return len(self.tokens) * (self.n_ctx - self.first)
+        return len(self.tokens) * len(self.positions)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -68,7 +71,7 @@ def check_logits(session: Session, logits: np.ndarray, tokens: Sequence[int]) ->
     if np.isfinite(logits.max(axis=1)).all():
         return
     with session.context(len(tokens), None, type_k="bf16", type_v="bf16") as ctx:
-        is_the_cache = all(np.isfinite(part.max(axis=1)).all() for part in ctx.logits(tokens, 0))
+        is_the_cache = all(np.isfinite(part.max(axis=1)).all() for part in ctx.logits(tokens, range(len(tokens))))
     if is_the_cache:
         raise CalibrationError(
             f"model '{session.path}': its K or V is beyond the 65504 of f16, so that an f16 cache gives NaN, and "
@@ -143,7 +146,7 @@ def make_reference(
             hidden.keep()
         with session.context(chunks.n_ctx, None, n_ubatch=N_UBATCH, watch=hidden) as ctx:
             for tokens in chunks.tokens.tolist():
-                for logits in ctx.logits(tokens, chunks.first):
+                for logits in ctx.logits(tokens, chunks.positions):
                     check_logits(session, logits, tokens)
                     for block in _blocks(logits):
                         out.write(log_softmax(block).astype(np.float16).tobytes())
@@ -214,7 +217,7 @@ def compare(
     kld, same_top, at = [], [], 0
     with ThreadPoolExecutor(n_threads) as pool:
         for tokens in chunks.tokens.tolist():
-            for logits in ctx.logits(tokens, chunks.first, step):
+            for logits in ctx.logits(tokens, chunks.positions, step):
                 kept = base[at : at + len(logits)]
                 for of_block in pool.map(_compared, _blocks(kept), _blocks(logits)):
                     kld.append(of_block[0])

@@ -174,7 +174,8 @@ def search_reference(plannable: Plannable, text: Text, bench: Bench) -> Referenc
     """The f16 cache on what plans are tried on: the end of the calibration text, from which no vector of K was made."""
     sizes = plannable.sizes
     tail = text.calibration[sizes.n_vectors * sizes.stream :]
-    chunks = chunks_of(tail, sizes.search_ctx, sizes.n_searched, "calibration text", sizes.search_skip)
+    scored = (sizes.search_skip, sizes.search_every)
+    chunks = chunks_of(tail, sizes.search_ctx, sizes.n_searched, "calibration text", *scored)
     with bench.progress.bar("search: f16 reference", chunks.n_positions) as advance:
         hidden = hidden_of(bench.session, chunks.tokens.size, bench.scratch / "hidden.f32")
         return make_reference(bench.session, chunks, bench.scratch / "search.f16", advance, hidden)

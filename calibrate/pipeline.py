@@ -32,6 +32,7 @@ from kvtuner_gguf.runtime import Session
 STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
 SEARCH_CTX = 1024  # tokens of a chunk that plans are tried on: layers matter otherwise in a short context
 SEARCH_SKIP = 256  # of them not scored: three chunks tell as much as four whose second half is
+SEARCH_EVERY = 4  # of the others each so-many-th is scored: neighbours tell much the same, each costs a row of logits
 LEAST_KNOWN = 8  # runs from which prices can be told
 
 
@@ -169,11 +170,11 @@ def solved(options: Options, plannable: Plannable, measured: Measured, store: St
 
 def sizes_of(options: Options) -> Sizes:
     """Of the text that the stages work on, before they are made to fit the model."""
-    return Sizes(options.n_chunk, STREAM, SEARCH_CTX, SEARCH_SKIP)
+    return Sizes(options.n_chunk, STREAM, SEARCH_CTX, SEARCH_SKIP, SEARCH_EVERY)
 
 
 def _work(options: Options) -> Path:
-    return work_dir(options, N_UBATCH, STREAM, SEARCH_CTX, SEARCH_SKIP)
+    return work_dir(options, N_UBATCH, STREAM, SEARCH_CTX, SEARCH_SKIP, SEARCH_EVERY)
 
 
 def _rotates(session: Session) -> bool:

@@ -10,16 +10,18 @@ from dataclasses import dataclass, replace
 class Sizes:
     """Chunks, and their tokens.
 
-    n_chunk      pieces of text, which all stages scale with
-    stream       tokens of a captured and of a held-out chunk, and of a text that the model writes
-    search_ctx   tokens of a chunk that plans are tried on
-    search_skip  of them not scored
+    n_chunk       pieces of text, which all stages scale with
+    stream        tokens of a captured and of a held-out chunk, and of a text that the model writes
+    search_ctx    tokens of a chunk that plans are tried on
+    search_skip   of them not scored
+    search_every  each so-many-th of the others is: what neighbours have tells little more than one of them
     """
 
     n_chunk: int
     stream: int
     search_ctx: int
     search_skip: int
+    search_every: int
 
     def fitting(self, fit: Callable[[int], int]) -> Sizes:
         """The same for a model that can read fit(n) of n tokens."""
@@ -55,4 +57,5 @@ class Sizes:
     def n_scored(self) -> int:
         """Positions of the larger of the two references."""
         heldout = self.n_heldout // self.stream * (self.stream - self.stream // 2)
-        return max(self.n_searched * (self.search_ctx - self.search_skip), heldout)
+        of_chunk = -(-(self.search_ctx - self.search_skip) // self.search_every)
+        return max(self.n_searched * of_chunk, heldout)

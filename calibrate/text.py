@@ -74,14 +74,16 @@ class Text:
         return cls(str(arrays["name"]), str(arrays["sha256"]), arrays["calibration"], arrays["heldout"])
 
 
-def chunks_of(tokens: np.ndarray, n_ctx: int, n_chunk: int, what: str, n_skip: int | None = None) -> Chunks:
+def chunks_of(
+    tokens: np.ndarray, n_ctx: int, n_chunk: int, what: str, n_skip: int | None = None, every: int = 1
+) -> Chunks:
     """The first n_chunk pieces of n_ctx tokens. Raises CalibrationError if the text is too short."""
     if len(tokens) < n_ctx * n_chunk:
         raise CalibrationError(
             f"{what}: {len(tokens)} tokens, need {n_chunk} chunks of {n_ctx} = {n_ctx * n_chunk}. "
             "Give a longer text with -f, or fewer --chunks."
         )
-    return Chunks(tokens[: n_ctx * n_chunk].reshape(n_chunk, n_ctx), n_skip)
+    return Chunks(tokens[: n_ctx * n_chunk].reshape(n_chunk, n_ctx), n_skip, every)
 
 
 def source_text(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -352,12 +352,14 @@ class Context:
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, seq_id
         return batch
 
-    def logits(self, tokens: Sequence[int], first: int, step: int = 512) -> Iterator[np.ndarray]:
-        """Logits after tokens[first:], in order, from an empty context: arrays (<= step, n_vocab), valid one by one."""
+    def logits(self, tokens: Sequence[int], positions: Iterable[int], step: int = 512) -> Iterator[np.ndarray]:
+        """Logits after the tokens at these positions, in their order, from an empty context: arrays (<= step, n_vocab),
+        valid one by one."""
         self.clear()
+        asked = frozenset(positions)
         for start in range(0, len(tokens), step):
             part = tokens[start : start + step]
-            wanted = [start + i >= first for i in range(len(part))]
+            wanted = [start + i in asked for i in range(len(part))]
             out = self.decode([(t, start + i, 0) for i, t in enumerate(part)], wanted)
             if len(out):
                 yield out

@@ -82,7 +82,7 @@ def test_other_tokens_are_told(load, tiny, tmp_path):
     make_reference(session, text, tmp_path / "f16", hidden=hidden)
     assert hidden.start(3) == 3
     with session.context(256, None, watch=hidden) as ctx:
-        list(ctx.logits(prompt(40), 0))
+        list(ctx.logits(prompt(40), []))
     with pytest.raises(NativeError, match=f"took 40 rows of hidden states, need {text.tokens.size}"):
         hidden.check()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvtuner_gguf.calibrate.kld import _blocks, kl_divergence, log_softmax
+from kvtuner_gguf.calibrate.kld import Chunks, _blocks, kl_divergence, log_softmax
 
 
 def test_kl_divergence_of_two_coins():
@@ -35,3 +35,12 @@ def test_blocks_cover_all_rows_in_order(n_vocab):
     blocks = list(_blocks(logits))
     assert np.concatenate([b[:, 0] for b in blocks]).tolist() == list(range(40))
     assert max(b.size for b in blocks) <= max(n_vocab, 2**18)
+
+
+def test_scored_are_the_end_of_a_chunk_or_each_so_many_th_of_it():
+    tokens = np.zeros((3, 32), np.int32)
+    assert list(Chunks(tokens).positions) == list(range(16, 32))
+    assert list(Chunks(tokens, 24).positions) == list(range(24, 32))
+    assert list(Chunks(tokens, 20, 4).positions) == [23, 27, 31]
+    assert list(Chunks(tokens, 21, 4).positions) == [23, 27, 31]
+    assert Chunks(tokens, 24, 4).n_positions == 6
