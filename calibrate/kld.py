@@ -16,11 +16,13 @@ from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.hidden import Hidden
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair
-from kvtuner_gguf.quality import Quality
+from kvtuner_gguf.quality import Quality, standard_error
 from kvtuner_gguf.room import reserve, write_errors
 from kvtuner_gguf.runtime import Context, Session
 
 N_UBATCH = 512  # of all runs that are compared
+N_BLOCK = 256  # tokens: neighbours are alike, so a standard error is taken over blocks of them
+LEAST_BLOCKS = 8
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,29 @@ def measure(
             f"{what}: NaN at {np.isnan(kld).sum()} of {len(kld)} positions, where an f16 cache gives numbers. "
             "Choose other types."
         )
-    return Quality(float(kld.mean()), float(np.quantile(kld, 0.999)), float(same_top.mean()), len(kld))
+    return quality_of(kld, same_top, reference.chunks)
+
+
+def quality_of(kld: np.ndarray, same_top: np.ndarray, chunks: Chunks) -> Quality:
+    """kld, same_top: (n_positions,) each, in the order of the text."""
+    blocks = _block_means(kld, chunks)
+    return Quality(
+        kld_mean=float(kld.mean()),
+        kld_p999=float(np.quantile(kld, 0.999)),
+        same_top=float(same_top.mean()),
+        n_positions=len(kld),
+        kld_se=standard_error(blocks),
+        same_top_se=standard_error(_block_means(same_top, chunks)),
+        blocks=tuple(blocks),
+    )
+
+
+def _block_means(values: np.ndarray, chunks: Chunks) -> list[float]:
+    """Means over blocks of about N_BLOCK tokens of a chunk; of shorter ones if those were fewer than LEAST_BLOCKS."""
+    n_chunk, n_scored = len(chunks.tokens), len(chunks.positions)
+    n_blocks = max(round(n_scored * chunks.every / N_BLOCK), -(-LEAST_BLOCKS // n_chunk))
+    parts = np.array_split(values.reshape(n_chunk, n_scored), min(n_blocks, n_scored), axis=1)
+    return np.stack([part.mean(axis=1) for part in parts], axis=1).reshape(-1).tolist()
 
 
 def _first_changed(pairs: Sequence[Pair]) -> int:

@@ -14,7 +14,7 @@ from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.identity import weights_sample
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
-from kvtuner_gguf.quality import Comparison
+from kvtuner_gguf.quality import Beside, Comparison
 
 DEFAULT_TYPES = tuple(c.name for c in CODECS.values() if c.in_menu)
 PAPER_TYPES = ("q8_0", "q4_0", "q2_64", "q2_32")  # KVTuner's 8, 4 and 2 bits
@@ -112,16 +112,21 @@ class Outcome:
 
     plan        to be written
     searched    the plan found, which is not `plan` if it lost
-    won         whether it is at or below the best uniform pair of its bytes on held-out text
+    beside      the plan found beside the best uniform pair of its bytes on held-out text; None if there is none
     comparison  the held-out table
     geometry    what the model caches at the context
     """
 
     plan: Plan
     searched: tuple[Pair, ...]
-    won: bool
+    beside: Beside | None
     comparison: Comparison
     geometry: Geometry
+
+    @property
+    def verdict(self) -> str:
+        """'won', 'tie' or 'lost': the plan against that pair. What lost is not written."""
+        return self.beside.verdict if self.beside else "won"
 
 
 @dataclass(frozen=True)

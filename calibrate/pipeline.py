@@ -122,14 +122,14 @@ def proved(options: Options, plannable: Plannable, measured: Measured, found: Fo
         progress=bench.progress,
     )
     made = made_of(options, measured.text, rotated=_rotates(session))
-    if proof.best is None or proof.won:
+    if proof.best is None or not (proof.beside and proof.beside.verdict == "lost"):
         pairs = found.best.pairs
         plan = plan_of(pairs, runs.vectors_of(pairs), geometry, made, proof.quality, proof.best)
     else:
         plan = plan_of(proof.best[1].pairs, (), geometry, made, proof.best[0], proof.best)
     chunks = reference.chunks
     table = Comparison(measured.text.name, chunks.n_positions, chunks.n_ctx, options.n_ctx, proof.rows)
-    return Outcome(plan, found.best.pairs, proof.won, table, geometry)
+    return Outcome(plan, found.best.pairs, proof.beside, table, geometry)
 
 
 def solve_saved(options: Options, progress: Progress) -> Solved:

@@ -16,7 +16,7 @@ from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pair, Pairs
 from kvtuner_gguf.plan import Plan
-from kvtuner_gguf.quality import Quality, Row
+from kvtuner_gguf.quality import Beside, Quality, Row
 
 
 class Judge(Protocol):
@@ -49,9 +49,9 @@ class Proof:
     best: tuple[Quality, Trial] | None
 
     @property
-    def won(self) -> bool:
-        """Whether the plan is at or below the best uniform pair."""
-        return self.best is None or self.quality.kld_mean <= self.best[0].kld_mean
+    def beside(self) -> Beside | None:
+        """The plan beside the best uniform pair."""
+        return Beside.of(self.quality, self.best[0]) if self.best else None
 
 
 def prove(

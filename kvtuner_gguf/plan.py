@@ -19,7 +19,7 @@ from .codecs import codec
 from .errors import PlanError
 from .kvectors import SIDES, KVectors, joined, k_vectors_of, vector_bytes
 from .pair import Pair
-from .quality import QUALITY_FIELDS, Quality
+from .quality import QUALITY_FIELDS, REQUIRED, Quality
 from .reading import opened
 from .room import write_errors
 from .values import as_json, blamed_on, brief, checked
@@ -317,7 +317,7 @@ def _pairs(type_k: list[str] | None, type_v: list[str] | None) -> tuple[Pair, ..
 
 def _quality(found: Mapping[str, Any], name: str) -> Quality | None:
     values = {where[len(name) + 1 :]: value for where, value in found.items() if where.startswith(name + ".")}
-    missing = [key for key, kind in QUALITY_FIELDS if kind == "f32" and key not in values]
+    missing = [key for key in REQUIRED if key not in values]
     if values and missing:
         raise PlanError(f"{name}: {', '.join(missing)} missing, need all figures or none. Calibrate again.")
     return Quality(**values) if values else None

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
 
 from .errors import PlanError
 from .values import checked
 
 # the numbers of a Quality, and how a file keeps them
-QUALITY_FIELDS = (("kld_mean", "f32"), ("kld_p999", "f32"), ("same_top", "f32"), ("n_positions", "u32"))
+QUALITY_FIELDS = (
+    ("kld_mean", "f32"),
+    ("kld_p999", "f32"),
+    ("same_top", "f32"),
+    ("n_positions", "u32"),
+    ("kld_se", "f32"),
+    ("same_top_se", "f32"),
+)
+REQUIRED = ("kld_mean", "kld_p999", "same_top")
 
 
 @dataclass(frozen=True)
@@ -18,6 +29,8 @@ class Quality:
     kld_mean kld_p999  mean and 99.9 % quantile of the KL divergence, in nats, kept as f32 (as the file keeps them)
     same_top           share of the positions whose most likely token is the same, 0 to 1
     n_positions        positions measured; 0 = not recorded
+    kld_se same_top_se standard errors of the two means, from how the blocks of the text differ; 0 = not recorded
+    blocks             mean KLD of each block; kept in records, not in a file
     Raises PlanError for a value that is no finite number, or out of its range.
     """
 
@@ -25,12 +38,58 @@ class Quality:
     kld_p999: float
     same_top: float
     n_positions: int = 0
+    kld_se: float = 0.0
+    same_top_se: float = 0.0
+    blocks: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for key, kind in QUALITY_FIELDS:
             object.__setattr__(self, key, checked(key, kind, getattr(self, key)))
         if not 0 <= self.same_top <= 1:
             raise PlanError(f"same_top: got {self.same_top}, need a share from 0 to 1. Measure again.")
+        for key in ("kld_se", "same_top_se"):
+            if getattr(self, key) < 0:
+                raise PlanError(f"{key}: got {getattr(self, key)}, need a standard error, 0 or above. Measure again.")
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The numbers that a file keeps, by name."""
+        return {key: getattr(self, key) for key, _ in QUALITY_FIELDS}
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A plan's mean KLD beside a rival's on the same text.
+
+    ratio     the plan's by the rival's
+    ratio_se  its standard error: block by block, so that a hard text, which is hard for both, does not count
+    """
+
+    ratio: float
+    ratio_se: float
+
+    @classmethod
+    def of(cls, plan: Quality, rival: Quality) -> Beside:
+        if not rival.kld_mean:
+            return cls(math.inf if plan.kld_mean else 1.0, 0.0)
+        ratio = plan.kld_mean / rival.kld_mean
+        if len(plan.blocks) != len(rival.blocks) or len(plan.blocks) < 2:
+            return cls(ratio, math.hypot(plan.kld_se, ratio * rival.kld_se) / rival.kld_mean)
+        left = [a - ratio * b for a, b in zip(plan.blocks, rival.blocks)]
+        return cls(ratio, standard_error(left) / rival.kld_mean)
+
+    @property
+    def verdict(self) -> str:
+        """'won' or 'lost' where the ratio is more than two standard errors from 1, else 'tie'."""
+        if self.ratio + 2 * self.ratio_se < 1:
+            return "won"
+        return "lost" if self.ratio - 2 * self.ratio_se > 1 else "tie"
+
+
+def standard_error(blocks: Sequence[float]) -> float:
+    """Of the mean of blocks of one size; 0 of a single one."""
+    return stdev(blocks, fmean(blocks)) / math.sqrt(len(blocks)) if len(blocks) > 1 else 0.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from .geometry import Geometry
 from .pair import Pair
 from .plan import Plan
 from .printable import printable
-from .quality import Comparison
+from .quality import Comparison, Quality
 
 if TYPE_CHECKING:
     from .calibrate.options import Outcome, Solved
@@ -38,18 +38,23 @@ def comparison_text(c: Comparison) -> str:
             r.name,
             f"{r.bits_per_value:.2f}",
             f"{r.n_bytes / MIB:.1f}",
-            f"{r.quality.kld_mean:.5f}",
+            _kld(r.quality),
             f"{r.quality.kld_p999:.3f}",
-            f"{100 * r.quality.same_top:.1f} %",
+            f"{100 * r.quality.same_top:.1f} +-{100 * r.quality.same_top_se:.1f} %",
         )
         for r in c.rows
     ]
     head = ("cache", "bits", f"MiB at {c.n_ctx}", "mean KLD", "99.9 % KLD", "same top token")
     note = (
         f"KLD against an f16 cache, in nats; text {printable(c.text)}, {c.n_positions} scored positions in "
-        f"chunks of {c.chunk_ctx} tokens."
+        f"chunks of {c.chunk_ctx} tokens; +-: standard error."
     )
     return "\n".join((table(head, rows), note, *(f"note: {printable(n)}" for n in c.notes)))
+
+
+def _kld(quality: Quality) -> str:
+    """A mean with its standard error, if it is known."""
+    return f"{quality.kld_mean:.5f}" + (f" +-{quality.kld_se:.5f}" if quality.kld_se else "")
 
 
 def front_text(points: Sequence[tuple[float, int, float]], n_ctx: int) -> str:
@@ -59,7 +64,9 @@ def front_text(points: Sequence[tuple[float, int, float]], n_ctx: int) -> str:
 
 
 def comparison_json(c: Comparison) -> dict[str, Any]:
-    rows = [{"name": r.name, "bits_per_value": r.bits_per_value, "bytes": r.n_bytes, **vars(r.quality)} for r in c.rows]
+    rows = [
+        {"name": r.name, "bits_per_value": r.bits_per_value, "bytes": r.n_bytes, **r.quality.figures} for r in c.rows
+    ]
     return {
         "text": c.text,
         "n_positions": c.n_positions,
@@ -121,26 +128,43 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 def outcome_text(outcome: Outcome, written: Path) -> str:
     """What a calibration found, and where it was written."""
-    verdict = (
-        "The plan is at or below the best uniform pair at the same bytes."
-        if outcome.won
-        else f"The plan lost to the best uniform pair on held-out text: {outcome.plan.rival} was written instead."
-    )
     plan = outcome.plan
     parts = (
         layers_text(plan.pairs)
         + _conditions_line([(il, bool(v.mean), bool(v.scale), bool(v.basis)) for il, v in enumerate(plan.k_vectors)]),
         memory_text(plan.pairs, outcome.geometry, plan.vector_bytes),
         comparison_text(outcome.comparison),
-        f"{verdict}\nWritten to {written}",
+        f"{_verdict_line(outcome)}\nWritten to {written}",
     )
     return "\n\n".join(parts)
+
+
+def _verdict_line(outcome: Outcome) -> str:
+    beside = outcome.beside
+    if beside is None:
+        return "No uniform pair is within the goal."
+    ends = {
+        "won": "the plan won.",
+        "tie": "no difference within two standard errors; the plan is kept.",
+        "lost": f"the plan lost, and {outcome.plan.rival} was written instead.",
+    }
+    return (
+        f"{beside.ratio:.2f} +-{beside.ratio_se:.2f} of the KLD of the best uniform pair of as many bytes or fewer: "
+        f"{ends[outcome.verdict]}"
+    )
 
 
 def outcome_json(outcome: Outcome, written: Path) -> dict[str, Any]:
     """The same for a program."""
     comparison = comparison_json(outcome.comparison)
-    return {"written": str(written), "won": outcome.won, "plan": plan_json(outcome.plan), "comparison": comparison}
+    beside = outcome.beside and {"ratio": outcome.beside.ratio, "ratio_se": outcome.beside.ratio_se}
+    return {
+        "written": str(written),
+        "verdict": outcome.verdict,
+        "beside_best_uniform": beside,
+        "plan": plan_json(outcome.plan),
+        "comparison": comparison,
+    }
 
 
 def solved_text(solved: Solved, written: Path | None) -> str:
@@ -170,8 +194,8 @@ def shown_text(shown: Shown) -> str:
     text = f"plan from: {shown.source}\n\n{layers_text(shown.pairs)}{line}\n\n{memory}"
     if shown.plan and shown.plan.quality:
         rival = shown.plan.rival_quality
-        beside = f"; best uniform pair {shown.plan.rival}: {rival.kld_mean:.5f}" if rival else ""
-        text += f"\n\nmean KLD when calibrated: {shown.plan.quality.kld_mean:.5f}{beside}"
+        beside = f"; best uniform pair {shown.plan.rival}: {_kld(rival)}" if rival else ""
+        text += f"\n\nmean KLD when calibrated: {_kld(shown.plan.quality)}{beside}"
     return "\n".join((text, *(f"note: {note}" for note in shown.notes)))
 
 

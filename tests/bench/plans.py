@@ -162,12 +162,15 @@ def prove(options: argparse.Namespace, session: Session, work: Path, plans: list
             f"\ncontexts of {n_ctx}: {chunks.n_positions} scored positions; f16 by the other kernel "
             f"{floor.kld_mean:.5f}, same top {floor.same_top:.1%}"
         )
-        print(f"{'plan':36}{'bits':>7}{'mean KLD':>11}{'99.9 %':>9}{'same top':>10}  on the text of the search")
+        print(
+            f"{'plan':36}{'bits':>7}{'mean KLD':>11}{'+-':>9}{'99.9 %':>9}{'same top':>10}  on the text of the search"
+        )
         for name, pairs, vectors, said in plans:
             quality = measure(session, pairs, reference, k_vectors=vectors)
             bits = geometry.bits_per_value(pairs, vectors)
             print(
-                f"{name:36}{bits:7.2f}{quality.kld_mean:11.5f}{quality.kld_p999:9.3f}{quality.same_top:10.1%}  {said}",
+                f"{name:36}{bits:7.2f}{quality.kld_mean:11.5f}{quality.kld_se:9.5f}{quality.kld_p999:9.3f}"
+                f"{quality.same_top:10.1%}  {said}",
                 flush=True,
             )
         (work / "proof.f16").unlink()

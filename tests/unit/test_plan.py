@@ -21,7 +21,7 @@ from kvtuner_gguf.plan import PREFIX, Plan
 from kvtuner_gguf.quality import Quality
 
 Q8, Q4, NONE = Pair("q8_0", "q4_0"), Pair("q4_0", "q4_0"), Pair("", "")
-QUALITY = Quality(kld_mean=0.0123, kld_p999=1.25, same_top=0.975, n_positions=4096)
+QUALITY = Quality(0.0123, 1.25, 0.975, n_positions=4096, kld_se=0.0005, same_top_se=0.004)
 
 
 def full_plan():
@@ -91,12 +91,16 @@ def test_metadata_has_the_names_and_kinds_of_the_format():
         ("kvtuner.kld_p999", "f32"),
         ("kvtuner.same_top", "f32"),
         ("kvtuner.n_positions", "u32"),
+        ("kvtuner.kld_se", "f32"),
+        ("kvtuner.same_top_se", "f32"),
         ("kvtuner.rival", "str"),
         ("kvtuner.rival.bits_per_value", "f32"),
         ("kvtuner.rival.kld_mean", "f32"),
         ("kvtuner.rival.kld_p999", "f32"),
         ("kvtuner.rival.same_top", "f32"),
         ("kvtuner.rival.n_positions", "u32"),
+        ("kvtuner.rival.kld_se", "f32"),
+        ("kvtuner.rival.same_top_se", "f32"),
         ("kvtuner.calibration.text", "str"),
         ("kvtuner.calibration.seed", "u32"),
         ("kvtuner.calibration.n_ctx", "u32"),
@@ -169,6 +173,7 @@ def test_runs_join_equal_neighbours():
         (lambda: Quality(1e39, 1, 1), ["kld_mean", "1e+39"]),
         (lambda: Quality(0, 1, 1.5), ["same_top", "1.5"]),
         (lambda: Quality(0, 1, 1, -3), ["n_positions", "-3"]),
+        (lambda: Quality(0, 1, 1, 3, -0.5), ["kld_se", "-0.5"]),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(make, parts):

@@ -48,19 +48,18 @@ def proved(judge, **options):
 
 def test_the_plan_wins_by_its_own_figure():
     proof = proved(Judge(0.04, 0.05))
-    assert proof.won and proof.quality.kld_mean == pytest.approx(0.036)
+    assert proof.beside.verdict == "won" and proof.quality.kld_mean == pytest.approx(0.036)
     assert proof.best[1] == RIVAL and proof.best[0].kld_mean == pytest.approx(0.05)
 
 
 def test_a_plan_that_loses_is_said_to():
     proof = proved(Judge(0.06, 0.05))
-    assert not proof.won and proof.best[1] == RIVAL
-    # a tie is no loss
-    assert proved(Judge(0.05 / 0.9, 0.05)).won
+    assert proof.beside.verdict == "lost" and proof.best[1] == RIVAL
+    assert proved(Judge(0.05 / 0.9, 0.05)).beside.verdict == "tie"
 
 
 def test_without_a_rival_there_is_nothing_to_lose_to():
-    assert prove(PLAN, [], Judge(9.0, 0.0), GEOMETRY, seed=0, progress=Silent()).won
+    assert prove(PLAN, [], Judge(9.0, 0.0), GEOMETRY, seed=0, progress=Silent()).beside is None
 
 
 def test_the_table_shows_floor_plan_rival_and_what_is_named():
