@@ -102,7 +102,7 @@ def text_of(options: Options, plannable: Plannable, bench: Bench) -> Text:
         options.text,
         sizes.n_calibration,
         sizes.n_heldout,
-        stream=sizes.stream,
+        stream=sizes.written,
         seed=options.seed,
         progress=bench.progress,
     )
@@ -183,8 +183,8 @@ def search_reference(plannable: Plannable, text: Text, bench: Bench) -> Referenc
 
 def heldout_reference(plannable: Plannable, text: Text, bench: Bench) -> Reference:
     """The f16 cache on the text that no stage has seen."""
-    stream = plannable.sizes.stream
-    chunks = chunks_of(text.heldout, stream, len(text.heldout) // stream, "held-out text")
+    sizes = plannable.sizes
+    chunks = chunks_of(text.heldout, sizes.stream, sizes.n_chunk, "held-out text", sizes.heldout_skip)
     with bench.progress.bar("heldout: f16 reference", chunks.n_positions) as advance:
         return make_reference(bench.session, chunks, bench.scratch / "heldout.f16", advance)
 

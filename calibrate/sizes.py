@@ -11,7 +11,7 @@ class Sizes:
     """Chunks, and their tokens.
 
     n_chunk       pieces of text, which all stages scale with
-    stream        tokens of a captured and of a held-out chunk, and of a text that the model writes
+    stream        tokens of a captured and of a held-out chunk
     search_ctx    tokens of a chunk that plans are tried on
     search_skip   of them not scored
     search_every  each so-many-th of the others is: what neighbours have tells little more than one of them
@@ -35,7 +35,17 @@ class Sizes:
 
     @property
     def n_heldout(self) -> int:
-        return self.n_chunk * self.stream * 3 // 2
+        return self.n_chunk * self.stream
+
+    @property
+    def heldout_skip(self) -> int:
+        """Tokens of a held-out chunk that are not scored."""
+        return self.stream // 4
+
+    @property
+    def written(self) -> int:
+        """Tokens of a text that the model writes: half a chunk, as more of them at once cost little more."""
+        return self.stream // 2 if self.stream >= 512 else self.stream
 
     @property
     def n_vectors(self) -> int:
@@ -56,6 +66,6 @@ class Sizes:
     @property
     def n_scored(self) -> int:
         """Positions of the larger of the two references."""
-        heldout = self.n_heldout // self.stream * (self.stream - self.stream // 2)
+        heldout = self.n_chunk * (self.stream - self.heldout_skip)
         of_chunk = -(-(self.search_ctx - self.search_skip) // self.search_every)
         return max(self.n_searched * of_chunk, heldout)

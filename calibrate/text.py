@@ -49,7 +49,7 @@ SEED_PROMPTS = (
 )
 
 MAX_DOCUMENT = 700  # tokens the model writes before the next prompt
-N_PARALLEL = 16  # sequences written at once
+N_PARALLEL = 24  # sequences written at once
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def write_text(
 ) -> Text:
     """Text that the model writes itself, at temperature 1, from SEED_PROMPTS: no data set, and on its own distribution.
 
-    stream  tokens of one sequence; a chunk never crosses two
+    stream  tokens of one sequence
     The two parts come from different prompts.
     """
     counts = [-(-n_tokens // stream) for n_tokens in (n_calibration, n_heldout)]

@@ -189,7 +189,7 @@ def test_a_goal_out_of_reach_names_what_is_needed(tiny, text):
 def test_a_text_too_short_names_the_tokens(tiny, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("too short " * 20)
-    assert "need 1536" in calibrate(tiny("llama"), "-f", short, code=1).output
+    assert "need 1280" in calibrate(tiny("llama"), "-f", short, code=1).output
 
 
 def test_resume_measures_nothing_twice(tiny, tmp_path, text, monkeypatch):
