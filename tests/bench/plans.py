@@ -3,7 +3,7 @@ made of, and its rivals.
 
 python tests/bench/plans.py MODEL.gguf [--bits 4.5,3.5,3.25,2.75] [--ways
 default,no-mean,no-scale,no-basis,no-trellis,before,no-layers,error,paper] [-f TEXT]
-    [--contexts 2048x8,8192x1] [--shared-bits 4.5,3.25] [--chunks 4] [--on-copy]
+    [--contexts 2048x8,8192x1] [--shared-bits 4.5,3.25] [--chunks 4] [--trials N] [--on-copy]
 
 default      what `kvtuner-gguf calibrate` searches, without its proof
 no-mean      K keeps its mean     no-scale  K is not scaled     no-basis  the same bits all over a head
@@ -73,7 +73,14 @@ class Shown:
 
 def plans_of(way: str, bits: float, options: argparse.Namespace, session: Session, work: Path) -> list[Plan]:
     """The plan of this way, and with it the best uniform pair as stock caches K if the way is the default."""
-    asked = Options(options.model, WithinBits(bits), n_chunk=options.chunks, resume=True, **FIXED.get(way, {}))
+    asked = Options(
+        options.model,
+        WithinBits(bits),
+        n_chunk=options.chunks,
+        n_trials=options.trials,
+        resume=True,
+        **FIXED.get(way, {}),
+    )
     known = plannable_of(asked, sizes_of(asked))
     store = Store(work)
     bench = Bench(session, store, work, Shown())
@@ -120,6 +127,7 @@ def main() -> None:
         help="text of the proof: another one than that of the calibration, which the model writes",
     )
     parser.add_argument("--chunks", type=int, default=4, help="of the calibration")
+    parser.add_argument("--trials", type=int, help="runs of each search")
     parser.add_argument("--on-copy", action="store_true")
     options = parser.parse_args()
     with TemporaryDirectory() as tmp:
