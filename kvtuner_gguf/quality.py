@@ -62,7 +62,7 @@ class Quality:
 class Beside:
     """A plan's mean KLD beside a rival's on the same text.
 
-    ratio     the plan's by the rival's
+    ratio     the plan's by the rival's; of a rival that has none, 1 if the plan has none either, else inf
     ratio_se  its standard error: block by block, so that a hard text, which is hard for both, does not count
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,7 +158,10 @@ def _verdict_line(outcome: Outcome) -> str:
 def outcome_json(outcome: Outcome, written: Path) -> dict[str, Any]:
     """The same for a program."""
     comparison = comparison_json(outcome.comparison)
-    beside = outcome.beside and {"ratio": outcome.beside.ratio, "ratio_se": outcome.beside.ratio_se}
+    beside = outcome.beside and {
+        "ratio": outcome.beside.ratio if math.isfinite(outcome.beside.ratio) else None,  # JSON has no infinity
+        "ratio_se": outcome.beside.ratio_se,
+    }
     return {
         "written": str(written),
         "verdict": outcome.verdict,
