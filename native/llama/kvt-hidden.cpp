@@ -1,6 +1,7 @@
 // kvt-hidden.cpp - hidden states between layers, kept in one run and taken in others, which start at a later layer
 #include "kvt-hidden.h"
 #include "kvt-error.h"
+#include "kvt-names.h"
 
 #include "ggml-backend.h"
 
@@ -8,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
 #include <memory>
 #include <unordered_set>
 #include <vector>
@@ -98,9 +98,8 @@ static void kvt_collect(const ggml_tensor * t, kvt_tensors & done) {
 // whether one of them is the cache or state of a layer below: the part that is cut off would have written it
 static bool kvt_reads_below(const kvt_tensors & tensors, int32_t first) {
     for (const ggml_tensor * t : tensors) {
-        const char * pos = strncmp(t->name, "cache_", 6) == 0 ? strstr(t->name, "_l") : nullptr;
-        int32_t      il  = first;
-        if (pos && sscanf(pos, "_l%d", &il) == 1 && il < first) {
+        const int32_t il = kvt_cache_layer(t);
+        if (il >= 0 && il < first) {
             return true;
         }
     }

@@ -2,6 +2,7 @@
 #include "kvt-names.h"
 #include "kvt-quants.h"
 
+#include <cstdio>
 #include <cstring>
 
 static const ggml_type kvt_cache_types[] = { KVT_CACHE_TYPES(KVT_GGML_ITEM, KVT_TYPE_ITEM) };
@@ -19,6 +20,15 @@ ggml_type kvt_type_from_name(const char * name) {
         }
     }
     return KVT_TYPE_NONE;
+}
+
+int32_t kvt_cache_layer(const ggml_tensor * t) {
+    while (t->view_src) {
+        t = t->view_src;
+    }
+    const char * pos = strncmp(t->name, "cache_", 6) == 0 ? strstr(t->name, "_l") : nullptr;
+    int32_t      il  = -1;
+    return pos && sscanf(pos, "_l%d", &il) == 1 ? il : -1;
 }
 
 std::string kvt_type_names(const std::vector<ggml_type> & types) {

@@ -1,4 +1,4 @@
-// kvt-names.h - cache types by their names (C++, inside libllama only)
+// kvt-names.h - cache types, and caches, by their names (C++, inside libllama only)
 #pragma once
 
 #include "ggml.h"
@@ -15,6 +15,9 @@ ggml_type kvt_type_at(int32_t i);
 
 // KVT_TYPE_NONE if the name is not one of a cache type
 ggml_type kvt_type_from_name(const char * name);
+
+// the layer in the name of the cache that a view looks at ("cache_k_l7"); -1 if it looks at none
+int32_t kvt_cache_layer(const ggml_tensor * t);
 
 // names of the types that a cache holds, for a log line: "q8_0", or "q8_0 + q4_0"
 std::string kvt_type_names(const std::vector<ggml_type> & types);

@@ -4,6 +4,7 @@
 // are still intact when the scheduler reports the node as computed.
 #include "kvt.h"
 #include "kvt-error.h"
+#include "kvt-names.h"
 
 #include "ggml.h"
 #include "ggml-backend.h"
@@ -11,7 +12,6 @@
 #include "llama-impl.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstring>
 #include <map>
 #include <string>
@@ -35,16 +35,6 @@ struct kvt_tap {
     std::vector<float>       q, mask, sinks, out;
     std::vector<ggml_fp16_t> k, v;
 };
-
-// the layer in the name of the cache that a view looks at ("cache_k_l7"); -1 if it looks at none
-static int32_t kvt_cache_layer(const ggml_tensor * t) {
-    while (t->view_src) {
-        t = t->view_src;
-    }
-    const char * pos = strncmp(t->name, "cache_", 6) == 0 ? strstr(t->name, "_l") : nullptr;
-    int32_t      il  = -1;
-    return pos && sscanf(pos, "_l%d", &il) == 1 ? il : -1;
-}
 
 // the bytes that a strided tensor spans, on the host
 static const uint8_t * kvt_fetch(kvt_tap & tap, const ggml_tensor * t) {
