@@ -18,6 +18,8 @@ from kvtuner_gguf.pair import Pair, Pairs
 from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.quality import Beside, Quality, Row
 
+CLOSE = 1.3  # a uniform pair whose KLD in the search is so many times the best one's has no chance on another text
+
 
 class Judge(Protocol):
     """Who runs plans on the held-out text."""
@@ -100,8 +102,10 @@ def prove(
 
 
 def best_rivals(uniform: Sequence[Trial], n_bytes: int) -> list[Trial]:
-    """The two uniform plans of at most so many bytes that did best in the search."""
-    return sorted((t for t in uniform if t.n_bytes <= n_bytes), key=lambda t: t.kld)[:2]
+    """The uniform plan of at most so many bytes that did best in the search, and the second best if it may be better on
+    another text."""
+    best = sorted((t for t in uniform if t.n_bytes <= n_bytes), key=lambda t: t.kld)[:2]
+    return [t for t in best if t.kld <= CLOSE * best[0].kld]
 
 
 def floor_row(geometry: Geometry, quality: Quality) -> Row:

@@ -86,9 +86,15 @@ def test_rivals_run_as_stock_runs_them():
 
 
 def test_rivals_are_the_two_best_that_fit():
-    third = Trial.of((Q8, NONE, Q8), 0.001, GEOMETRY)
-    assert best_rivals([SECOND, third, RIVAL], RIVAL.n_bytes) == [RIVAL, SECOND]
-    assert best_rivals([SECOND, third, RIVAL], third.n_bytes) == [third, RIVAL]
+    close, large = Trial.of((Q4, NONE, Q4), 0.035, GEOMETRY), Trial.of((Q8, NONE, Q8), 0.028, GEOMETRY)
+    assert best_rivals([close, large, RIVAL], RIVAL.n_bytes) == [RIVAL, close]
+    assert best_rivals([close, large, RIVAL], large.n_bytes) == [large, RIVAL]
+    assert best_rivals([close, large], 0) == []
+
+
+def test_a_rival_far_behind_in_the_search_is_not_run_again():
+    assert SECOND.kld > 1.3 * RIVAL.kld
+    assert best_rivals([SECOND, RIVAL], RIVAL.n_bytes) == [RIVAL]
 
 
 def test_a_plan_says_what_it_beat_and_what_it_costs():
