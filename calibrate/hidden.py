@@ -27,13 +27,12 @@ def hidden_bytes(n_layer: int, n_tokens: int, n_embd: int) -> int:
 def hidden_of(session: Session, n_tokens: int, path: Path) -> Hidden | None:
     """For n_tokens of a text, in a file; None if the model has too few layers. Raises CalibrationError if there is no
     room."""
-    stride = stride_of(session.n_layer, n_tokens, session.n_embd)
-    shape = ((session.n_layer - 1) // stride, n_tokens, session.n_embd)
-    if not shape[0]:
+    sizes = (session.n_layer, n_tokens, session.n_embd)
+    stride, n_bytes = stride_of(*sizes), hidden_bytes(*sizes)
+    if not n_bytes:
         return None
-    n_bytes = 4 * shape[0] * n_tokens * session.n_embd
     with write_errors(path, n_bytes, CURE, CalibrationError), open(path, "wb") as out:
         path.chmod(0o600)
         reserve(out, path.parent, n_bytes)
         out.truncate(n_bytes)
-    return Hidden(path, shape, stride)
+    return Hidden(path, ((session.n_layer - 1) // stride, n_tokens, session.n_embd), stride)

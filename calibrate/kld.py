@@ -177,10 +177,8 @@ def measure(
                 difference is rounding alone, as the model's other roundings amplify it
     Raises CalibrationError if the run time did not allocate what was asked for.
     """
-    options: dict[str, Any] = {"n_ubatch": N_UBATCH, "flash_attn": flash_attn}
-    hidden = reference.hidden if pairs else None
-    if hidden and hidden.start(_first_changed(pairs or ())):
-        options["watch"] = hidden
+    hidden = reference.hidden if pairs and reference.hidden and reference.hidden.start(_first_changed(pairs)) else None
+    options: dict[str, Any] = {"n_ubatch": N_UBATCH, "flash_attn": flash_attn, "watch": hidden}
     with session.context(reference.chunks.n_ctx, pairs, k_vectors, **options) as ctx:
         if pairs is not None and ctx.notes():
             raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")

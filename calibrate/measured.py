@@ -174,7 +174,7 @@ def search_reference(plannable: Plannable, text: Text, bench: Bench) -> Referenc
     """The f16 cache on what plans are tried on: the end of the calibration text, from which no vector of K was made."""
     sizes = plannable.sizes
     tail = text.calibration[sizes.n_vectors * sizes.stream :]
-    scored = (sizes.search_skip, sizes.search_every)
+    scored = (sizes.skipped(sizes.search_ctx), sizes.search_every)
     chunks = chunks_of(tail, sizes.search_ctx, sizes.n_searched, "calibration text", *scored)
     with bench.progress.bar("search: f16 reference", chunks.n_positions) as advance:
         hidden = hidden_of(bench.session, chunks.tokens.size, bench.scratch / "hidden.f32")
@@ -184,7 +184,7 @@ def search_reference(plannable: Plannable, text: Text, bench: Bench) -> Referenc
 def heldout_reference(plannable: Plannable, text: Text, bench: Bench) -> Reference:
     """The f16 cache on the text that no stage has seen."""
     sizes = plannable.sizes
-    chunks = chunks_of(text.heldout, sizes.stream, sizes.n_chunk, "held-out text", sizes.heldout_skip)
+    chunks = chunks_of(text.heldout, sizes.stream, sizes.n_chunk, "held-out text", sizes.skipped(sizes.stream))
     with bench.progress.bar("heldout: f16 reference", chunks.n_positions) as advance:
         return make_reference(bench.session, chunks, bench.scratch / "heldout.f16", advance)
 

@@ -31,8 +31,9 @@ from kvtuner_gguf.runtime import Session
 
 STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
 SEARCH_CTX = 1024  # tokens of a chunk that plans are tried on: layers matter otherwise in a short context
-SEARCH_SKIP = 256  # of them not scored: three chunks tell as much as four whose second half is
-SEARCH_EVERY = 4  # of the others each so-many-th is scored: neighbours tell much the same, each costs a row of logits
+SEARCH_EVERY = (
+    4  # of those that are scored, each so-many-th is scored: neighbours tell much the same, each costs a row of logits
+)
 LEAST_KNOWN = 8  # runs from which prices can be told
 
 
@@ -122,11 +123,12 @@ def proved(options: Options, plannable: Plannable, measured: Measured, found: Fo
         progress=bench.progress,
     )
     made = made_of(options, measured.text, rotated=_rotates(session))
-    if proof.best is None or not (proof.beside and proof.beside.verdict == "lost"):
+    if proof.lost_to:
+        quality, uniform = proof.lost_to
+        plan = plan_of(uniform.pairs, (), geometry, made, quality, proof.best)
+    else:
         pairs = found.best.pairs
         plan = plan_of(pairs, runs.vectors_of(pairs), geometry, made, proof.quality, proof.best)
-    else:
-        plan = plan_of(proof.best[1].pairs, (), geometry, made, proof.best[0], proof.best)
     chunks = reference.chunks
     table = Comparison(measured.text.name, chunks.n_positions, chunks.n_ctx, options.n_ctx, proof.rows)
     return Outcome(plan, found.best.pairs, proof.beside, table, geometry)
@@ -170,11 +172,11 @@ def solved(options: Options, plannable: Plannable, measured: Measured, store: St
 
 def sizes_of(options: Options) -> Sizes:
     """Of the text that the stages work on, before they are made to fit the model."""
-    return Sizes(options.n_chunk, STREAM, SEARCH_CTX, SEARCH_SKIP, SEARCH_EVERY)
+    return Sizes(options.n_chunk, STREAM, SEARCH_CTX, SEARCH_EVERY)
 
 
 def _work(options: Options) -> Path:
-    return work_dir(options, N_UBATCH, STREAM, SEARCH_CTX, SEARCH_SKIP, SEARCH_EVERY)
+    return work_dir(options, N_UBATCH, STREAM, SEARCH_CTX, SEARCH_EVERY)
 
 
 def _rotates(session: Session) -> bool:

@@ -55,6 +55,11 @@ class Proof:
         """The plan beside the best uniform pair."""
         return Beside.of(self.quality, self.best[0]) if self.best else None
 
+    @property
+    def lost_to(self) -> tuple[Quality, Trial] | None:
+        """The best uniform pair, if the plan lost to it."""
+        return self.best if self.beside and self.beside.verdict == "lost" else None
+
 
 def prove(
     found: Trial,

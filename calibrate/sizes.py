@@ -13,21 +13,23 @@ class Sizes:
     n_chunk       pieces of text, which all stages scale with
     stream        tokens of a captured and of a held-out chunk
     search_ctx    tokens of a chunk that plans are tried on
-    search_skip   of them not scored
-    search_every  each so-many-th of the others is: what neighbours have tells little more than one of them
+    search_every  of those that are scored, each so-many-th is: what neighbours have tells little more than one of them
     """
 
     n_chunk: int
     stream: int
     search_ctx: int
-    search_skip: int
     search_every: int
 
     def fitting(self, fit: Callable[[int], int]) -> Sizes:
         """The same for a model that can read fit(n) of n tokens."""
         stream = fit(self.stream)
-        search_ctx = min(self.search_ctx, stream)
-        return replace(self, stream=stream, search_ctx=search_ctx, search_skip=min(self.search_skip, search_ctx // 4))
+        return replace(self, stream=stream, search_ctx=min(self.search_ctx, stream))
+
+    @staticmethod
+    def skipped(n_ctx: int) -> int:
+        """Tokens of a chunk's start that are not scored: three chunks so tell as much as four without their half."""
+        return n_ctx // 4
 
     @property
     def n_calibration(self) -> int:
@@ -36,11 +38,6 @@ class Sizes:
     @property
     def n_heldout(self) -> int:
         return self.n_chunk * self.stream
-
-    @property
-    def heldout_skip(self) -> int:
-        """Tokens of a held-out chunk that are not scored."""
-        return self.stream // 4
 
     @property
     def written(self) -> int:
@@ -66,6 +63,6 @@ class Sizes:
     @property
     def n_scored(self) -> int:
         """Positions of the larger of the two references."""
-        heldout = self.n_chunk * (self.stream - self.heldout_skip)
-        of_chunk = -(-(self.search_ctx - self.search_skip) // self.search_every)
+        heldout = self.n_chunk * (self.stream - self.skipped(self.stream))
+        of_chunk = -(-(self.search_ctx - self.skipped(self.search_ctx)) // self.search_every)
         return max(self.n_searched * of_chunk, heldout)

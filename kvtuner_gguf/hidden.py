@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -21,14 +20,10 @@ class Hidden:
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], stride: int) -> None:
-        from llama_cpp import llama_cpp
-
-        lib = native.library()
-        address = ctypes.cast(lib.kvt_hidden_eval, ctypes.c_void_p).value
-        self.eval_callback = llama_cpp.ggml_backend_sched_eval_callback(address or 0)
+        self.eval_callback = native.eval_callback("kvt_hidden_eval")
         self.path, (n_slot, self._n_rows, n_embd) = path, shape
         self._rows: np.ndarray | None = np.memmap(path, np.float32, "r+", shape=shape)
-        self.handle = lib.kvt_hidden_new(self._rows.ctypes.data, n_slot, stride, self._n_rows, n_embd)
+        self.handle = native.library().kvt_hidden_new(self._rows.ctypes.data, n_slot, stride, self._n_rows, n_embd)
         if not self.handle:
             raise NativeError(native.last_error())
 
@@ -44,7 +39,7 @@ class Hidden:
 
     def check(self) -> None:
         """After a run that started so. Raises NativeError unless it took all of the hidden states, or none."""
-        taken = native.library().kvt_hidden_taken(self.handle)
+        taken = self.taken
         if taken not in (0, self._n_rows):
             raise NativeError(
                 f"a run took {taken} rows of hidden states, need {self._n_rows}: of other tokens than kept."

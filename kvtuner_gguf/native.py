@@ -192,6 +192,14 @@ def build_id() -> str:
     return library().kvt_build_id().decode()
 
 
+def eval_callback(name: str) -> object:
+    """A function of kvt.h as a context's cb_eval."""
+    from llama_cpp import llama_cpp
+
+    address = ctypes.cast(getattr(library(), name), ctypes.c_void_p).value
+    return llama_cpp.ggml_backend_sched_eval_callback(address or 0)
+
+
 def last_error() -> str:
     return library().kvt_last_error().decode(errors="replace")
 

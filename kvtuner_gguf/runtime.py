@@ -280,7 +280,8 @@ class Context:
         swa_full: bool = False,
         watch: Tap | Hidden | None = None,
     ) -> None:
-        """n_ctx: tokens, of all sequences together. Raises NativeError if the context cannot be made."""
+        """n_ctx: tokens, of all sequences together; watch: sees tensors of the graph, or gives them. Raises NativeError
+        if the context cannot be made."""
         check_context(session.model, n_ctx, n_seq_max)
         self._session, self._llama = session, session._llama
         lc = self._llama

@@ -26,10 +26,7 @@ class Tap:
                 except BaseException as e:
                     self._error = e
 
-        from llama_cpp import llama_cpp
-
-        address = ctypes.cast(native.library().kvt_tap_eval, ctypes.c_void_p).value
-        self.eval_callback = llama_cpp.ggml_backend_sched_eval_callback(address or 0)
+        self.eval_callback = native.eval_callback("kvt_tap_eval")
         self._callback = native.TapCallback(callback)
         self.handle = native.library().kvt_tap_new(self._callback, None, n_q_max)
         if not self.handle:

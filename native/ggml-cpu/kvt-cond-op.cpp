@@ -89,7 +89,7 @@ void kvt_cond_forward(ggml_tensor * dst, int ith, int nth, void * userdata) {
     float *       y_k = y_q + ggml_nelements(q);
     float         centered[KVT_COND_MAX_HEAD_DIM];
 
-    GGML_ASSERT(n <= KVT_COND_MAX_HEAD_DIM && q->nb[0] == sizeof(float) && k->nb[0] == sizeof(float));
+    GGML_ASSERT(n <= KVT_COND_MAX_HEAD_DIM && q->ne[0] == n && q->ne[1] == n_rep * n_head_kv && q->nb[0] == sizeof(float) && k->nb[0] == sizeof(float));
     if (first == last) {
         return;
     }

@@ -78,7 +78,7 @@ class Written:
 def measure_written(session: Session, row: Row, reference: Reference) -> float:
     """KLD of a run whose cache is f16, with all K and V put through the format."""
     written, context = Written(row), session.context
-    session.context = partial(context, watch=written)
+    session.context = lambda *args, watch, **options: context(*args, watch=written, **options)
     try:
         kld = measure(session, None, reference).kld_mean
     finally:

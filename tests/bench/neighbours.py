@@ -10,7 +10,7 @@ The cache is f16, and what a method keeps of K and V is written into it, layer b
 has, of its own parameters, those of the most real bits within the goal, and beside them those of codes of other bits
 (or of another rank) that come next, since windows and codes cost alike; if all are above, the fewest. Rows "through the
 harness" are our types by the same way: beside those of the real cache they show what the harness is worth.
-Scored is the second half of each context; +- is the standard error over blocks of 64 positions. Windows are counted at
+Scored is the second half of each context; +- is the standard error over blocks of 256 tokens. Windows are counted at
 the end of the context that is run, which is to their advantage: before it they are a larger part. What no token adds to
 (tables, matrices, a plan's vectors) is counted at -c tokens [default: those of the context].
 A method with windows, or with a say in what attention gets, is run 32 tokens at once; the tokens of a batch that it
@@ -38,7 +38,7 @@ from neighbour.method import SLACK, STEP, Emulated, Known, Method, Shape, within
 
 from kvtuner_gguf.api import read_plan
 from kvtuner_gguf.calibrate.capture import capture
-from kvtuner_gguf.calibrate.kld import N_UBATCH, Chunks, Reference, compare, make_reference
+from kvtuner_gguf.calibrate.kld import N_UBATCH, Chunks, Reference, compare, make_reference, measure, quality_of
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
 from kvtuner_gguf.codecs import CODECS, codec
 from kvtuner_gguf.default_model import default_model
@@ -46,12 +46,11 @@ from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.kvectors import KVectors, vector_bytes, where_quantized
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
+from kvtuner_gguf.quality import Quality
 from kvtuner_gguf.runtime import Session
 
 N_CAPTURED = 1024  # tokens of a chunk of the calibration text
 N_TRIES = 3  # of a method whose bits are not known before a run
-PER_BLOCK = 64  # positions that a standard error takes for one
-Scores = tuple[np.ndarray, np.ndarray]  # KLD of each position, whether the likeliest token is the same
 
 METHODS: dict[str, Callable[[Shape, float], Sequence[Method]]] = {
     "kivi": Kivi.choices,
@@ -96,17 +95,12 @@ class Bench:
         self.shape = Shape(len(k), k.shape[2], reference.chunks.n_ctx, n_counted)
         self.rows: list[Row] = []
 
-    def add(self, goal: float | None, name: str, bits: tuple[float, float], start: float, scores: Scores) -> None:
-        kld, same_top = scores
-        means = kld[: len(kld) // PER_BLOCK * PER_BLOCK].reshape(-1, PER_BLOCK).mean(axis=1)
-        error = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else float("nan")
+    def add(self, goal: float | None, name: str, bits: tuple[float, float], start: float, q: Quality) -> None:
         n_k, n_v = sum(self.geometry.values_k), sum(self.geometry.values_v)
         whole = (bits[0] * n_k + bits[1] * n_v) / (n_k + n_v)
         seconds = time.monotonic() - start
         bits_k, bits_v = map(float, bits)
-        row = Row(
-            goal, name, bits_k, bits_v, whole, float(kld.mean()), error, float(same_top.mean()), round(seconds, 1)
-        )
+        row = Row(goal, name, bits_k, bits_v, whole, q.kld_mean, q.kld_se, q.same_top, round(seconds, 1))
         self.rows.append(row)
         print(row, flush=True)
 
@@ -119,12 +113,9 @@ class Bench:
         flash_attn: bool = True,
     ) -> None:
         """A row of the run time's own cache."""
-        start, n_ctx = time.monotonic(), self.shape.n_ctx
-        with self.session.context(n_ctx, pairs, k_vectors, n_ubatch=N_UBATCH, flash_attn=flash_attn) as ctx:
-            if pairs is not None and ctx.notes():
-                raise SystemExit(f"{name}: the run time left the plan: {' | '.join(ctx.notes())}")
-            scores = compare(ctx, self.reference)
-        self.add(goal, name, bits_of(self.geometry, pairs, k_vectors), start, scores)
+        start = time.monotonic()
+        quality = measure(self.session, pairs, self.reference, k_vectors=k_vectors, flash_attn=flash_attn)
+        self.add(goal, name, bits_of(self.geometry, pairs, k_vectors), start, quality)
 
     def imitated(self, goal: float | None, method: Method) -> None:
         """A row of a method through the harness."""
@@ -141,7 +132,8 @@ class Bench:
                 break
             method = again
         above = " (its fewest bits)" if goal and (bits_k + bits_v) / 2 > goal + SLACK else ""
-        self.add(goal, f"{method}{above}", (bits_k, bits_v), start, scores)
+        quality = quality_of(*scores, self.reference.chunks)
+        self.add(goal, f"{method}{above}", (bits_k, bits_v), start, quality)
 
     def uniform(self, pair: Pair) -> tuple[Pair, ...]:
         return tuple(pair if n else Pair("", "") for n in self.geometry.values_k)
