@@ -31,9 +31,7 @@ from kvtuner_gguf.runtime import Session
 
 STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
 SEARCH_CTX = 1024  # tokens of a chunk that plans are tried on: layers matter otherwise in a short context
-SEARCH_EVERY = (
-    4  # of those that are scored, each so-many-th is scored: neighbours tell much the same, each costs a row of logits
-)
+SEARCH_EVERY = 2  # of the scored positions, each so-many-th: neighbours tell much the same, and each is a row of logits
 LEAST_KNOWN = 8  # runs from which prices can be told
 
 
