@@ -43,7 +43,7 @@ def evaluate(
     with Session(model, no_alloc=True) as shape:
         shape.check_writes_text()
         geometry, stream, n_vocab = shape.geometry(n_ctx), shape.fitting(stream), shape.n_vocab
-    plans = {name: _plan(name, asked, geometry.values_k) for name, asked in named.items()}
+    plans = {name: plan_of(name, asked, geometry.values_k) for name, asked in named.items()}
     with readable(text) as path, scratch() as tmp:
         check_text(path, n_chunk * stream)
         with Session(model, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as session:
@@ -79,7 +79,8 @@ def _measured(
     return Comparison(source.name, chunks.n_positions, chunks.n_ctx, geometry.n_ctx, tuple(rows), tuple(notes))
 
 
-def _plan(name: str, asked: Plan | Pair, values_k: tuple[int, ...]) -> Plan:
+def plan_of(name: str, asked: Plan | Pair, values_k: tuple[int, ...]) -> Plan:
+    """The plan, or the pair as one of a model with these values. Raises CalibrationError if it is another model's."""
     plan = Plan.uniform(asked, len(values_k), [bool(n) for n in values_k]) if isinstance(asked, Pair) else asked
     if plan.n_layer != len(values_k):
         raise CalibrationError(

@@ -41,8 +41,10 @@ def work_dir(options: Options, *sizes: int) -> Path:
 
 
 @contextmanager
-def claimed(work: Path) -> Iterator[None]:
+def claimed(work: Path, what: str = "calibrated") -> Iterator[None]:
     """The folder is this process's alone as long as this is open; the claim goes with the process, however it ends.
+
+    what  is being done with the model
 
     Raises CalibrationError if another process has claimed it.
     """
@@ -50,7 +52,7 @@ def claimed(work: Path) -> Iterator[None]:
     with lock(work.with_name(f"{work.name}.lock")) as ours:
         if ours is False:
             raise CalibrationError(
-                f"'{work}' is in use: this model is being calibrated already. Wait until that ends, or end it."
+                f"'{work}' is in use: this model is being {what} already. Wait until that ends, or end it."
             )
         yield
 

@@ -1,4 +1,4 @@
-"""What the commands do, for a program: calibrate, solve, evaluate, read_plan, write_plan.
+"""What the commands do, for a program: calibrate, solve, evaluate, evaluate_tasks, read_plan, write_plan.
 
     from kvtuner_gguf.api import Options, WithinBits, calibrate, write_plan
 
@@ -23,6 +23,7 @@ from .errors import CalibrationError
 from .pair import Pair
 from .plan import Plan
 from .quality import Comparison, Quality, Row
+from .tasks.score import TaskComparison
 
 __all__ = [
     "Comparison",
@@ -36,11 +37,13 @@ __all__ = [
     "Quality",
     "Row",
     "Solved",
+    "TaskComparison",
     "WithinBits",
     "WithinBytes",
     "WithinKld",
     "calibrate",
     "evaluate",
+    "evaluate_tasks",
     "read_plan",
     "solve",
     "write_plan",
@@ -114,6 +117,45 @@ def evaluate(
     )
 
 
+def evaluate_tasks(
+    model: StrPath,
+    plans: Mapping[str, Plan | Pair],
+    tasks: StrPath,
+    progress: Progress | None = None,
+    *,
+    n_ctx: int = 8192,
+    seed: int = 0,
+    n_threads: int | None = None,
+    n_gpu_layers: int = 0,
+    fresh: bool = False,
+) -> TaskComparison:
+    """The greedy answers of each plan, or uniform pair, to tasks, beside those of an f16 cache: accuracy, and what
+    flipped.
+
+    plans  the rows, by name
+    tasks  a file of prompts with expected answers (docs/tasks.md), or "short" or "long:N" for a set of ours, the second
+           with N tokens in each prompt
+    n_ctx  context at which bytes are counted
+    seed   of a set of ours
+    fresh  forget what was answered before, instead of going on with it
+    Raises TaskError for tasks that cannot be read or are too long, CalibrationError if a plan does not fit the model.
+    """
+    check_packages()
+    from .tasks import evaluate as stage
+
+    return stage.evaluate_tasks(
+        Path(model),
+        plans,
+        str(tasks),
+        progress or Silent(),
+        n_ctx=n_ctx,
+        seed=seed,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        fresh=fresh,
+    )
+
+
 def read_plan(path: StrPath) -> Plan | None:
     """The plan in a GGUF, or in a sidecar (.json); None if the GGUF has none. Raises PlanError for a fault in it."""
     path = Path(path)
@@ -132,7 +174,7 @@ def write_plan(model: StrPath, plan: Plan | None, path: StrPath | None = None, *
 
 def check_packages() -> None:
     """Raises CalibrationError if a package that a calibration needs is missing: running a plan needs fewer."""
-    missing = [name for name in ("gguf", "optuna", "scipy", "sklearn") if find_spec(name) is None]
+    missing = [name for name in ("gguf", "jsonschema", "optuna", "scipy", "sklearn") if find_spec(name) is None]
     if missing:
         raise CalibrationError(
             f"calibration needs the package {missing[0]}. Install with: pip install 'kvtuner-gguf[calibrate]'"

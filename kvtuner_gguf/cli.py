@@ -197,15 +197,32 @@ def show_plan(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int
 @click.argument("plans", nargs=-1, required=True)
 @click.option("-ctk", "--cache-type-k", "type_k", help="One more row: this K type for all layers ...")
 @click.option("-ctv", "--cache-type-v", "type_v", help="... with this V type.")
+@click.option(
+    "--tasks",
+    help="Ask these tasks instead: JSON Lines of prompts with expected answers, or a set of ours: short, or long:N "
+    "with N tokens in each prompt.",
+)
+@click.option("--fresh", is_flag=True, help="With --tasks: forget what was answered before.")
 @shared("m", "c", "f", "chunks", "seed", "t", "ngl", "json")
-def evaluate(plans: tuple[str, ...], type_k: str | None, type_v: str | None, as_json: bool, **given: Any) -> None:
-    """Measure the KLD of PLANS against an f16 cache.
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    /,
+    plans: tuple[str, ...],
+    type_k: str | None,
+    type_v: str | None,
+    tasks: str | None,
+    fresh: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Measure the KLD of PLANS against an f16 cache, or, with --tasks, how many tasks they answer right.
 
     Each of PLANS is 'file' (the plan in the model), a sidecar (.json), another GGUF's plan, or a uniform pair such as
     q8_0/q4_0.
     """
     from . import api
-    from .report import comparison_json, comparison_text
+    from .report import comparison_json, comparison_text, tasks_json, tasks_text
 
     api.check_packages()
     model, n_threads = given.pop("model"), given.pop("threads")
@@ -213,11 +230,28 @@ def evaluate(plans: tuple[str, ...], type_k: str | None, type_v: str | None, as_
     if type_k or type_v:
         pair = Pair(type_k or "f16", type_v or "f16")
         named[str(pair)] = pair
+    if tasks is not None:
+        text = [name for name in ("text", "n_chunk") if _is_given(ctx, name)]
+        if text:
+            raise click.UsageError("--tasks brings its own text: leave -f and --chunks out.")
+        del given["text"], given["n_chunk"]
+        answered = api.evaluate_tasks(model, named, tasks, Terminal(), n_threads=n_threads, fresh=fresh, **given)
+        if as_json:
+            print_json(tasks_json(answered))
+        else:
+            show(tasks_text(answered))
+        return
+    if fresh:
+        raise click.UsageError("--fresh is for --tasks: nothing else is kept.")
     comparison = api.evaluate(model, named, Terminal(), n_threads=n_threads, **given)
     if as_json:
         print_json(comparison_json(comparison))
     else:
         show(comparison_text(comparison))
+
+
+def _is_given(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
 def _plan_named(name: str, model: Path) -> Plan | Pair:

@@ -27,6 +27,10 @@ class CalibrationError(KvtunerError):
     """A stage of the calibration got input that it cannot work with."""
 
 
+class TaskError(KvtunerError):
+    """Tasks cannot be read, or cannot be asked of this model."""
+
+
 class NativeError(KvtunerError):
     """The native library is missing, does not match, or refused a call."""
 

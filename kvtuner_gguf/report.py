@@ -17,6 +17,7 @@ from .quality import Comparison, Quality
 if TYPE_CHECKING:
     from .calibrate.options import Outcome, Solved
     from .shown import Shown
+    from .tasks.score import Accuracy, TaskComparison
 
 MIB = 1024 * 1024
 
@@ -76,6 +77,57 @@ def comparison_json(c: Comparison) -> dict[str, Any]:
         "rows": rows,
         "notes": list(c.notes),
     }
+
+
+def tasks_text(c: TaskComparison) -> str:
+    """The tables of tasks: all together, and each area's share of right answers."""
+    rows, areas = [], []
+    for row in c.rows:
+        flips, accuracy = c.flips(row), row.accuracy
+        beside = (
+            ("", "", "")
+            if row is c.rows[0]
+            else (f"{flips.lost} + {flips.gained}", f"{flips.p_value:.2f}", f"{flips.changed}")
+        )
+        size = (f"{row.bits_per_value:.2f}", f"{row.n_bytes / MIB:.1f}")
+        rows.append((row.name, *size, _share(accuracy), *beside))
+        areas.append((row.name, *(f"{100 * a.share:.0f} %" for a in row.areas().values())))
+    n = c.rows[0].accuracy.n
+    parts = [table(("cache", "bits", f"MiB at {c.n_ctx}", "right", "flips", "p", "other text"), rows)]
+    of_areas = c.rows[0].areas()
+    if len(of_areas) > 1:
+        parts.append(table(("right", *(f"{name or 'others'} ({a.n})" for name, a in of_areas.items())), areas))
+    parts.append(
+        f"{n} tasks of {printable(c.tasks)}, greedy; +-: standard error. Flips against f16: right there and wrong here "
+        "+ the other way; p: McNemar's exact test of the two."
+    )
+    return "\n\n".join(("\n\n".join(parts), *(f"note: {printable(n)}" for n in c.notes)))
+
+
+def _share(accuracy: Accuracy) -> str:
+    return f"{100 * accuracy.share:.1f} +-{100 * accuracy.se:.1f} %"
+
+
+def tasks_json(c: TaskComparison) -> dict[str, Any]:
+    """The same for a program, with all answers."""
+    rows = []
+    for row in c.rows:
+        flips = c.flips(row)
+        rows.append(
+            {
+                "name": row.name,
+                "bits_per_value": row.bits_per_value,
+                "bytes": row.n_bytes,
+                **vars(row.accuracy),
+                "lost": flips.lost,
+                "gained": flips.gained,
+                "p_value": flips.p_value,
+                "changed": flips.changed,
+                "areas": {name: vars(accuracy) for name, accuracy in row.areas().items()},
+                "answers": [vars(answer) for answer in row.answers],
+            }
+        )
+    return {"tasks": c.tasks, "n_ctx": c.n_ctx, "rows": rows, "notes": list(c.notes)}
 
 
 def layers_text(pairs: Sequence[Pair]) -> str:

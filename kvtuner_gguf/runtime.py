@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import native
-from .errors import NativeError
+from .errors import KvtunerError, NativeError
 from .geometry import Geometry
 from .hidden import Hidden
 from .in_force import put_in_force, put_pairs_in_force
@@ -24,7 +24,7 @@ from .pair import Pair
 from .plan import Plan
 from .printable import printable
 from .tap import Tap
-from .template import ChatTemplate
+from .template import ChatTemplate, Messages
 from .threads import checked_threads, default_threads
 from .uses import check_context, check_positions, check_writes_text
 from .words import cut_long_words
@@ -168,6 +168,27 @@ class Session:
                 raise NativeError(f"a text of {len(data)} bytes could not be tokenized: {self._log.reason()}")
             tokens += buf[:n]
         return tokens
+
+    def prompt_tokens(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> list[int]:
+        """A conversation as the model reads it, up to where its answer starts. Without a chat template, the text of a
+        single message as it is. Raises KvtunerError if the template cannot take it."""
+        if self.chat_template is not None:
+            text = self.chat_template.prompt(messages, tools)
+            return self.tokenize(text, add_special=False, parse_special=True)
+        if len(messages) > 1 or tools:
+            raise KvtunerError("a conversation or tools need a chat template, and the model has none. Give one prompt.")
+        return self.tokenize(messages[0]["content"])
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        array = (ctypes.c_int32 * max(1, len(tokens)))(*tokens)
+        buf = ctypes.create_string_buffer(64)
+        for _ in range(2):
+            n = self._llama.llama_detokenize(self.vocab, array, len(tokens), buf, len(buf), False, False)
+            if n >= 0:
+                return buf.raw[:n].decode(errors="replace")
+            buf = ctypes.create_string_buffer(-n)
+        raise NativeError(f"{len(tokens)} tokens could not be written as text: {self._log.reason()}")
 
     def is_end(self, token: int) -> bool:
         """True for a token that ends a document or a turn."""
@@ -319,6 +340,14 @@ class Context:
     def clear(self) -> None:
         """Forget all tokens."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self.ctx), False)
+
+    def forget(self, seq_id: int) -> None:
+        """Forget the tokens of one sequence."""
+        self._llama.llama_memory_seq_rm(self._llama.llama_get_memory(self.ctx), seq_id, -1, -1)
+
+    def copy(self, source: int, target: int) -> None:
+        """Give a sequence that is empty all the tokens of another."""
+        self._llama.llama_memory_seq_cp(self._llama.llama_get_memory(self.ctx), source, target, -1, -1)
 
     def decode(self, rows: Sequence[tuple[int, int, int]], outputs: Sequence[bool]) -> np.ndarray:
         """Process tokens. rows: (token, pos, seq_id) each; outputs: whether its logits are wanted.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from jinja2 import TemplateError as TemplateError
 
@@ -39,17 +39,27 @@ class ChatTemplate:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         try:
-            self._formatter = Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos, add_generation_prompt=False)
+            self._formatter, self._prompter = (
+                Jinja2ChatFormatter(source, eos_token=eos, bos_token=bos, add_generation_prompt=prompt)
+                for prompt in (False, True)
+            )
         except TEMPLATE_ERRORS as error:
             raise template_error(error, "the model") from None
 
     def text(self, messages: Messages) -> str:
         """A conversation as the model reads it, special tokens written out. Raises KvtunerError if the template cannot
         take it."""
+        return self._formatted(self._formatter, messages, ())
+
+    def prompt(self, messages: Messages, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The same, up to where the model's answer starts. tools: the functions that it may call."""
+        return self._formatted(self._prompter, messages, tools)
+
+    def _formatted(self, formatter: Any, messages: Messages, tools: Sequence[dict[str, Any]]) -> str:
         try:
-            return self._formatter(messages=cast("Any", list(messages))).prompt
+            return formatter(messages=list(messages), tools=list(tools) or None).prompt
         except TEMPLATE_ERRORS as error:
             again = folded(messages)
             if again is None:
                 raise template_error(error, "the model") from None
-            return self.text(again)
+            return self._formatted(formatter, again, tools)

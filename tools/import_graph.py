@@ -24,25 +24,26 @@ FLOORS = (
     "cli",
     "api",
     "calibrate.pipeline",
-    "calibrate.measured",
+    "calibrate.measured tasks.evaluate",
     "calibrate.evaluate calibrate.runs",
     "calibrate.checks calibrate.methods calibrate.store calibrate.write",
     "calibrate.condition calibrate.error calibrate.options",
     "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.text output",
     "calibrate.hidden calibrate.kld calibrate.moments calibrate.prices calibrate.solve calibrate.weights identity "
-    "llama shown",
+    "llama shown tasks.ask",
     "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples "
     "gguf_file runtime",
     "calibrate.results gguf_header in_force report",
-    "geometry plan",
-    "calibrate.corpus held hidden kvectors tap uses",
-    "arguments calibrate.records chat default_model native pair quality target",
+    "geometry plan tasks.made",
+    "calibrate.corpus held hidden kvectors tap tasks.task uses",
+    "arguments calibrate.records chat default_model native pair quality target tasks.answer",
     "cache codecs machine reading room template terminal threads values",
     "errors",
-    "atomic calibrate calibrate.progress calibrate.sizes interrupts printable words",
+    "atomic calibrate calibrate.progress calibrate.sizes interrupts printable tasks tasks.score words",
 )
 NOT_DRAWN = frozenset(" ".join(FLOORS[-2:]).split())  # nearly all import them, they import next to nothing
-MAY_CALIBRATE = {"cli", "api"}  # of the modules beside calibrate/: to run a plan takes nothing of what makes one
+PARTS = {"calibrate": "calibrate", "tasks": "kvtuner_gguf/tasks"}  # of the package: what makes plans, and tries them
+MAY_CALIBRATE = {"cli", "api"}  # of the other modules: to run a plan takes nothing of those
 
 # Native code: the folders are the targets that it is linked into.
 NATIVE_FLOORS = ("llama ggml-cpu ggml-cuda tests", "ggml-base")
@@ -52,8 +53,8 @@ Graph = dict[str, set[str]]
 
 def modules() -> dict[str, Path]:
     """ "calibrate.kld" -> its file: every module of the package as it is installed, where calibrate/ lies inside."""
-    files = {f"kvtuner_gguf.{path.stem}": path for path in (ROOT / "kvtuner_gguf").glob("*.py")}
-    files |= {f"kvtuner_gguf.calibrate.{path.stem}": path for path in (ROOT / "calibrate").glob("*.py")}
+    folders = {".": "kvtuner_gguf", **{f".{name}.": folder for name, folder in PARTS.items()}}
+    files = {f"kvtuner_gguf{name}{p.stem}": p for name, folder in folders.items() for p in (ROOT / folder).glob("*.py")}
     return {_short(name): path for name, path in sorted(files.items())}
 
 
@@ -94,7 +95,7 @@ def _targets(node: ast.Import | ast.ImportFrom, path: Path, files: dict[str, Pat
     if isinstance(node, ast.Import):
         names = [alias.name for alias in node.names]
     else:
-        package = ["kvtuner_gguf", "calibrate"] if path.parent.name == "calibrate" else ["kvtuner_gguf"]
+        package = ["kvtuner_gguf", *([path.parent.name] if path.parent.name in PARTS else [])]
         above = package[: len(package) - node.level + 1] if node.level else []
         base = ".".join([*above, *filter(None, [node.module])])
         names = [f"{base}.{alias.name}" if _short(f"{base}.{alias.name}") in files else base for alias in node.names]

@@ -1,0 +1,1 @@
+"""Prompts with expected answers: what a cache does to what a model is used for."""
