@@ -168,6 +168,7 @@ def measure(
     k_vectors: Sequence[KVectors] = (),
     flash_attn: bool = True,
     progress: Callable[[int], None] = lambda n: None,
+    enough: Callable[[Quality], bool] = lambda quality: False,
 ) -> Quality:
     """Quality of a plan on the reference's text: a real run on the real cache.
 
@@ -175,6 +176,7 @@ def measure(
     k_vectors   how each layer's K is conditioned; () = none is
     flash_attn  False with pairs=None: the noise floor. The same f16 cache by another attention kernel, so that the
                 difference is rounding alone, as the model's other roundings amplify it
+    enough      whether what the chunks so far gave will do; the others are then not run
     Raises CalibrationError if the run time did not allocate what was asked for.
     """
     hidden = reference.hidden if pairs and reference.hidden and reference.hidden.start(_first_changed(pairs)) else None
@@ -182,7 +184,13 @@ def measure(
     with session.context(reference.chunks.n_ctx, pairs, k_vectors, **options) as ctx:
         if pairs is not None and ctx.notes():
             raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")
-        kld, same_top = compare(ctx, reference, n_threads=session.n_threads, progress=progress)
+        kld, same_top = compare(
+            ctx,
+            reference,
+            n_threads=session.n_threads,
+            progress=progress,
+            enough=lambda kld, same_top: enough(quality_of(kld, same_top, reference.chunks)),
+        )
     if hidden:
         hidden.check()
     if not np.isfinite(kld).all():
@@ -199,7 +207,7 @@ def measure(
 
 
 def quality_of(kld: np.ndarray, same_top: np.ndarray, chunks: Chunks) -> Quality:
-    """kld, same_top: (n_positions,) each, in the order of the text."""
+    """kld, same_top: (n_positions,) each, in the order of the text, or of its first chunks alone."""
     blocks = _block_means(kld, chunks)
     return Quality(
         kld_mean=float(kld.mean()),
@@ -214,7 +222,8 @@ def quality_of(kld: np.ndarray, same_top: np.ndarray, chunks: Chunks) -> Quality
 
 def _block_means(values: np.ndarray, chunks: Chunks) -> list[float]:
     """Means over blocks of about N_BLOCK tokens of a chunk; of shorter ones if those were fewer than LEAST_BLOCKS."""
-    n_chunk, n_scored = len(chunks.tokens), len(chunks.positions)
+    n_scored = len(chunks.positions)
+    n_chunk = len(values) // n_scored
     n_blocks = max(round(n_scored * chunks.every / N_BLOCK), -(-LEAST_BLOCKS // n_chunk))
     parts = np.array_split(values.reshape(n_chunk, n_scored), min(n_blocks, n_scored), axis=1)
     return np.stack([part.mean(axis=1) for part in parts], axis=1).reshape(-1).tolist()
@@ -232,9 +241,10 @@ def compare(
     n_threads: int = 1,
     step: int = N_UBATCH,
     progress: Callable[[int], None] = lambda n: None,
+    enough: Callable[[np.ndarray, np.ndarray], bool] = lambda kld, same_top: False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run the reference's text, step tokens at once: the KLD of each scored position, and whether the likeliest token
-    is the same."""
+    is the same; up to the end of the first chunk that is enough, or gives NaN."""
     base, chunks = reference.open(), reference.chunks
     kld, same_top, at = [], [], 0
     with ThreadPoolExecutor(n_threads) as pool:
@@ -246,7 +256,10 @@ def compare(
                     same_top.append(of_block[1])
                 at += len(logits)
                 progress(len(logits))
-    return np.concatenate(kld), np.concatenate(same_top)
+            so_far = np.concatenate(kld), np.concatenate(same_top)
+            if not np.isfinite(so_far[0]).all() or enough(*so_far):
+                break
+    return so_far
 
 
 def _compared(base: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -46,6 +46,7 @@ __all__ = [
     "evaluate_tasks",
     "read_plan",
     "solve",
+    "verdict",
     "write_plan",
 ]
 
@@ -108,9 +109,39 @@ def evaluate(
         plans,
         progress or Silent(),
         stream=STREAM,
+        written=STREAM // 2,
         n_ctx=n_ctx,
         text=text if text is None else Path(text),
         n_chunk=n_chunk,
+        seed=seed,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+    )
+
+
+def verdict(
+    model: StrPath,
+    progress: Progress | None = None,
+    *,
+    n_ctx: int = 8192,
+    text: StrPath | None = None,
+    seed: int = 0,
+    n_threads: int | None = None,
+    n_gpu_layers: int = 0,
+) -> Comparison:
+    """The usual uniform pairs, and the plan in the file if it holds one, each measured until it is clear whether it is
+    safe, visible or broken (`quality.Grade`), on at most four chunks of 1024 tokens.
+
+    Pairs that no layer can take whole are left out, with a note. Else as `evaluate`.
+    """
+    check_packages()
+    from .calibrate import verdict as stage
+
+    return stage.verdict(
+        Path(model),
+        progress or Silent(),
+        n_ctx=n_ctx,
+        text=text if text is None else Path(text),
         seed=seed,
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,

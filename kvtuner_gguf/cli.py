@@ -250,6 +250,25 @@ def evaluate(
         show(comparison_text(comparison))
 
 
+@main.command()
+@click.argument("model", type=MODEL)
+@shared("c", "f", "seed", "t", "ngl", "json")
+def verdict(model: Path, threads: int | None, as_json: bool, **given: Any) -> None:
+    """Tell in a minute or two which usual cache types MODEL bears: safe, visible or broken.
+
+    Measured is the KLD of q8_0/q8_0, q8_0/q4_0, q5_1/q5_1, q4_0/q4_0 and of the plan in the file, each until it is
+    clear.
+    """
+    from . import api
+    from .report import verdict_json, verdict_text
+
+    found = api.verdict(model, Terminal(), n_threads=threads, **given)
+    if as_json:
+        print_json(verdict_json(found))
+    else:
+        show(verdict_text(found, model))
+
+
 def _is_given(ctx: click.Context, name: str) -> bool:
     return ctx.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 

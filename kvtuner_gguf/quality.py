@@ -92,6 +92,27 @@ def standard_error(blocks: Sequence[float]) -> float:
     return stdev(blocks, fmean(blocks)) / math.sqrt(len(blocks)) if len(blocks) > 1 else 0.0
 
 
+SAFE, BROKEN = 0.01, 0.5  # mean KLD, in nats; docs/tasks.md says why
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What a mean KLD comes to.
+
+    word      'safe': below SAFE, 'broken': above BROKEN, or 'visible'
+    is_clear  by two standard errors
+    """
+
+    word: str
+    is_clear: bool
+
+    @classmethod
+    def of(cls, quality: Quality) -> Grade:
+        kld, margin = quality.kld_mean, 2 * quality.kld_se
+        word = "safe" if kld < SAFE else "broken" if kld > BROKEN else "visible"
+        return cls(word, all(abs(kld - bound) > margin for bound in (SAFE, BROKEN)))
+
+
 @dataclass(frozen=True)
 class Row:
     """One cache configuration: real bits per value, bytes at the context, quality on held-out text."""
@@ -116,3 +137,9 @@ class Comparison:
     n_ctx: int
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def safe(self) -> Row | None:
+        """The row of the fewest bytes that is safe, apart from the first, which is the noise floor."""
+        safe = [row for row in self.rows[1:] if Grade.of(row.quality).word == "safe"]
+        return min(safe, key=lambda row: row.n_bytes, default=None)

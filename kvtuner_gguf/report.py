@@ -12,7 +12,7 @@ from .geometry import Geometry
 from .pair import Pair
 from .plan import Plan
 from .printable import printable
-from .quality import Comparison, Quality
+from .quality import Comparison, Grade, Quality
 
 if TYPE_CHECKING:
     from .calibrate.options import Outcome, Solved
@@ -77,6 +77,39 @@ def comparison_json(c: Comparison) -> dict[str, Any]:
         "rows": rows,
         "notes": list(c.notes),
     }
+
+
+def verdict_text(c: Comparison, model: Path) -> str:
+    """One sentence for each row, and what to do."""
+    floor, *rows = c.rows
+    lines = [
+        f"{row.name}, {row.bits_per_value:.1f} bits: {_graded(row.quality)}. {_tokens(row.quality)}" for row in rows
+    ]
+    lines.append(f"Rounding alone: {_tokens(floor.quality)}")
+    lines += [f"note: {printable(note)}" for note in c.notes]
+    if c.safe:
+        lines.append(f"Fewest bits that are safe: {c.safe.name}, {c.safe.n_bytes / MIB:.1f} MiB at {c.n_ctx} tokens.")
+    else:
+        lines.append("None of them is safe.")
+    return "\n".join(lines) + f"\nA plan of fewer bits: kvtuner-gguf calibrate {printable(model)} --bits 4.5"
+
+
+def _graded(quality: Quality) -> str:
+    grade = Grade.of(quality)
+    return grade.word if grade.is_clear else f"{grade.word}, narrowly"
+
+
+def _tokens(quality: Quality) -> str:
+    return f"{100 * (1 - quality.same_top):.1f} of 100 likeliest tokens are others, mean KLD {_kld(quality)}."
+
+
+def verdict_json(c: Comparison) -> dict[str, Any]:
+    """The same for a program: as of `evaluate`, with a grade in each row."""
+    found = comparison_json(c)
+    for row, measured in zip(found["rows"], c.rows):
+        grade = Grade.of(measured.quality)
+        row |= {"grade": grade.word, "is_clear": grade.is_clear}
+    return found | {"safe": c.safe and c.safe.name}
 
 
 def tasks_text(c: TaskComparison) -> str:

@@ -24,7 +24,7 @@ FLOORS = (
     "cli",
     "api",
     "calibrate.pipeline",
-    "calibrate.measured tasks.evaluate",
+    "calibrate.measured calibrate.verdict tasks.evaluate",
     "calibrate.evaluate calibrate.runs",
     "calibrate.checks calibrate.methods calibrate.store calibrate.write",
     "calibrate.condition calibrate.error calibrate.options",

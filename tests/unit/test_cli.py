@@ -33,7 +33,7 @@ def test_each_command_has_help_and_stands_in_the_readme(name):
 
 
 def test_all_commands_are_there():
-    assert {"calibrate", "show", "evaluate", "apply", "strip", "export", "chat", "demo"} <= set(COMMANDS)
+    assert {"calibrate", "show", "evaluate", "verdict", "apply", "strip", "export", "chat", "demo"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kvtuner_gguf.calibrate.kld import Chunks, quality_of
-from kvtuner_gguf.quality import Beside, Quality, standard_error
+from kvtuner_gguf.quality import Beside, Comparison, Grade, Quality, Row, standard_error
 
 
 def of_blocks(*blocks: float) -> Quality:
@@ -55,3 +55,25 @@ def test_without_blocks_the_errors_of_both_count():
 def test_a_rival_without_any_kld():
     none = Quality(0, 0, 1)
     assert Beside.of(none, none).verdict == "tie" and Beside.of(Quality(0.1, 1, 1), none).verdict == "lost"
+
+
+@pytest.mark.parametrize(
+    ("kld", "se", "word", "is_clear"),
+    [
+        (0.003, 0.001, "safe", True),
+        (0.009, 0.001, "safe", False),
+        (0.012, 0.0005, "visible", True),
+        (0.012, 0.002, "visible", False),
+        (0.4, 0.02, "visible", True),
+        (0.6, 0.2, "broken", False),
+        (1.6, 0.2, "broken", True),
+    ],
+)
+def test_a_grade_is_clear_by_two_standard_errors(kld, se, word, is_clear):
+    assert Grade.of(Quality(kld, kld, 0.9, kld_se=se)) == Grade(word, is_clear)
+
+
+def test_the_safe_row_of_the_fewest_bytes_is_named():
+    rows = [Row(str(n), n, n, Quality(kld, kld, 0.9)) for n, kld in ((1, 0.0), (16, 0.001), (6, 0.009), (4, 0.02))]
+    assert Comparison("", 1, 1, 1, tuple(rows)).safe == rows[2]
+    assert Comparison("", 1, 1, 1, (rows[0], rows[3])).safe is None

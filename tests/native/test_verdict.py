@@ -1,0 +1,68 @@
+"""The verdict on tiny models, and how far a measurement goes on."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from running import prompt
+
+from kvtuner_gguf.calibrate.kld import Chunks, make_reference, measure
+from kvtuner_gguf.calibrate.verdict import PLAN, USUAL
+from kvtuner_gguf.cli import main
+from kvtuner_gguf.gguf_file import write_plan
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.plan import Plan
+
+pytestmark = pytest.mark.native
+
+
+def run(*args: object, code: int = 0):
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_a_measurement_ends_with_the_chunk_that_is_enough(load, tiny, tmp_path):
+    session = load(tiny("llama"))
+    pairs = [Pair("q4_0", "q4_0")] * session.n_layer
+    chunks = Chunks(np.array([prompt(128, seed) for seed in range(4)], np.int32))
+    reference = make_reference(session, chunks, tmp_path / "f16")
+    whole = measure(session, pairs, reference)
+    seen = []
+    half = measure(session, pairs, reference, enough=lambda q: seen.append(q) or len(seen) == 2)
+    two = make_reference(session, Chunks(chunks.tokens[:2]), tmp_path / "two")
+    assert whole.n_positions == 256 and half == seen[-1] == measure(session, pairs, two)
+    assert half.n_positions == 128 and half.blocks == measure(session, pairs, two).blocks
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i} of a text, and what it says is {i * i}.\n" for i in range(400)))
+    return path
+
+
+def test_each_usual_pair_has_a_grade_that_its_figures_bear_out(tiny, text, tmp_path):
+    """By the text and by the JSON, with the file's own plan first."""
+    model, planned = tiny("llama"), tmp_path / "planned.gguf"
+    write_plan(model, Plan((Pair("f16", "f16"),) * 4), planned)
+    found = json.loads(run("verdict", planned, "-f", text, "-t", 1, "--json").stdout)
+    rows = {row["name"]: row for row in found["rows"][1:]}
+    assert list(rows) == [PLAN, *map(str, USUAL)]
+    assert rows[PLAN]["kld_mean"] < 1e-6 and rows[PLAN]["grade"] == "safe" and found["rows"][0]["grade"] == "safe"
+    assert rows["q8_0/q8_0"]["kld_mean"] < rows["q4_0/q4_0"]["kld_mean"]
+    for row in rows.values():
+        low, high = row["kld_mean"] - 2 * row["kld_se"], row["kld_mean"] + 2 * row["kld_se"]
+        assert row["is_clear"] == any(low > a and high < b for a, b in ((-1, 0.01), (0.01, 0.5), (0.5, 99)))
+    out = run("verdict", model, "-f", text, "-t", 1).stdout
+    assert "q8_0/q8_0, 8.5 bits: safe. " in out and PLAN not in out
+    assert "Fewest bits that are safe: " in out and f"kvtuner-gguf calibrate {model}" in out
+
+
+def test_a_pair_that_the_model_cannot_take_is_named(tiny, text):
+    found = json.loads(run("verdict", tiny("llama", head_dim=80), "-f", text, "-t", 1, "--json").stdout)
+    assert len(found["rows"]) == 1 and found["safe"] is None
+    assert found["notes"] == [f"{pair}: not every layer of this model can take it" for pair in USUAL]
