@@ -30,6 +30,7 @@ from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.kvectors import KVectors, vector_bytes
 from kvtuner_gguf.runtime import Session
 
+TEXT = "text.npz"  # the first record
 JUDGED_BITS = 4.5  # of the type of K that conditioning is judged with: an error of a rotated type has the same shape
 
 
@@ -106,7 +107,7 @@ def text_of(options: Options, plannable: Plannable, bench: Bench) -> Text:
         seed=options.seed,
         progress=bench.progress,
     )
-    return bench.store.get(Text, "text.npz", make)
+    return bench.store.get(Text, TEXT, make)
 
 
 def conditions(options: Options, plannable: Plannable, types: Types, text: Text, bench: Bench) -> Conditions:

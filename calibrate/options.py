@@ -49,7 +49,7 @@ class Options:
     n_trials      real runs of the search; None = two per layer and about 24 more, or PAPER_TRIALS
     n_threads     None = the processors that this process may use
     n_gpu_layers  layers of the model that are on the GPU
-    resume        go on with the records of a calibration that was stopped, or reuse them
+    fresh         forget what was measured before, instead of going on with it
     types         cache types to choose from; () = the default ones
     k_mean        whether K may be cached without its mean, where that helps; None = as the method has it
     k_scale       whether K may be scaled per channel, likewise
@@ -66,7 +66,7 @@ class Options:
     n_trials: int | None = field(default=None, metadata=_NOTHING)
     n_threads: int | None = field(default=None, metadata=_NOTHING)
     n_gpu_layers: int = field(default=0, metadata=_VALUE)
-    resume: bool = field(default=False, metadata=_NOTHING)
+    fresh: bool = field(default=False, metadata=_NOTHING)
     types: tuple[str, ...] = field(default=(), metadata=_NOTHING)
     k_mean: bool | None = field(default=None, metadata=_NOTHING)
     k_scale: bool | None = field(default=None, metadata=_NOTHING)

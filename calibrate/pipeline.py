@@ -13,7 +13,7 @@ from kvtuner_gguf.calibrate.corpus import readable
 from kvtuner_gguf.calibrate.goals import Search
 from kvtuner_gguf.calibrate.kld import N_UBATCH
 from kvtuner_gguf.calibrate.kld_model import KldModel, fit
-from kvtuner_gguf.calibrate.measured import Bench, Measured, heldout_reference, measure_model, search_reference
+from kvtuner_gguf.calibrate.measured import TEXT, Bench, Measured, heldout_reference, measure_model, search_reference
 from kvtuner_gguf.calibrate.methods import fitted, known_trials, paper
 from kvtuner_gguf.calibrate.options import Options, Outcome, Point, Solved
 from kvtuner_gguf.calibrate.progress import Progress
@@ -60,8 +60,10 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
         check_room(folder, plannable.scratch_bytes)
         work = _work(options)
         with claimed(work):
-            if not options.resume:
+            if options.fresh:
                 shutil.rmtree(work, ignore_errors=True)
+            elif (work / TEXT).exists():
+                progress.say("going on with what was measured before; --fresh measures anew")
             return _calibrate(options, plannable, Store(work), folder, progress)
 
 

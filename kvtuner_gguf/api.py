@@ -56,7 +56,8 @@ StrPath = str | os.PathLike[str]
 def calibrate(options: Options, progress: Progress | None = None) -> Outcome:
     """Measure a model, find a plan for the goal, and prove it on held-out text.
 
-    Takes minutes to hours. Nothing is written but records in the cache folder, which options.resume goes on with.
+    Takes minutes to hours. Nothing is written but records in the cache folder, which the next one of the same options
+    goes on with, whatever its goal; options.fresh forgets them.
 
     progress  None: nothing is shown
     Raises CalibrationError if the goal cannot be met, the text is too short, there is no room, the same is being

@@ -126,6 +126,9 @@ def shared(*names: str) -> Callable[[Command], Command]:
             help="Replace the file of -o, whatever it holds. Without it only a sidecar by a sidecar, and the same "
             "model.",
         ),
+        "fresh": click.option(
+            "--fresh", is_flag=True, help="Forget what was measured before, instead of going on with it."
+        ),
         "json": click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,12 +82,7 @@ def main() -> None:
     help="Real runs of the search. [default: two per layer and about 24 more; paper 100]",
 )
 @shared("types", "mean", "scale", "basis")
-@click.option(
-    "--resume",
-    is_flag=True,
-    help="Go on where an interrupted calibration of this model stopped, or reuse what it measured.",
-)
-@shared("c", "f", "chunks", "seed", "t", "ngl", "force", "json")
+@shared("fresh", "c", "f", "chunks", "seed", "t", "ngl", "force", "json")
 @click.pass_context
 def calibrate(
     ctx: click.Context, /, model: Path, output: Path | None, force: bool, as_json: bool, **given: Any
@@ -102,7 +99,8 @@ def calibrate(
     api.check_packages()
     options = _options(model, **given)
     to = place(model, output, reads=_texts(options), force=force)
-    outcome = api.calibrate(options, Terminal())
+    with _kept():
+        outcome = api.calibrate(options, Terminal())
     written = _written(to, outcome.plan, _recovery(ctx))
     if as_json:
         print_json(outcome_json(outcome, written))
@@ -168,10 +166,20 @@ def _written(to: Output, plan: Plan | None, recovery: str = "") -> Path:
     return path
 
 
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Tells who ends the block early that nothing is lost."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        note("stopped; what was measured is kept, and the same command goes on with it")
+        raise
+
+
 def _recovery(ctx: click.Context) -> str:
     """What to run when all is measured and the plan cannot be written."""
-    args = [arg for arg in ctx.find_root().obj if arg != "--resume"]
-    command = shlex.join(["kvtuner-gguf", *args, "--resume", "-o", "ELSEWHERE"])
+    args = [arg for arg in ctx.find_root().obj if arg != "--fresh"]
+    command = shlex.join(["kvtuner-gguf", *args, "-o", "ELSEWHERE"])
     return f"What was measured is kept: this writes the plan elsewhere without measuring again: {command}"
 
 
@@ -202,8 +210,7 @@ def show_plan(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int
     help="Ask these tasks instead: JSON Lines of prompts with expected answers, or a set of ours: short, or long:N "
     "with N tokens in each prompt.",
 )
-@click.option("--fresh", is_flag=True, help="With --tasks: forget what was answered before.")
-@shared("m", "c", "f", "chunks", "seed", "t", "ngl", "json")
+@shared("fresh", "m", "c", "f", "chunks", "seed", "t", "ngl", "json")
 @click.pass_context
 def evaluate(
     ctx: click.Context,
@@ -235,7 +242,8 @@ def evaluate(
         if text:
             raise click.UsageError("--tasks brings its own text: leave -f and --chunks out.")
         del given["text"], given["n_chunk"]
-        answered = api.evaluate_tasks(model, named, tasks, Terminal(), n_threads=n_threads, fresh=fresh, **given)
+        with _kept():
+            answered = api.evaluate_tasks(model, named, tasks, Terminal(), n_threads=n_threads, fresh=fresh, **given)
         if as_json:
             print_json(tasks_json(answered))
         else:
@@ -460,7 +468,8 @@ def demo(n_trials: int | None, output: Path, seed: int, threads: int | None, for
     api.check_packages()
     model = default_model()
     to = gguf(model, output, force=force)
-    outcome = api.calibrate(_options(model, seed=seed, n_trials=n_trials, threads=threads), Terminal())
+    with _kept():
+        outcome = api.calibrate(_options(model, seed=seed, n_trials=n_trials, threads=threads), Terminal())
     show(outcome_text(outcome, _written(to, outcome.plan)))
     question = "What is a key-value cache good for? Answer in two sentences."
     llm = _open_llama(output, threads=threads)

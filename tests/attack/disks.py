@@ -53,7 +53,7 @@ class Attack:
             ),
             "calibrate": (calibrate, 16 << 20),
             "calibrate -o": ((*calibrate, "-o", new), 16 << 20),
-            "calibrate --resume": ((*calibrate, "--resume"), 4 << 20),
+            "calibrate again": (calibrate, 4 << 20),
         }
         self._fresh("apply")
         ended = commands.command(folder, *calibrate)
@@ -65,7 +65,7 @@ class Attack:
         for path in self.disk.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.copyfile(self.planned if stage == "export" else self.plain, self.model)
-        if stage in ("solve -o", "calibrate --resume"):
+        if stage in ("solve -o", "calibrate again"):
             shutil.copytree(self.cache, self.disk / "cache")
 
     def attempt(self, rng: random.Random) -> str:
@@ -85,12 +85,10 @@ class Attack:
                 not {name for name in left if name.endswith((".gguf", "tmp", ".part", ".part.npz"))},
                 f"{what}: left {left}",
             )
-        again = commands.command(
-            self.folder, *args, *(("--resume",) if stage in ("calibrate", "calibrate -o") else ()) * bool(ended.code)
-        )
+        again = commands.command(self.folder, *args)
         if ended.code:
             need(again.code == 0, f"{what}: with room again it ends with {again.code}: {again.text[-1500:]}")
-            if stage in ("calibrate", "calibrate --resume"):
+            if stage in ("calibrate", "calibrate again"):
                 need(
                     self.model.read_bytes() == self.planned.read_bytes(),
                     f"{what}: with room again it comes to another plan",

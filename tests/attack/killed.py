@@ -1,5 +1,5 @@
-"""Signals in a calibration: the model is the old or the new one, and --resume comes to the same plan and leaves what it
-always leaves."""
+"""Signals in a calibration: the model is the old or the new one, and the same command again comes to the same plan and
+leaves what it always leaves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models import small_text, tiny_qwen2
 
 FILES = (
     "atomic.py",
-    "calibrate/saved.py",
+    "calibrate/store.py",
     "calibrate/results.py",
     "calibrate/pipeline.py",
     "calibrate/weights.py",
@@ -53,12 +53,12 @@ class Attack:
                 name for name in commands.names(self.cache) if name.endswith((".gguf", "tmp", ".part", ".part.npz"))
             }
             need(not left, f"{what}: left {left} in the cache folder")
-        ended = commands.command(self.folder, *self.args, "--resume")
-        need(ended.code == 0, f"{what}: --resume ends with {ended.code}: {ended.text[-1500:]}")
-        need(self.model.read_bytes() == self.planned, f"{what}: --resume comes to another plan")
-        self._whole(f"{what}, --resume", caught=False)
+        ended = commands.command(self.folder, *self.args)
+        need(ended.code == 0, f"{what}: the same again ends with {ended.code}: {ended.text[-1500:]}")
+        need(self.model.read_bytes() == self.planned, f"{what}: the same again comes to another plan")
+        self._whole(f"{what}, again", caught=False)
         more = commands.names(self.cache) - self.records
-        need(not more, f"{what}: after --resume there is still {more} in the cache folder")
+        need(not more, f"{what}: after the same again there is still {more} in the cache folder")
         return moment.number.name
 
     def _whole(self, what: str, *, caught: bool) -> None:

@@ -38,9 +38,9 @@ KINDS = {
     "objects": Kind("objects", "models and contexts made and freed", 30, 600),
     "shifts": Kind("shifts", "tokens that a shift of the context made room for", 2_000, 60_000, each=500),
     "threads": Kind("threads", "rounds of six threads with a plan each", 4, 100),
-    "records": Kind("records", "damaged records, then calibrate --resume and solve", 6, 500, limit_s=1800),
+    "records": Kind("records", "damaged records, then calibrate again and solve", 6, 500, limit_s=1800),
     "signals": Kind("signals", "signals while a model is written", 40, 900),
-    "killed": Kind("killed", "signals in a calibration, then --resume", 4, 100, limit_s=1800),
+    "killed": Kind("killed", "signals in a calibration, then the same again", 4, 100, limit_s=1800),
     "disks": Kind("disks", "commands on a disk that fills up, then once more with room", 6, 200, limit_s=1800),
     "writers": Kind("writers", "rounds of five to seven commands at once on one model", 3, 100, limit_s=1800),
 }

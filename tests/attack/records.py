@@ -1,4 +1,4 @@
-"""Damaged records of a calibration: `calibrate --resume` and `solve` come to the same plan, or say what is wrong, never
+"""Damaged records of a calibration: `calibrate` and `solve` come to the same plan, or say what is wrong, never
 to another."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Attack:
         shutil.copytree(self.snapshots[name], self.cache)
 
     def _plan(self, args: tuple) -> Plan:
-        ended = commands.command(self.folder, *args, *(("--resume",) if args[0] == "calibrate" else ()))
+        ended = commands.command(self.folder, *args)
         need(ended.code == 0, ended.text)
         return Plan.load(self.out)
 
@@ -51,7 +51,7 @@ class Attack:
         shutil.rmtree(self.home)
         shutil.copytree(self.cache, self.home)
         ends = []
-        jobs = [("calibrate", (*self.calibrate, "--resume"))]
+        jobs = [("calibrate", self.calibrate)]
         if snapshot == "done":
             jobs.insert(rng.randrange(2), ("solve", self.solve))
         for name, args in jobs:

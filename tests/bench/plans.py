@@ -78,7 +78,6 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
         WithinBits(bits),
         n_chunk=options.chunks,
         n_trials=options.trials,
-        resume=True,
         **FIXED.get(way, {}),
     )
     known = plannable_of(asked, sizes_of(asked))

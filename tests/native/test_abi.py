@@ -40,7 +40,7 @@ def test_the_build_says_which_it_is():
 
 
 def test_the_build_is_of_these_sources():
-    """Another kernel is another build: --resume must not go on with what the one before measured."""
+    """Another kernel is another build: a calibration must not go on with what the one before measured."""
     series = subprocess.run(
         [sys.executable, ROOT / "patches/series", "id"], capture_output=True, text=True, check=True
     ).stdout.strip()

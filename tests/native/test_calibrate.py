@@ -192,7 +192,7 @@ def test_a_text_too_short_names_the_tokens(tiny, tmp_path):
     assert "need 1280" in calibrate(tiny("llama"), "-f", short, code=1).output
 
 
-def test_resume_measures_nothing_twice(tiny, tmp_path, text, monkeypatch):
+def test_what_was_measured_is_not_measured_again(tiny, tmp_path, text, monkeypatch):
     from kvtuner_gguf.calibrate import runs
 
     measured = []
@@ -223,19 +223,21 @@ def test_resume_measures_nothing_twice(tiny, tmp_path, text, monkeypatch):
         "-c",
         "1024",
     ]
-    assert CliRunner().invoke(main, [*args, "-o", str(tmp_path / "a.json")]).exit_code != 0
+    stopped_at = CliRunner().invoke(main, [*args, "-o", str(tmp_path / "a.json")])
+    assert stopped_at.exit_code != 0 and "the same command goes on with it" in stopped_at.stderr
     monkeypatch.setattr(runs, "measure", lambda s, p, r, **k: (measured.append(ran(p, k)), real(s, p, r, **k))[1])
-    run(*args, "--resume", "-o", tmp_path / "a.json")
+    again = run(*args, "-o", tmp_path / "a.json")
+    assert "going on with what was measured before" in again.stderr
     search = measured[: -(1 + 1)]
     first, later = measured[:5], search[5:]
     assert not {p for p in first if p} & {p for p in later[: 12 - 5] if p}
     monkeypatch.setattr(runs, "measure", real)
-    run(*args, "-o", tmp_path / "b.json")
+    assert "going on" not in run(*args, "--fresh", "-o", tmp_path / "b.json").stderr
     assert Plan.load(tmp_path / "a.json") == Plan.load(tmp_path / "b.json")
 
 
 def test_another_goal_reuses_what_was_measured(tiny, tmp_path, text, monkeypatch):
-    """--resume on a file that has its plan by now: text, errors and the runs of equal plans are there."""
+    """On a file that has its plan by now: text, errors and the runs of equal plans are there."""
     from kvtuner_gguf.calibrate import measured as measured_model
     from kvtuner_gguf.calibrate import runs
 
@@ -245,9 +247,9 @@ def test_another_goal_reuses_what_was_measured(tiny, tmp_path, text, monkeypatch
     real = runs.measure
     monkeypatch.setattr(runs, "measure", lambda s, p, r, **k: (measured.append(p), real(s, p, r, **k))[1])
     monkeypatch.setattr(measured_model, "error_table", None)
-    calibrate(model, "-f", text, "--bits", 6.0, "--resume")
+    calibrate(model, "-f", text, "--bits", 6.0)
     assert [p for p in measured if p is not None] == []
-    calibrate(model, "-f", text, "--bits", 7.0, "--resume")
+    calibrate(model, "-f", text, "--bits", 7.0)
     assert read_plan(model).bits_per_value <= 7.0
 
 

@@ -253,4 +253,4 @@ def test_a_calibration_whose_place_is_gone_at_the_end_tells_what_writes_it_witho
     monkeypatch.setattr(pipeline, "calibrate", measured)
     result = run("calibrate", model, "--chunks", 3, "-o", folder / "x.json")
     assert result.exit_code == 1 and result.output.startswith(f"Error: {folder / 'x.json'}: not written")
-    assert f"kvtuner-gguf calibrate {model} --chunks 3 -o '{folder / 'x.json'}' --resume -o ELSEWHERE" in result.output
+    assert f"kvtuner-gguf calibrate {model} --chunks 3 -o '{folder / 'x.json'}' -o ELSEWHERE" in result.output

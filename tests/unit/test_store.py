@@ -38,7 +38,7 @@ def test_records_of_another_program_model_text_or_place_are_not_mixed(tmp_path, 
     options = Options(model, WithinBits(6), text=text)
     first = store.work_dir(options, 1, 2)
     write_plan(model, PLAN)
-    assert store.work_dir(replace(options, goal=WithinBytes(5), resume=True), 1, 2) == first  # the same runs
+    assert store.work_dir(replace(options, goal=WithinBytes(5), fresh=True), 1, 2) == first  # the same runs
     others = {
         first,
         store.work_dir(options, 1, 3),
