@@ -8,6 +8,7 @@ from typing import Any
 
 from kvtuner_gguf.calibrate.corpus import file_sha256
 from kvtuner_gguf.calibrate.goals import Goal, WithinBits, WithinKld
+from kvtuner_gguf.calibrate.results import Sensitivity
 from kvtuner_gguf.codecs import CODECS, codec
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
@@ -140,9 +141,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Solved:
-    """plan: of the goal, not proved; kld: what it is predicted to have; front: by ascending bytes."""
+    """plan: of the goal, not proved; kld: what it is predicted to have; front: by ascending bytes; sensitivities: by
+    layer, side and bits."""
 
     plan: Plan
     kld: float
     front: tuple[Point, ...]
     geometry: Geometry
+    sensitivities: tuple[Sensitivity, ...] = ()

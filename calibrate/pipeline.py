@@ -21,10 +21,11 @@ from kvtuner_gguf.calibrate.proof import best_rivals, prove
 from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.calibrate.runs import FLOOR, HELDOUT, SEARCH, SEARCH_COPY, Runs, search_name, tag
 from kvtuner_gguf.calibrate.sizes import Sizes
-from kvtuner_gguf.calibrate.solve import cheapest, front, uniform_pairs
+from kvtuner_gguf.calibrate.solve import cheapest, front, sensitivities, uniform_pairs
 from kvtuner_gguf.calibrate.store import Store, claimed, work_dir
 from kvtuner_gguf.calibrate.weights import search_session
 from kvtuner_gguf.calibrate.write import made_of, plan_of
+from kvtuner_gguf.kept import write_about
 from kvtuner_gguf.kvectors import where_quantized
 from kvtuner_gguf.quality import Comparison
 from kvtuner_gguf.runtime import Session
@@ -64,6 +65,7 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
                 shutil.rmtree(work, ignore_errors=True)
             elif (work / TEXT).exists():
                 progress.say("going on with what was measured before; --fresh measures anew")
+            write_about(work, options.model)
             return _calibrate(options, plannable, Store(work), folder, progress)
 
 
@@ -167,7 +169,7 @@ def solved(options: Options, plannable: Plannable, measured: Measured, store: St
     plan = plan_of(pairs, where_quantized(k_vectors, pairs), geometry, made_of(options, measured.text, rotated=rotated))
     points = [(p, kld, where_quantized(k_vectors, p)) for p, kld in front(found)]
     rows = [Point(geometry.bits_per_value(p, v), geometry.bytes(p, v), kld) for p, kld, v in points]
-    return Solved(plan, found.kld(pairs), tuple(rows), plannable.geometry)
+    return Solved(plan, found.kld(pairs), tuple(rows), plannable.geometry, sensitivities(found))
 
 
 def sizes_of(options: Options) -> Sizes:

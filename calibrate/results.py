@@ -172,6 +172,20 @@ class Groups:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """What one side of one layer in one type adds to a plan's mean KLD, predicted, in nats.
+
+    side  'k' or 'v'; 'kv' where V lies in K's rows
+    """
+
+    il: int
+    side: str
+    type: str
+    bits_per_value: float
+    kld: float
+
+
+@dataclass(frozen=True)
 class Trial:
     """One assignment of pairs to layers that was tried.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvtuner_gguf.calibrate.kld_model import F16, Fit, KldModel, fit
-from kvtuner_gguf.calibrate.results import Evaluate, Trial, Trials
+from kvtuner_gguf.calibrate.results import Evaluate, Sensitivity, Trial, Trials
 from kvtuner_gguf.codecs import codec
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
@@ -216,3 +216,24 @@ def front(found: Fit, n_points: int = 20) -> list[tuple[tuple[Pair, ...], float]
     most = sum(kld_model.n_bytes[row, kld_model.column[dearest[il]]] for row, il in enumerate(kld_model.il))
     plans = dict.fromkeys(solve(kld_model, prices, int(b)) for b in np.linspace(cheapest(kld_model), most, n_points))
     return [(plan, found.kld(plan)) for plan in plans]
+
+
+def sensitivities(found: Fit) -> tuple[Sensitivity, ...]:
+    """What each type adds to the KLD on each side of each layer, the other side at f16."""
+    result = []
+    for row, il in enumerate(found.kld_model.il):
+        for pair, price in zip(found.kld_model.pairs, found.prices[row]):
+            side = _side(found.kld_model, row, pair)
+            if side and np.isfinite(price):
+                name = pair.type_v if side == "v" else pair.type_k
+                result.append(Sensitivity(il, side, name, codec(name).bits_per_value, float(price)))
+    return tuple(sorted(result, key=lambda s: (s.il, s.side, -s.bits_per_value, s.type)))
+
+
+def _side(kld_model: KldModel, row: int, pair: Pair) -> str:
+    """Which side of a layer a pair alone tells of; "" if it is both."""
+    if (pair.type_k == "f16") != (pair.type_v == "f16"):
+        return "v" if pair.type_k == "f16" else "k"
+    alone = kld_model.column.get(Pair(pair.type_k, "f16"))
+    in_one = alone is None or np.isnan(kld_model.sq_k[row, alone])  # V lies in K's rows
+    return "kv" if in_one and pair.type_k == pair.type_v != "f16" else ""

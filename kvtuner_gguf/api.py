@@ -19,6 +19,7 @@ from . import gguf_file, output
 from .calibrate.goals import Goal, WithinBits, WithinBytes, WithinKld
 from .calibrate.options import Options, Outcome, Point, Solved
 from .calibrate.progress import Progress, Silent
+from .calibrate.results import Sensitivity
 from .errors import CalibrationError
 from .pair import Pair
 from .plan import Plan
@@ -36,6 +37,7 @@ __all__ = [
     "Progress",
     "Quality",
     "Row",
+    "Sensitivity",
     "Solved",
     "TaskComparison",
     "WithinBits",

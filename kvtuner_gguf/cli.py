@@ -16,6 +16,7 @@ from . import __version__
 from .arguments import FILE, MODEL, FiniteFloat, shared
 from .errors import MOST_CHARACTERS, KvtunerError, PlanError
 from .interrupts import orderly
+from .kept import KINDS
 from .pair import Pair
 from .plan import Plan
 from .printable import printable
@@ -113,8 +114,14 @@ def calibrate(
 @click.option(
     "-o", "--output", type=FILE, help="Write the plan: a new GGUF, or with .json a sidecar. Default: show it only."
 )
+@click.option(
+    "--csv",
+    "as_csv",
+    type=click.Choice(["front", "sensitivities"]),
+    help="Print CSV: the front, or what each side of each layer in each type adds to the KLD.",
+)
 @shared("bits", "memory", "kld", "types", "mean", "scale", "basis", "c", "f", "chunks", "seed", "ngl", "force", "json")
-def solve(model: Path, output: Path | None, force: bool, as_json: bool, **given: Any) -> None:
+def solve(model: Path, output: Path | None, force: bool, as_csv: str | None, as_json: bool, **given: Any) -> None:
     """Find another plan by what `calibrate` measured of MODEL, in seconds and without a run.
 
     The goal is as in `calibrate`; the other options must be as they were there. The KLDs are predicted, on the text of
@@ -122,14 +129,18 @@ def solve(model: Path, output: Path | None, force: bool, as_json: bool, **given:
     """
     from . import api
     from .output import output as place
-    from .report import solved_json, solved_text
+    from .report import csv_text, solved_json, solved_text
 
     api.check_packages()
+    if as_csv and as_json:
+        raise click.UsageError("give one of --csv and --json.")
     options = _options(model, **given)
     to = None if output is None else place(model, output, reads=_texts(options), force=force)
     solved = api.solve(options, Terminal())
     written = None if to is None else _written(to, solved.plan)
-    if as_json:
+    if as_csv:
+        show(csv_text(getattr(solved, as_csv)), nl=False)
+    elif as_json:
         print_json(solved_json(solved, written))
     else:
         show(solved_text(solved, written))
@@ -335,6 +346,32 @@ def export(model: Path, output: Path | None, force: bool) -> None:
         show_json(plan.to_json())
     else:
         show(f"Written to {_written(sidecar(output, reads=[model], force=force), plan)}")
+
+
+@main.command()
+@click.option(
+    "--clear", type=click.Choice([*KINDS, "model", "all"]), help="Remove what is kept of this kind, or all of it."
+)
+@shared("json")
+def cache(clear: str | None, as_json: bool) -> None:
+    """List what is kept: measurements of calibrations, answers to tasks, the fetched default model."""
+    from . import kept
+    from .report import kept_json, kept_text
+
+    items = [item for item in kept.kept() if clear in (None, "all", item.kind)]
+    if clear is None:
+        if as_json:
+            print_json(kept_json(items))
+        else:
+            show(kept_text(items))
+        return
+    freed, left = kept.clear(items)
+    for item in left:
+        note(f"note: {item.path}: in use, and left as it is")
+    if as_json:
+        print_json({"freed_bytes": freed, "left": kept_json(left)})
+    else:
+        show(f"{freed / 2**20:.1f} MiB freed")
 
 
 @main.command("lib-dir")

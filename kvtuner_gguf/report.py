@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import fields
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +19,7 @@ from .quality import Comparison, Grade, Quality
 
 if TYPE_CHECKING:
     from .calibrate.options import Outcome, Solved
+    from .kept import Kept
     from .shown import Shown
     from .tasks.score import Accuracy, TaskComparison
 
@@ -256,6 +260,27 @@ def outcome_json(outcome: Outcome, written: Path) -> dict[str, Any]:
     }
 
 
+def kept_text(items: Sequence[Kept]) -> str:
+    """What is kept in the cache folder."""
+    if not items:
+        return "Nothing is kept."
+    rows = [(k.kind, k.about or "?", f"{k.n_bytes / MIB:.1f}", _age(k.age_s), str(k.path)) for k in items]
+    return table(("kind", "of", "MiB", "written", "where"), rows)
+
+
+def _age(seconds: float) -> str:
+    """About how long ago, in the largest unit that it has one of."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return "just now"
+
+
+def kept_json(items: Sequence[Kept]) -> list[dict[str, Any]]:
+    """The same for a program."""
+    return [{**vars(item), "path": str(item.path)} for item in items]
+
+
 def solved_text(solved: Solved, written: Path | None) -> str:
     """A plan by what was measured, the front, and where it was written."""
     plan = solved.plan
@@ -273,7 +298,22 @@ def solved_text(solved: Solved, written: Path | None) -> str:
 def solved_json(solved: Solved, written: Path | None) -> dict[str, Any]:
     """The same for a program."""
     front = [vars(p) for p in solved.front]
-    return {"written": written and str(written), "plan": plan_json(solved.plan), "kld": solved.kld, "front": front}
+    return {
+        "written": written and str(written),
+        "plan": plan_json(solved.plan),
+        "kld": solved.kld,
+        "front": front,
+        "sensitivities": [vars(s) for s in solved.sensitivities],
+    }
+
+
+def csv_text(records: Sequence[Any]) -> str:
+    """Records of one kind as CSV, for a table: their fields, then a line for each."""
+    out = StringIO()
+    writer = csv.DictWriter(out, [f.name for f in fields(records[0])] if records else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(vars(record) for record in records)
+    return out.getvalue()
 
 
 def shown_text(shown: Shown) -> str:

@@ -36,7 +36,7 @@ FLOORS = (
     "calibrate.results gguf_header in_force report",
     "geometry plan tasks.made",
     "calibrate.corpus held hidden kvectors tap tasks.task uses",
-    "arguments calibrate.records chat default_model native pair quality target tasks.answer",
+    "arguments calibrate.records chat default_model kept native pair quality target tasks.answer",
     "cache codecs machine reading room template terminal threads values",
     "errors",
     "atomic calibrate calibrate.progress calibrate.sizes interrupts printable tasks tasks.score words",

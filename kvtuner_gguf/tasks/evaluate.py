@@ -19,6 +19,7 @@ from kvtuner_gguf.calibrate.store import claimed
 from kvtuner_gguf.errors import KvtunerError, TaskError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.identity import weights_sample
+from kvtuner_gguf.kept import write_about
 from kvtuner_gguf.machine import total_memory
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
@@ -64,6 +65,7 @@ def evaluate_tasks(
     with claimed(work, "asked these tasks"):
         if fresh:
             shutil.rmtree(work, ignore_errors=True)
+        write_about(work, model)
         with Session(model, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as session:
             return _answered(session, plans, asked, prompts, geometry, work, progress, Path(tasks).name)
 

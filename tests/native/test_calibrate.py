@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -273,6 +275,17 @@ def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkey
     sizes, klds = [p["n_bytes"] for p in result["front"]], [p["kld"] for p in result["front"]]
     assert sizes == sorted(sizes) and klds == sorted(klds, reverse=True) and len(sizes) > 3
     assert klds[-1] < result["kld"] < klds[0]
+    table = list(csv.DictReader(StringIO(run("solve", model, *same, "--bits", 4.6, "--csv", "sensitivities").stdout)))
+    assert [
+        {**row, "il": int(row["il"]), **{x: float(row[x]) for x in ("bits_per_value", "kld")}} for row in table
+    ] == (result["sensitivities"])
+    adds = {(s["il"], s["side"], s["type"]): s["kld"] for s in result["sensitivities"]}
+    assert {key[:2] for key in adds} == {(il, side) for il in range(4) for side in "kv"}
+    assert all(0 < adds[il, side, "q8_0"] < adds[il, side, "q4_0"] for il in range(4) for side in "kv")
+    sides = [(il, side, t) for il, p in enumerate(plan.pairs) for side, t in (("k", p.type_k), ("v", p.type_v))]
+    total = sum(adds.get(side, 0) for side in sides)
+    assert 0 <= result["kld"] - total < result["kld"]
+    assert run("solve", model, *same, "--bits", 4.6, "--csv", "front").stdout.startswith("bits_per_value,n_bytes,kld\n")
     within = json.loads(run("solve", model, *same, "--max-kld", result["kld"], "--json").stdout)
     assert within["plan"]["bits_per_value"] < 6 and within["kld"] <= result["kld"]
     monkeypatch.undo()
