@@ -276,9 +276,7 @@ def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkey
     assert sizes == sorted(sizes) and klds == sorted(klds, reverse=True) and len(sizes) > 3
     assert klds[-1] < result["kld"] < klds[0]
     table = list(csv.DictReader(StringIO(run("solve", model, *same, "--bits", 4.6, "--csv", "sensitivities").stdout)))
-    assert [
-        {**row, "il": int(row["il"]), **{x: float(row[x]) for x in ("bits_per_value", "kld")}} for row in table
-    ] == (result["sensitivities"])
+    assert [list(row.values()) for row in table] == [list(map(str, s.values())) for s in result["sensitivities"]]
     adds = {(s["il"], s["side"], s["type"]): s["kld"] for s in result["sensitivities"]}
     assert {key[:2] for key in adds} == {(il, side) for il in range(4) for side in "kv"}
     assert all(0 < adds[il, side, "q8_0"] < adds[il, side, "q4_0"] for il in range(4) for side in "kv")
