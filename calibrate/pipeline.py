@@ -16,7 +16,7 @@ from kvtuner_gguf.calibrate.kld_model import KldModel, fit
 from kvtuner_gguf.calibrate.measured import TEXT, Bench, Measured, heldout_reference, measure_model, search_reference
 from kvtuner_gguf.calibrate.methods import fitted, known_trials, paper
 from kvtuner_gguf.calibrate.options import Options, Outcome, Point, Solved
-from kvtuner_gguf.calibrate.progress import Progress
+from kvtuner_gguf.calibrate.progress import PAPER_STAGES, STAGES, Progress, Staged
 from kvtuner_gguf.calibrate.proof import best_rivals, prove
 from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.calibrate.runs import FLOOR, HELDOUT, SEARCH, SEARCH_COPY, Runs, search_name, tag
@@ -63,9 +63,14 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
         with claimed(work):
             if options.fresh:
                 shutil.rmtree(work, ignore_errors=True)
-            elif (work / TEXT).exists():
-                progress.say("going on with what was measured before; --fresh measures anew")
+            progress.say(
+                "going on with what was measured before; --fresh measures anew"
+                if (work / TEXT).exists()
+                else f"calibrate {options.model.name}: minutes on a small model, an hour or more on a large one; Ctrl-C "
+                "loses nothing"
+            )
             write_about(work, options.model)
+            progress = Staged(progress, PAPER_STAGES if options.method == "paper" else STAGES)
             return _calibrate(options, plannable, Store(work), folder, progress)
 
 

@@ -502,6 +502,7 @@ def demo(n_trials: int | None, output: Path, seed: int, threads: int | None, for
     from .report import outcome_text
 
     start = time.monotonic()
+    note("the default small model, which is fetched the first time ...")
     api.check_packages()
     model = default_model()
     to = gguf(model, output, force=force)

@@ -36,6 +36,7 @@ def write_about(folder: Path, model: Path) -> None:
     """Say in a folder of records of which model they are. What cannot be said ends nothing."""
     with suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (folder / ABOUT).touch(mode=0o600)
         (folder / ABOUT).write_text(f"{model.resolve()}\n", encoding="utf-8", errors="surrogateescape")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ import click
 
 from .errors import KvtunerError
 from .printable import json_printable, printable
+
+BEAT_S = 30.0  # between two lines of a log that tell how far a step is
 
 
 def show(text: str, *, nl: bool = True) -> None:
@@ -65,10 +68,33 @@ class Terminal:
     @contextmanager
     def bar(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
         if not sys.stderr.isatty():  # a bar in a log file is noise
-            start = time.monotonic()
-            note(f"{title} ...")
-            yield lambda n: None
-            note(f"{title}: {time.monotonic() - start:.0f} s")
+            beat = _Beat(title, total)
+            yield beat.advance
+            note(f"{title}: {beat.seconds():.0f} s")
             return
-        with click.progressbar(length=total, label=f"{title:<40}", file=sys.stderr, show_pos=True) as bar:
+        columns = shutil.get_terminal_size().columns
+        label = title if len(title) <= columns // 2 else f"{title[: max(8, columns // 2) - 3]}..."
+        with click.progressbar(length=total, label=label, file=sys.stderr, show_pos=True, width=0) as bar:
             yield bar.update
+
+
+class _Beat:
+    """Lines in a log: that a step began, and, while it lasts, how far it is."""
+
+    def __init__(self, title: str, total: int) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self.start = self.last = time.monotonic()
+        note(f"{title} ...")
+
+    def seconds(self) -> float:
+        """So far."""
+        return time.monotonic() - self.start
+
+    def advance(self, n: int) -> None:
+        """So many more are done."""
+        self.done += n
+        now = time.monotonic()
+        if now - self.last >= BEAT_S and self.done:
+            self.last = now
+            left = self.seconds() * (self.total - self.done) / self.done
+            note(f"{self.title}: {100 * self.done / self.total:.0f} %, {self.seconds():.0f} s, {left:.0f} s to go")
