@@ -63,12 +63,10 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
         with claimed(work):
             if options.fresh:
                 shutil.rmtree(work, ignore_errors=True)
-            progress.say(
-                "going on with what was measured before; --fresh measures anew"
-                if (work / TEXT).exists()
-                else f"calibrate {options.model.name}: minutes on a small model, an hour or more on a large one; Ctrl-C "
-                "loses nothing"
-            )
+            about = "minutes on a small model, an hour or more on a large one; Ctrl-C loses nothing"
+            if (work / TEXT).exists():
+                about = "going on with what was measured before; --fresh measures anew"
+            progress.say(f"calibrate {options.model.name}: {about}")
             write_about(work, options.model)
             progress = Staged(progress, PAPER_STAGES if options.method == "paper" else STAGES)
             return _calibrate(options, plannable, Store(work), folder, progress)
