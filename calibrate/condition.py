@@ -20,6 +20,7 @@ from functools import partial
 import numpy as np
 
 from kvtuner_gguf.calibrate.basis import BASES, has_blocks, with_basis
+from kvtuner_gguf.calibrate.layers import of_layers
 from kvtuner_gguf.calibrate.moments import Moments, balanced_scale, energy
 from kvtuner_gguf.calibrate.results import Conditions
 from kvtuner_gguf.calibrate.samples import Capture, LayerSample
@@ -48,6 +49,7 @@ def condition(
     mean: bool = True,
     scale: bool = True,
     basis: Container[int] = (),
+    n_threads: int = 1,
     progress: Callable[[int], None] = lambda n: None,
 ) -> Conditions:
     """How each captured layer's K is to be conditioned.
@@ -57,22 +59,30 @@ def condition(
     type_k      il -> the type to measure mean and scale with; layers that are not in it are left alone
     mean scale  whether to try them at all
     basis       the layers for which to try one
+    n_threads   layers at once, at most
     Each sample is measured with vectors of the others, if there are others, so that none looks better than it will be.
     """
     k_vectors, errors = [KVectors()] * capture.n_layer, {}
     ways = {name: way for name, way in WAYS.items() if way[0] <= mean and way[1] <= scale}
-    for il in capture.il:
-        if il in type_k and (len(ways) > 1 or il in basis):
-            samples = [capture.sample(il, i) for i in range(capture.n_sample)]
-            if not samples[0].v_in_k:
-                allowed = {name: way for name, way in ways.items() if not (way[0] and mean_matters(samples[0]))}
-                measured: dict[str, Way] = {
-                    name: (partial(vectors_of, mean=way[0], scale=way[1]), type_k[il]) for name, way in allowed.items()
-                }
-                in_basis = il in basis and has_blocks(samples[0].k.shape[-1])
-                moments = [Moments.of(sample, *attended(sample)) for sample in samples]
-                judged = [sample.measured() for sample in samples]
-                k_vectors[il], errors[il] = _best(judged, moments, error, measured, in_basis=in_basis)
+
+    def of_layer(il: int) -> tuple[KVectors, dict[str, float]] | None:
+        if il not in type_k or (len(ways) < 2 and il not in basis):
+            return None
+        samples = [capture.sample(il, i) for i in range(capture.n_sample)]
+        if samples[0].v_in_k:
+            return None
+        allowed = {name: way for name, way in ways.items() if not (way[0] and mean_matters(samples[0]))}
+        measured: dict[str, Way] = {
+            name: (partial(vectors_of, mean=way[0], scale=way[1]), type_k[il]) for name, way in allowed.items()
+        }
+        in_basis = il in basis and has_blocks(samples[0].k.shape[-1])
+        moments = [Moments.of(sample, *attended(sample)) for sample in samples]
+        judged = [sample.measured() for sample in samples]
+        return _best(judged, moments, error, measured, in_basis=in_basis)
+
+    for il, found in zip(capture.il, of_layers(of_layer, capture.il, n_threads)):
+        if found:
+            k_vectors[il], errors[il] = found
         progress(1)
     return Conditions(tuple(k_vectors), errors)
 

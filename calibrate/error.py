@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from kvtuner_gguf.calibrate.basis import hadamard, matrices
+from kvtuner_gguf.calibrate.layers import of_layers
 from kvtuner_gguf.calibrate.results import ErrorTable
 from kvtuner_gguf.calibrate.samples import Capture, LayerSample
 from kvtuner_gguf.codecs import codec
@@ -163,6 +164,7 @@ def error_table(
     k_vectors: Sequence[KVectors] = (),
     *,
     first: int = 0,
+    n_threads: int = 1,
     progress: Callable[[int], None] = lambda n: None,
 ) -> ErrorTable:
     """The errors of every pair that each captured layer may have, mean over samples: MEASURES, and
@@ -175,16 +177,20 @@ def error_table(
     round_trip  (type name, float32 rows (n_kv, n_head_kv*head_dim)) -> the rows after quantize and dequantize
     k_vectors   how each layer of the model conditions a quantized K; () = none does
     first       sample to begin with
-    progress    gets samples done
+    n_threads   layers at once, at most
+    progress    gets layers done
     """
-    layers: list[dict[Pair, dict[str, float]]] = []
-    for il in capture.il:
+
+    def of_layer(il: int) -> dict[Pair, dict[str, float]]:
         vectors = k_vectors[il] if k_vectors else AS_IT_IS
-        samples = []
-        for i in range(first, capture.n_sample):
-            samples.append(sample_errors(capture.sample(il, i).measured(), *types[il], round_trip, vectors))
-            progress(1)
-        layers.append({pair: _mean([errors[pair] for errors in samples]) for pair in samples[0]})
+        measured = (capture.sample(il, i).measured() for i in range(first, capture.n_sample))
+        samples = [sample_errors(sample, *types[il], round_trip, vectors) for sample in measured]
+        return {pair: _mean([errors[pair] for errors in samples]) for pair in samples[0]}
+
+    layers = []
+    for layer in of_layers(of_layer, capture.il, n_threads):
+        layers.append(layer)
+        progress(1)
     pairs = tuple(dict.fromkeys(pair for layer in layers for pair in layer))
     nan = dict.fromkeys(MEASURES, np.nan)
     tables = {name: np.array([[layer.get(p, nan)[name] for p in pairs] for layer in layers]) for name in MEASURES}

@@ -129,7 +129,15 @@ def conditions(options: Options, plannable: Plannable, types: Types, text: Text,
 
         with bench.progress.bar("condition: K without its mean, scaled, in a basis", len(captured.il)) as advance:
             return condition(
-                captured, error, attended, judged, mean=mean, scale=scale, basis=in_basis, progress=advance
+                captured,
+                error,
+                attended,
+                judged,
+                mean=mean,
+                scale=scale,
+                basis=in_basis,
+                n_threads=bench.session.n_threads,
+                progress=advance,
             )
 
     tried = f"{mean:d}{scale:d}{bool(in_basis):d}"
@@ -163,9 +171,11 @@ def errors_of(
         captured, first = _captured(plannable, text, bench), plannable.sizes.n_vectors
         if any("f16" not in k or "f16" not in v for k, v in types.values()):
             raise CalibrationError("some layers cannot be set to f16. This model is not supported.")
-        n_sample = len(captured.il) * (captured.n_sample - first)
-        with bench.progress.bar("error: K and V after each type", n_sample) as advance:
-            return error_table(captured, types, native.round_trip, k_vectors, first=first, progress=advance)
+        at_once = bench.session.n_threads
+        with bench.progress.bar("error: K and V after each type", len(captured.il)) as advance:
+            return error_table(
+                captured, types, native.round_trip, k_vectors, first=first, n_threads=at_once, progress=advance
+            )
 
     names = dict.fromkeys(name for sides in types.values() for side in sides for name in side)
     return bench.store.get(ErrorTable, f"errors-{'-'.join(names)}{tag(k_vectors)}.json", make)

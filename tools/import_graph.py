@@ -39,7 +39,7 @@ FLOORS = (
     "arguments calibrate.records chat default_model kept native pair quality target tasks.answer",
     "cache codecs machine reading room template terminal threads values",
     "errors",
-    "atomic calibrate calibrate.progress calibrate.sizes interrupts printable tasks tasks.score words",
+    "atomic calibrate calibrate.layers calibrate.progress calibrate.sizes interrupts printable tasks tasks.score words",
 )
 NOT_DRAWN = frozenset(" ".join(FLOORS[-2:]).split())  # nearly all import them, they import next to nothing
 PARTS = {"calibrate": "calibrate", "tasks": "kvtuner_gguf/tasks"}  # of the package: what makes plans, and tries them
