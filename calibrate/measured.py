@@ -106,6 +106,7 @@ def text_of(options: Options, plannable: Plannable, bench: Bench) -> Text:
         stream=sizes.written,
         seed=options.seed,
         progress=bench.progress,
+        unfinished=bench.store.folder / "unfinished.json",
     )
     return bench.store.get(Text, TEXT, make)
 

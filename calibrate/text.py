@@ -4,21 +4,24 @@ meet."""
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import cycle, groupby
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from kvtuner_gguf.calibrate.corpus import Corpus, Document, Piece, file_sha256
 from kvtuner_gguf.calibrate.kld import Chunks, check_logits
 from kvtuner_gguf.calibrate.progress import Progress
-from kvtuner_gguf.calibrate.records import load_arrays, save_arrays
+from kvtuner_gguf.calibrate.records import load_arrays, load_json, save_arrays, save_json
 from kvtuner_gguf.errors import CalibrationError, KvtunerError
 from kvtuner_gguf.printable import printable
-from kvtuner_gguf.runtime import Session
+from kvtuner_gguf.runtime import Context, Session
 
 # what the model is asked for when it writes its own text; ours, of several kinds
 SEED_PROMPTS = (
@@ -48,6 +51,9 @@ SEED_PROMPTS = (
     "Give me a bash script that backs up a folder every night, with error handling.",
 )
 
+_UNFINISHED = "unfinished text"
+_SAVE_S = 20.0  # between two saves of what is written so far
+_STEP = 512  # tokens that are read at once where a stopped run goes on
 MAX_DOCUMENT = 700  # tokens the model writes before the next prompt
 N_PARALLEL = 24  # sequences written at once
 
@@ -95,12 +101,15 @@ def source_text(
     stream: int,
     seed: int,
     progress: Progress,
+    unfinished: Path | None = None,
 ) -> Text:
     """Text of a file, or, without one, that the model writes itself. See read_text, write_text."""
     if path is not None:
         return read_text(session, path, n_calibration, n_heldout, progress.say)
     with progress.bar("text: the model writes", n_calibration + n_heldout) as advance:
-        return write_text(session, n_calibration, n_heldout, stream=stream, seed=seed, progress=advance)
+        return write_text(
+            session, n_calibration, n_heldout, stream=stream, seed=seed, progress=advance, unfinished=unfinished
+        )
 
 
 def read_text(
@@ -175,61 +184,134 @@ def write_text(
     stream: int,
     seed: int,
     progress: Callable[[int], None] = lambda n: None,
+    unfinished: Path | None = None,
 ) -> Text:
     """Text that the model writes itself, at temperature 1, from SEED_PROMPTS: no data set, and on its own distribution.
 
-    stream  tokens of one sequence
+    stream      tokens of one sequence
+    unfinished  a file that keeps what is written so far, and is gone on with; it goes when all is written
     The two parts come from different prompts.
     """
     counts = [-(-n_tokens // stream) for n_tokens in (n_calibration, n_heldout)]
     with ThreadPoolExecutor(session.n_threads) as threads:
-        writer = _Writer(session, stream, seed, threads)
+        writer = _Writer(session, stream, seed, threads, unfinished)
         streams = writer.write([half for half in (0, 1) for _ in range(counts[half])], progress)
     parts = [s.reshape(-1)[:n] for s, n in zip(np.split(streams, [counts[0]]), (n_calibration, n_heldout))]
     data = np.concatenate(parts).tobytes()
     return Text("written by the model", hashlib.sha256(data).hexdigest(), *parts)
 
 
+@dataclass
+class _Sequences:
+    """What is being written at once.
+
+    texts    tokens that the model has read
+    pending  of each, tokens to read before the next one is sampled
+    written  of each, tokens since its last prompt
+    """
+
+    texts: list[list[int]]
+    pending: list[list[int]]
+    written: list[int]
+
+
 class _Writer:
     """Lets the model write several sequences at once: one batch per token reads the weights once for all."""
 
-    def __init__(self, session: Session, stream: int, seed: int, threads: Executor) -> None:
-        self.session, self.stream, self.threads = session, stream, threads
+    def __init__(
+        self, session: Session, stream: int, seed: int, threads: Executor, unfinished: Path | None = None
+    ) -> None:
+        self.session, self.stream, self.threads, self.unfinished = session, stream, threads, unfinished
         prompts = [_prompt_tokens(session, p) for p in SEED_PROMPTS]
-        self.prompts = (cycle(prompts[0::2]), cycle(prompts[1::2]))  # of the two halves, which share none
+        self.prompts = (prompts[0::2], prompts[1::2])  # of the two halves, which share none
+        self.n_begun = [0, 0]  # documents, of each half
         self.rng = np.random.default_rng(seed)
+        self.done: list[list[int]] = []
 
     def write(self, halves: Sequence[int], progress: Callable[[int], None]) -> np.ndarray:
         """One stream for each entry of halves -> (len(halves), stream) int32"""
-        done = []
-        for start in range(0, len(halves), N_PARALLEL):
-            done += self._write_batch(halves[start : start + N_PARALLEL], progress)
-        return np.array(done, np.int32)
+        now = self._restored()
+        progress(sum(map(len, [*self.done, *(now.texts if now else [])])))
+        while len(self.done) < len(halves):
+            at_once = halves[len(self.done) : len(self.done) + N_PARALLEL]
+            if now is None or len(now.texts) != len(at_once):
+                now = _Sequences([[] for _ in at_once], [self._prompt(half) for half in at_once], [0] * len(at_once))
+            self._write(at_once, now, progress)
+            self.done, now = [*self.done, *now.texts], None
+        if self.unfinished:
+            self.unfinished.unlink(missing_ok=True)
+        return np.array(self.done, np.int32)
 
-    def _write_batch(self, halves: Sequence[int], progress: Callable[[int], None]) -> list[list[int]]:
-        n_seq = len(halves)
-        pending = [next(self.prompts[half]) for half in halves]  # tokens to read before the next one is sampled
-        texts: list[list[int]] = [[] for _ in halves]
-        written = [0] * n_seq
-        with self.session.context(n_seq * self.stream, None, n_seq_max=n_seq) as ctx:
-            while any(len(t) < self.stream for t in texts):
-                rows, outputs, at = [], [], []
-                for i, text in enumerate(texts):
-                    part = pending[i][: self.stream - len(text)]
-                    rows += [(token, len(text) + j, i) for j, token in enumerate(part)]
-                    outputs += [j == len(part) - 1 for j in range(len(part))]
-                    at += [i] if part else []
-                    text += part
-                written_logits = ctx.decode(rows, outputs)
-                if len(written_logits):
-                    check_logits(self.session, written_logits, texts[at[0]])
-                draws = self.rng.random(len(at))
-                for i, token in zip(at, self.threads.map(_sample, written_logits, draws)):
-                    pending[i], written[i] = [token], written[i] + 1
-                    if self.session.is_end(token) or written[i] >= MAX_DOCUMENT:
-                        pending[i], written[i] = [token, *next(self.prompts[halves[i]])], 0
-                progress(len(rows))
-        return texts
+    def _prompt(self, half: int) -> list[int]:
+        """The next one."""
+        self.n_begun[half] += 1
+        return self.prompts[half][(self.n_begun[half] - 1) % len(self.prompts[half])]
+
+    def _write(self, halves: Sequence[int], now: _Sequences, progress: Callable[[int], None]) -> None:
+        saved = time.monotonic()
+        with self.session.context(len(halves) * self.stream, None, n_seq_max=len(halves)) as ctx:
+            for i, text in enumerate(now.texts):  # of a run that was stopped
+                for start in range(0, len(text), _STEP):
+                    part = text[start : start + _STEP]
+                    ctx.decode([(token, start + j, i) for j, token in enumerate(part)], [False] * len(part))
+            while any(len(t) < self.stream for t in now.texts):
+                before = self._state(now)
+                if time.monotonic() - saved > _SAVE_S:
+                    self._save(before)
+                    saved = time.monotonic()
+                try:
+                    progress(self._step(ctx, halves, now))
+                except BaseException:  # told to end, anywhere in the step
+                    self._save(before)
+                    raise
+
+    def _step(self, ctx: Context, halves: Sequence[int], now: _Sequences) -> int:
+        """One more token of each that has not ended. -> tokens read"""
+        rows, outputs, at = [], [], []
+        parts = [pending[: self.stream - len(text)] for text, pending in zip(now.texts, now.pending)]
+        for i, (text, part) in enumerate(zip(now.texts, parts)):
+            rows += [(token, len(text) + j, i) for j, token in enumerate(part)]
+            outputs += [j == len(part) - 1 for j in range(len(part))]
+            at += [i] if part else []
+        logits = ctx.decode(rows, outputs)
+        for text, part in zip(now.texts, parts):
+            text += part
+        if len(logits):
+            check_logits(self.session, logits, now.texts[at[0]])
+        draws = self.rng.random(len(at))
+        for i, token in zip(at, self.threads.map(_sample, logits, draws)):
+            now.pending[i], now.written[i] = [token], now.written[i] + 1
+            if self.session.is_end(token) or now.written[i] >= MAX_DOCUMENT:
+                now.pending[i], now.written[i] = [token, *self._prompt(halves[i])], 0
+        return len(rows)
+
+    def _state(self, now: _Sequences) -> dict[str, Any]:
+        """Copies of all that a step changes."""
+        return {
+            "stream": self.stream,
+            "rng": self.rng.bit_generator.state,
+            "n_begun": list(self.n_begun),
+            "done": self.done,
+            "texts": [list(text) for text in now.texts],
+            "pending": list(now.pending),
+            "written": list(now.written),
+        }
+
+    def _save(self, state: dict[str, Any]) -> None:
+        if self.unfinished and (self.done or any(state["texts"])):
+            save_json(self.unfinished, _UNFINISHED, state)
+
+    def _restored(self) -> _Sequences | None:
+        """Where a run that was stopped had got to; None if there is none, or its record is damaged."""
+        if self.unfinished is None or not self.unfinished.exists():
+            return None
+        with suppress(CalibrationError):
+            state = load_json(self.unfinished, _UNFINISHED, dict)
+            if state["stream"] == self.stream:
+                self.rng.bit_generator.state = state["rng"]
+                self.n_begun, self.done = state["n_begun"], state["done"]
+                return _Sequences(state["texts"], state["pending"], state["written"])
+        return None
 
 
 def _sample(logits: np.ndarray, draw: float) -> int:
