@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PICTURE = ROOT / "tests/bench/plans.md", ROOT / "docs/plans.svg"
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 420, 300, 58, 34, 8, 42
-BITS, KLD = (2.5, 8.9), (5e-5, 1.0)
+BITS, KLD = (2.0, 8.9), (5e-5, 12.0)
 LINES = {"default": ("plan", "#1f6feb"), "best uniform pair": ("best uniform pair within the same bytes", "#c2600a")}
 STOCK = ("stock, one pair for all layers", "#6e7781")
 
@@ -51,11 +51,11 @@ def panel(model: str, points: dict[str, Points], x0: float) -> list[str]:
 
     title = f'<tspan font-weight="bold">{model}</tspan>: mean KLD from an f16 cache, nats'
     out = [text_at(x0 + LEFT, TOP - 14, title)]
-    for i in range(-4, 1):
+    for i in range(-4, 2):
         at = y(10.0**i)
         out.append(f'<line x1="{x(BITS[0]):.1f}" x2="{x(BITS[1]):.1f}" y1="{at:.1f}" y2="{at:.1f}" stroke="#d8dee4"/>')
         out.append(text_at(x0 + LEFT - 6, at + 4, f"{10.0**i:g}" if i > -4 else "0.0001", "end"))
-    out += [text_at(x(b), HEIGHT - BOTTOM + 16, str(b), "middle") for b in range(3, 9)]
+    out += [text_at(x(b), HEIGHT - BOTTOM + 16, str(b), "middle") for b in range(2, 9)]
     out.append(text_at(x0 + LEFT + w / 2, HEIGHT - 8, "bits per cached value", "middle"))
     floor = y(points["floor"][0][1])
     out.append(
@@ -71,8 +71,9 @@ def panel(model: str, points: dict[str, Points], x0: float) -> list[str]:
     for bits, kld, name in points["stock"]:
         if name.startswith(("q8_0", "q5_1", "q4_0")):
             out.append(f'<circle cx="{x(bits):.1f}" cy="{y(kld):.1f}" r="3.5" fill="{STOCK[1]}"/>')
-            end = "end" if bits > 8 else "start"
-            out.append(text_at(x(bits) + (-6 if bits > 8 else 6), y(kld) - 5, name, end, f' fill="{STOCK[1]}"'))
+            at_end = bits > 8
+            where = (x(bits) - 6, y(kld) + 15) if at_end else (x(bits) + 6, y(kld) - 5)
+            out.append(text_at(*where, name, "end" if at_end else "start", f' fill="{STOCK[1]}"'))
     return out
 
 
