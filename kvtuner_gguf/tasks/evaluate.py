@@ -20,7 +20,7 @@ from kvtuner_gguf.errors import KvtunerError, TaskError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.identity import weights_sample
 from kvtuner_gguf.kept import write_about
-from kvtuner_gguf.machine import total_memory
+from kvtuner_gguf.machine import check_memory, total_memory
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.runtime import Session
@@ -84,7 +84,7 @@ def _answered(
     asking = _Asking(session, tasks, prompts, work, progress)
     rows = [_row(geometry, "f16", f16, asking.of("f16", None))]
     rows.append(_row(geometry, _FLOOR, f16, asking.of(_FLOOR, None, flash_attn=False)))
-    notes = []
+    notes = _notes(session, prompts)
     for name, plan in plans.items():
         session.put_in_force(plan)
         notes += [f"{name}: {note}" for note in session.plan_notes]
@@ -95,6 +95,14 @@ def _answered(
 def _row(geometry: Geometry, name: str, plan: Plan, answers: tuple[Answered, ...]) -> TaskRow:
     bits = geometry.bits_per_value(plan.pairs, plan.k_vectors)
     return TaskRow(name, bits, geometry.bytes(plan.pairs, plan.k_vectors), answers)
+
+
+def _notes(session: Session, prompts: Sequence[Prompt]) -> list[str]:
+    """What is to be known of the tasks."""
+    long = [p.id for p in prompts if p.n_ctx > session.n_ctx_train]
+    more = f" and {len(long) - 1} others" if len(long) > 1 else ""
+    what = f"task '{long[0]}'{more}" if long else ""
+    return [f"{what}: beyond the {session.n_ctx_train} tokens that the model was trained on"] if long else []
 
 
 class _Asking:
@@ -153,9 +161,13 @@ def _prompts(session: Session, tasks: Sequence[Task]) -> list[Prompt]:
 
 def _n_slots(session: Session, group: Group) -> int:
     """Sequences at once whose f16 caches take no more than a share of the memory; the same for all plans, so that they
-    round alike."""
+    round alike.
+
+    Raises NativeError if the memory does not hold one.
+    """
     shape = session.geometry(group.n_ctx)
     n_bytes = max(1, shape.bytes(everywhere("f16", [bool(n) for n in shape.values_k])))
+    check_memory((1 + (group.n_prefix > 0)) * n_bytes, group.n_ctx)
     return int(max(1, min(MOST_SLOTS, _SHARE * total_memory() / n_bytes)))
 
 

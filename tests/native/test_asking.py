@@ -139,6 +139,13 @@ def test_tasks_that_do_not_fit_are_named_before_a_run(model, tiny, tasks, own_ca
     assert "--fresh is for --tasks" in run("evaluate", "q8_0", "-m", model, "--fresh", code=2).output
 
 
+def test_tasks_beyond_what_a_model_was_trained_on_are_noted(model, tasks, own_cache):
+    lines = [json.dumps({"id": f"big{i}", "prompt": "x" * 4090, "number": 1, "max_tokens": 8}) for i in range(2)]
+    tasks.write_text("\n".join(lines))
+    out = run("evaluate", "q8_0", "-m", model, "--tasks", tasks, "-t", 1).stdout
+    assert "note: task 'big0' and 1 others: beyond the 4096 tokens that the model was trained on" in out
+
+
 def test_a_model_without_a_template_reads_a_prompt_as_it_is(load, tiny):
     session = load(tiny("llama"))
     assert session.prompt_tokens([{"role": "user", "content": "ab"}]) == session.tokenize("ab")
