@@ -208,11 +208,8 @@ def write_plan(model: StrPath, plan: Plan | None, path: StrPath | None = None, *
 
 def check_packages() -> None:
     """Raises CalibrationError if a package that a calibration needs is missing: running a plan needs fewer."""
-    missing = [
-        name
-        for name in ("gguf", "jsonschema", "optuna", "scipy", "sklearn", "threadpoolctl")
-        if find_spec(name) is None
-    ]
+    needed = ("gguf", "jsonschema", "optuna", "scipy", "sklearn", "threadpoolctl")
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise CalibrationError(
             f"calibration needs the package {missing[0]}. Install with: pip install 'kvtuner-gguf[calibrate]'"
