@@ -19,7 +19,7 @@ from kvtuner_gguf.calibrate.options import Options, Outcome, Point, Solved
 from kvtuner_gguf.calibrate.progress import PAPER_STAGES, STAGES, Progress, Staged
 from kvtuner_gguf.calibrate.proof import best_rivals, prove
 from kvtuner_gguf.calibrate.results import Trial
-from kvtuner_gguf.calibrate.runs import BRIEF, FLOOR, HELDOUT, SEARCH, SEARCH_COPY, Runs, search_name, tag
+from kvtuner_gguf.calibrate.runs import FLOOR, HELDOUT, SEARCH, SEARCH_COPY, Runs, search_name, tag
 from kvtuner_gguf.calibrate.sizes import Sizes
 from kvtuner_gguf.calibrate.solve import cheapest, front, sensitivities, uniform_pairs
 from kvtuner_gguf.calibrate.store import Store, claimed, work_dir
@@ -33,7 +33,6 @@ from kvtuner_gguf.runtime import Session
 STREAM = 1024  # tokens of a piece of text: of a captured and of a held-out chunk
 SEARCH_CTX = 1024  # tokens of a chunk that plans are tried on: layers matter otherwise in a short context
 SEARCH_EVERY = 2  # of the scored positions, each so-many-th: neighbours tell much the same, and each is a row of logits
-FLOOR_RUNS = HELDOUT + FLOOR + BRIEF  # in the records
 LEAST_KNOWN = 8  # runs from which prices can be told
 
 
@@ -163,12 +162,12 @@ def solved(options: Options, plannable: Plannable, measured: Measured, store: St
         name: known_trials(kld_model, runs.of(name + tag(k_vectors)), geometry) for name in (SEARCH, SEARCH_COPY)
     }
     name, known = max(by_search.items(), key=lambda item: len(item[1]))
-    ended = bool(runs.of(FLOOR_RUNS))  # a search of few types may have few plans to try
+    ended = bool(runs.of(HELDOUT + FLOOR))  # a search of few types may have few plans to try
     if len(known) < LEAST_KNOWN and not (known and ended):
         store.check_writable(runs.path)
     found = fit(kld_model, known)
     if name == SEARCH_COPY:  # whose floor is lower than the model's
-        found = replace(found, floor=max([found.floor, *(q.kld_mean for _, q in runs.of(FLOOR_RUNS))]))
+        found = replace(found, floor=max([found.floor, *(q.kld_mean for _, q in runs.of(HELDOUT + FLOOR))]))
     pairs = plannable.goal.solve(found, spent)
     plan = plan_of(pairs, where_quantized(k_vectors, pairs), geometry, made_of(options, measured.text, rotated=rotated))
     points = [(p, kld, where_quantized(k_vectors, p)) for p, kld in front(found)]

@@ -27,10 +27,10 @@ class Judge(Protocol):
     def vectors_of(self, pairs: Pairs) -> tuple[KVectors, ...]:
         """The vectors of a plan of these pairs."""
 
-    def of_plan(self, pairs: Pairs, *, brief: bool = False) -> Quality:
-        """With K conditioned. brief: on half of the text, for a row that decides nothing."""
+    def of_plan(self, pairs: Pairs) -> Quality:
+        """With K conditioned."""
 
-    def of_stock(self, pairs: Pairs, *, brief: bool = False) -> Quality:
+    def of_stock(self, pairs: Pairs) -> Quality:
         """With K as it is."""
 
     def of_floor(self, f16: Pairs) -> Quality:
@@ -91,10 +91,10 @@ def prove(
         f16 = everywhere("f16", has_kv)
         floor = quality_of(f16, judge.of_floor)
         of_plan = quality_of(found.pairs, judge.of_plan)
+        of_plain = quality_of(plain) if any(vectors) else None
         of_rivals = [(quality_of(t.pairs), t) for t in rivals]
-        of_plain = quality_of(plain, partial(judge.of_stock, brief=True)) if any(vectors) else None
-        of_named = {name: quality_of(pairs, partial(judge.of_stock, brief=True)) for name, pairs in uniform.items()}
-        of_shuffled = quality_of(shuffled, partial(judge.of_plan, brief=True))
+        of_named = {name: quality_of(pairs) for name, pairs in uniform.items()}
+        of_shuffled = quality_of(shuffled, judge.of_plan)
     row = partial(row_of, geometry)
     best = min(of_rivals, key=lambda r: r[0].kld_mean) if of_rivals else None
     rows = [floor_row(geometry, floor), row("plan", found.pairs, of_plan, vectors)]

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvtuner_gguf.calibrate.kld import Reference, measure
 from kvtuner_gguf.calibrate.store import Evaluations
@@ -16,7 +15,7 @@ from kvtuner_gguf.quality import Quality
 from kvtuner_gguf.runtime import Session
 
 SEARCH, SEARCH_COPY = "search", "search-copy"  # runs in the records: on the model itself, and on a copy of it
-HELDOUT, FLOOR, BRIEF = "heldout", "-floor", "-brief"
+HELDOUT, FLOOR = "heldout", "-floor"
 
 
 def search_name(session: Session, model: Path) -> str:
@@ -48,28 +47,27 @@ class Runs:
         """The vectors of a plan of these pairs."""
         return where_quantized(self.k_vectors, pairs)
 
-    def of_plan(self, pairs: Pairs, *, brief: bool = False) -> Quality:
-        """With K conditioned. brief: on the first half of the text."""
-        return self._kept(tag(self.k_vectors), pairs, brief, pairs, k_vectors=self.vectors_of(pairs))
+    def of_plan(self, pairs: Pairs) -> Quality:
+        """With K conditioned."""
+        return self.evaluations.get(self.name + tag(self.k_vectors), self._measure_plan, pairs)
 
-    def of_stock(self, pairs: Pairs, *, brief: bool = False) -> Quality:
+    def of_stock(self, pairs: Pairs) -> Quality:
         """With K as it is, as llama.cpp caches it without a plan."""
-        return self._kept("", pairs, brief, pairs)
+        return self.evaluations.get(self.name, self._measure_stock, pairs)
 
     def of_floor(self, f16: Pairs) -> Quality:
-        """Of the f16 cache itself, by another attention kernel, on the first half of the text: what rounding alone
-        makes of the model."""
-        return self._kept(FLOOR, f16, True, None, flash_attn=False)
+        """Of the f16 cache itself, by another attention kernel: what rounding alone makes of the model."""
+        return self.evaluations.get(self.name + FLOOR, self._measure_floor, f16)
 
     def kld(self, pairs: Pairs) -> float:
         """Mean KLD of a plan."""
         return self.of_plan(pairs).kld_mean
 
-    def _kept(self, kind: str, pairs: Pairs, brief: bool, run: Pairs | None, **how: Any) -> Quality:
-        """A quality from the records, or, where there is none, that of a run."""
-        half = self.reference.chunks.n_positions / 2
+    def _measure_plan(self, pairs: Pairs) -> Quality:
+        return measure(self.session, pairs, self.reference, k_vectors=self.vectors_of(pairs))
 
-        def measured(_: Pairs) -> Quality:
-            return measure(self.session, run, self.reference, enough=lambda q: brief and q.n_positions >= half, **how)
+    def _measure_stock(self, pairs: Pairs) -> Quality:
+        return measure(self.session, pairs, self.reference)
 
-        return self.evaluations.get(self.name + kind + BRIEF * brief, measured, pairs)
+    def _measure_floor(self, _: Pairs) -> Quality:
+        return measure(self.session, None, self.reference, flash_attn=False)

@@ -51,11 +51,9 @@ def comparison_text(c: Comparison) -> str:
         for r in c.rows
     ]
     head = ("cache", "bits", f"MiB at {c.n_ctx}", "mean KLD", "99.9 % KLD", "same top token")
-    least = min(r.quality.n_positions for r in c.rows)
-    fewer = f" (rows that decide nothing: {least} of them)" if 0 < least < c.n_positions else ""
     note = (
         f"KLD against an f16 cache, in nats; text {printable(c.text)}, {c.n_positions} scored positions in "
-        f"chunks of {c.chunk_ctx} tokens{fewer}; +-: standard error."
+        f"chunks of {c.chunk_ctx} tokens; +-: standard error."
     )
     return "\n".join((table(head, rows), note, *(f"note: {printable(n)}" for n in c.notes)))
 

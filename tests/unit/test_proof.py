@@ -29,11 +29,11 @@ class Judge:
     def vectors_of(self, pairs):
         return self.vectors
 
-    def of_plan(self, pairs, *, brief=False):
+    def of_plan(self, pairs):
         self.asked.append(("plan", pairs))
         return Quality(self.klds[pairs] * 0.9, 1.0, 0.9)
 
-    def of_stock(self, pairs, *, brief=False):
+    def of_stock(self, pairs):
         self.asked.append(("stock", pairs))
         return Quality(self.klds.get(pairs, 0.001), 1.0, 0.9)
 
