@@ -11,6 +11,7 @@ from kvtuner_gguf.calibrate.corpus import readable
 from kvtuner_gguf.calibrate.kld import Chunks, make_reference, measure
 from kvtuner_gguf.calibrate.progress import Progress
 from kvtuner_gguf.calibrate.proof import floor_row, row_of
+from kvtuner_gguf.calibrate.sizes import written_of
 from kvtuner_gguf.calibrate.text import Text, chunks_of, source_text
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
@@ -33,15 +34,15 @@ def evaluate(
     seed: int = 0,
     n_threads: int | None = None,
     n_gpu_layers: int = 0,
-    enough: Callable[[Quality], bool] = lambda quality: False,
+    enough: Callable[[Quality], bool] | None = None,
 ) -> Comparison:
     """Each plan or pair measured on n_chunk chunks of `stream` tokens, or of as many as the model can read, beside the
     f16 noise floor.
 
-    written  tokens of a sequence that the model writes, as many of them at once as it takes; None = stream
+    written  tokens of a sequence that the model writes; None = as in a calibration
     text     a file or a pipe; None: the model writes its own
     n_ctx    context at which bytes are counted
-    enough   whether what the chunks so far say of a plan will do; the others are then not run
+    enough   whether what the chunks so far say of a plan will do, so that the others are not run; None = all are
     Raises CalibrationError if a plan does not fit the model, or the text cannot be read or is too short.
     """
     with Session(model, no_alloc=True) as shape:
@@ -52,8 +53,8 @@ def evaluate(
         check_text(path, n_chunk * stream)
         with Session(model, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as session:
             check_room(tmp, 2 * n_vocab * n_chunk * (stream - stream // 2))
-            at_once = min(stream, written or stream)
-            source = source_text(session, path, 0, n_chunk * stream, stream=at_once, seed=seed, progress=progress)
+            of_sequence = min(stream, written or written_of(stream))
+            source = source_text(session, path, 0, n_chunk * stream, stream=of_sequence, seed=seed, progress=progress)
             chunks = chunks_of(source.heldout, stream, n_chunk, "text")
             return _measured(session, plans, source, chunks, geometry, tmp, progress, enough)
 
@@ -66,7 +67,7 @@ def _measured(
     geometry: Geometry,
     folder: Path,
     progress: Progress,
-    enough: Callable[[Quality], bool],
+    enough: Callable[[Quality], bool] | None,
 ) -> Comparison:
     with progress.bar("f16 reference", chunks.n_positions) as advance:
         reference = make_reference(session, chunks, folder / "f16", advance)

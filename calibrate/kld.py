@@ -168,7 +168,7 @@ def measure(
     k_vectors: Sequence[KVectors] = (),
     flash_attn: bool = True,
     progress: Callable[[int], None] = lambda n: None,
-    enough: Callable[[Quality], bool] = lambda quality: False,
+    enough: Callable[[Quality], bool] | None = None,
 ) -> Quality:
     """Quality of a plan on the reference's text: a real run on the real cache.
 
@@ -176,7 +176,7 @@ def measure(
     k_vectors   how each layer's K is conditioned; () = none is
     flash_attn  False with pairs=None: the noise floor. The same f16 cache by another attention kernel, so that the
                 difference is rounding alone, as the model's other roundings amplify it
-    enough      whether what the chunks so far gave will do; the others are then not run
+    enough      whether what the chunks so far gave will do, so that the others are not run; None = all are
     Raises CalibrationError if the run time did not allocate what was asked for.
     """
     hidden = reference.hidden if pairs and reference.hidden and reference.hidden.start(_first_changed(pairs)) else None
@@ -185,11 +185,7 @@ def measure(
         if pairs is not None and ctx.notes():
             raise CalibrationError(f"the run time left the plan: {' | '.join(ctx.notes())}")
         kld, same_top = compare(
-            ctx,
-            reference,
-            n_threads=session.n_threads,
-            progress=progress,
-            enough=lambda kld, same_top: enough(quality_of(kld, same_top, reference.chunks)),
+            ctx, reference, n_threads=session.n_threads, progress=progress, enough=enough and _so_far(reference, enough)
         )
     if hidden:
         hidden.check()
@@ -204,6 +200,15 @@ def measure(
             "Choose other types."
         )
     return quality_of(kld, same_top, reference.chunks)
+
+
+def _so_far(reference: Reference, enough: Callable[[Quality], bool]) -> Callable[[np.ndarray, np.ndarray], bool]:
+    """The same, asked of positions."""
+
+    def of_positions(kld: np.ndarray, same_top: np.ndarray) -> bool:
+        return bool(np.isfinite(kld).all()) and enough(quality_of(kld, same_top, reference.chunks))
+
+    return of_positions
 
 
 def quality_of(kld: np.ndarray, same_top: np.ndarray, chunks: Chunks) -> Quality:
@@ -241,10 +246,10 @@ def compare(
     n_threads: int = 1,
     step: int = N_UBATCH,
     progress: Callable[[int], None] = lambda n: None,
-    enough: Callable[[np.ndarray, np.ndarray], bool] = lambda kld, same_top: False,
+    enough: Callable[[np.ndarray, np.ndarray], bool] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run the reference's text, step tokens at once: the KLD of each scored position, and whether the likeliest token
-    is the same; up to the end of the first chunk that is enough, or gives NaN."""
+    is the same; up to the end of the chunk that makes them enough."""
     base, chunks = reference.open(), reference.chunks
     kld, same_top, at = [], [], 0
     with ThreadPoolExecutor(n_threads) as pool:
@@ -256,10 +261,9 @@ def compare(
                     same_top.append(of_block[1])
                 at += len(logits)
                 progress(len(logits))
-            so_far = np.concatenate(kld), np.concatenate(same_top)
-            if not np.isfinite(so_far[0]).all() or enough(*so_far):
+            if enough and enough(np.concatenate(kld), np.concatenate(same_top)):
                 break
-    return so_far
+    return np.concatenate(kld), np.concatenate(same_top)
 
 
 def _compared(base: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -41,8 +41,8 @@ class Sizes:
 
     @property
     def written(self) -> int:
-        """Tokens of a text that the model writes: half a chunk, as more of them at once cost little more."""
-        return self.stream // 2 if self.stream >= 512 else self.stream
+        """Tokens of a sequence that the model writes."""
+        return written_of(self.stream)
 
     @property
     def n_vectors(self) -> int:
@@ -66,3 +66,9 @@ class Sizes:
         heldout = self.n_chunk * (self.stream - self.skipped(self.stream))
         of_chunk = -(-(self.search_ctx - self.skipped(self.search_ctx)) // self.search_every)
         return max(self.n_searched * of_chunk, heldout)
+
+
+def written_of(stream: int) -> int:
+    """Tokens of a sequence that the model writes for chunks of stream tokens: half of one, as more sequences at once
+    cost little more."""
+    return stream // 2 if stream >= 512 else stream

@@ -35,9 +35,13 @@ Kept = TypeVar("Kept", bound=_Record)
 def work_dir(options: Options, *sizes: int) -> Path:
     """Where the stages' records of this calibration are: the same text and model, runs of the same sizes by the same
     program, the same folder."""
-    program = [RECORDS, __version__, native.build_id(), os.environ.get("LLAMA_ATTN_ROT_DISABLE", "")]
-    parts = [*program, *options.identity(), *sizes]
-    return cache_dir() / "calibrate" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    return keyed_dir("calibrate", RECORDS, *options.identity(), *sizes)
+
+
+def keyed_dir(kind: str, records: int, *parts: object) -> Path:
+    """The folder of records that these parts name, made by this program. kind: of kept.KINDS"""
+    program = (records, __version__, native.build_id(), os.environ.get("LLAMA_ATTN_ROT_DISABLE", ""))
+    return cache_dir() / kind / hashlib.sha256(repr([*program, *parts]).encode()).hexdigest()[:16]
 
 
 @contextmanager

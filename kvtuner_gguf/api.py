@@ -112,7 +112,6 @@ def evaluate(
         plans,
         progress or Silent(),
         stream=STREAM,
-        written=STREAM // 2,
         n_ctx=n_ctx,
         text=text if text is None else Path(text),
         n_chunk=n_chunk,

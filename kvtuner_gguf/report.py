@@ -129,16 +129,15 @@ def tasks_text(c: TaskComparison) -> str:
         size = (f"{row.bits_per_value:.2f}", f"{row.n_bytes / MIB:.1f}")
         rows.append((row.name, *size, _share(accuracy), *beside))
         areas.append((row.name, *(f"{100 * a.share:.0f} %" for a in row.areas().values())))
-    n = c.rows[0].accuracy.n
-    parts = [table(("cache", "bits", f"MiB at {c.n_ctx}", "right", "flips", "p", "other text"), rows)]
     of_areas = c.rows[0].areas()
+    parts = [table(("cache", "bits", f"MiB at {c.n_ctx}", "right", "flips", "p", "other text"), rows)]
     if len(of_areas) > 1:
         parts.append(table(("right", *(f"{name or 'others'} ({a.n})" for name, a in of_areas.items())), areas))
     parts.append(
-        f"{n} tasks of {printable(c.tasks)}, greedy; +-: standard error. Flips against f16: right there and wrong here "
-        "+ the other way; p: McNemar's exact test of the two."
+        f"{len(c.rows[0].answers)} tasks of {printable(c.tasks)}, greedy; +-: standard error. Flips against f16: right "
+        "there and wrong here + the other way; p: McNemar's exact test of the two."
     )
-    return "\n\n".join(("\n\n".join(parts), *(f"note: {printable(n)}" for n in c.notes)))
+    return "\n\n".join([*parts, *(f"note: {printable(note)}" for note in c.notes)])
 
 
 def _share(accuracy: Accuracy) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -97,8 +97,8 @@ def write_answers(
     with session.context(n_seq * group.n_ctx, pairs, vectors, **options) as ctx:
         if plan and ctx.notes():
             raise TaskError(f"the run time left the plan: {' | '.join(ctx.notes())}")
-        for _ in _read(ctx, group.prompts[0].tokens[: group.n_prefix], 0, n_slots):
-            pass
+        if group.n_prefix:
+            _read(ctx, group.prompts[0].tokens[: group.n_prefix], 0, n_slots)
         waiting, slots = list(group.prompts[::-1]), dict[int, _Slot]()
         while waiting or slots:
             for seq in range(n_slots):
@@ -116,16 +116,16 @@ def _started(ctx: Context, prompt: Prompt, n_prefix: int, seq: int, holder: int)
     ctx.forget(seq)
     if n_prefix:
         ctx.copy(holder, seq)
-    *_, logits = _read(ctx, prompt.tokens[n_prefix:], n_prefix, seq)
-    return _Slot(prompt, [int(logits[-1].argmax())])
+    return _Slot(prompt, [_read(ctx, prompt.tokens[n_prefix:], n_prefix, seq)])
 
 
-def _read(ctx: Context, tokens: Sequence[int], pos: int, seq: int) -> Iterator[Any]:
-    """Read tokens from a position on; the last of what comes holds the logits after them."""
+def _read(ctx: Context, tokens: Sequence[int], pos: int, seq: int) -> int:
+    """Read tokens, of which there are some, from a position on -> the likeliest token after them."""
     for start in range(0, len(tokens), _STEP):
         part = tokens[start : start + _STEP]
         rows = [(token, pos + start + i, seq) for i, token in enumerate(part)]
-        yield ctx.decode(rows, [start + i == len(tokens) - 1 for i in range(len(part))])
+        logits = ctx.decode(rows, [start + i == len(tokens) - 1 for i in range(len(part))])
+    return int(logits[-1].argmax())
 
 
 def _ended(session: Session, slot: _Slot) -> bool:

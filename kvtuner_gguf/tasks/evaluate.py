@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from kvtuner_gguf import __version__, native
-from kvtuner_gguf.cache import cache_dir
 from kvtuner_gguf.calibrate.evaluate import plan_of
 from kvtuner_gguf.calibrate.progress import Progress
 from kvtuner_gguf.calibrate.proof import everywhere
 from kvtuner_gguf.calibrate.records import append_line, read_lines
-from kvtuner_gguf.calibrate.store import claimed
+from kvtuner_gguf.calibrate.store import claimed, keyed_dir
 from kvtuner_gguf.errors import KvtunerError, TaskError
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.identity import weights_sample
@@ -61,7 +58,7 @@ def evaluate_tasks(
         asked = _tasks(shape, tasks, seed)
         prompts = _prompts(shape, asked)
     plans = {name: plan_of(name, plan, geometry.values_k) for name, plan in named.items()}
-    work = _work_dir(model, prompts, n_gpu_layers)
+    work = keyed_dir("tasks", RECORDS, weights_sample(model), prompts, n_gpu_layers)
     with claimed(work, "asked these tasks"):
         if fresh:
             shutil.rmtree(work, ignore_errors=True)
@@ -100,9 +97,10 @@ def _row(geometry: Geometry, name: str, plan: Plan, answers: tuple[Answered, ...
 def _notes(session: Session, prompts: Sequence[Prompt]) -> list[str]:
     """What is to be known of the tasks."""
     long = [p.id for p in prompts if p.n_ctx > session.n_ctx_train]
+    if not long:
+        return []
     more = f" and {len(long) - 1} others" if len(long) > 1 else ""
-    what = f"task '{long[0]}'{more}" if long else ""
-    return [f"{what}: beyond the {session.n_ctx_train} tokens that the model was trained on"] if long else []
+    return [f"task '{long[0]}'{more}: beyond the {session.n_ctx_train} tokens that the model was trained on"]
 
 
 class _Asking:
@@ -112,7 +110,6 @@ class _Asking:
         self, session: Session, tasks: Sequence[Task], prompts: Sequence[Prompt], work: Path, progress: Progress
     ) -> None:
         self.session, self.tasks, self.work, self.progress = session, tasks, work, progress
-        self.prompts = {p.id: p for p in prompts}
         self.slots = {group: _n_slots(session, group) for group in groups_of(prompts)}
 
     def of(self, name: str, plan: Plan | None, *, flash_attn: bool = True) -> tuple[Answered, ...]:
@@ -177,13 +174,6 @@ def _texts(record: Path) -> dict[str, str]:
         with suppress(KeyError):
             found[str(line["id"])] = str(line["text"])
     return found
-
-
-def _work_dir(model: Path, prompts: Sequence[Prompt], n_gpu_layers: int) -> Path:
-    """Where the answers of this model, run by this program, to these prompts are."""
-    program = [RECORDS, __version__, native.build_id(), os.environ.get("LLAMA_ATTN_ROT_DISABLE", "")]
-    parts = [*program, weights_sample(model), prompts, n_gpu_layers]
-    return cache_dir() / "tasks" / hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _plan_digest(plan: Plan | None, flash_attn: bool) -> str:

@@ -1,0 +1,167 @@
+"""The commands that run a model: chat, demo."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .arguments import FILE, MODEL, FiniteFloat, shared
+from .cli_files import written_to
+from .cli_measure import options_of, told_what_is_kept
+from .errors import KvtunerError
+from .terminal import Terminal, note, show
+
+if TYPE_CHECKING:
+    from .llama import Llama
+
+
+@click.command()
+@click.option("-p", "--prompt", help="Answer this and exit.")
+@click.option("--system", help="System message.")
+@click.option("--plan", "plan_file", type=MODEL, help="A sidecar to use instead of the plan in the file.")
+@click.option("--no-plan", is_flag=True, help="Run without a plan, on an f16 cache.")
+@click.option("-ctk", "--cache-type-k", "type_k", help="One K type for all layers, whatever the plan says.")
+@click.option("-ctv", "--cache-type-v", "type_v", help="One V type for all layers, whatever the plan says.")
+@click.option(
+    "-n", "--predict", "max_tokens", type=click.IntRange(1), help="Most tokens of an answer. Default: what fits."
+)
+@click.option(
+    "--temp",
+    "temperature",
+    default=0.7,
+    show_default=True,
+    type=FiniteFloat(0),
+    help="Temperature; 0 takes the likeliest token.",
+)
+@shared("m", "c", "t", "ngl")
+def chat(prompt: str | None, system: str | None, max_tokens: int | None, temperature: float, **given: Any) -> None:
+    """Chat with a model under its plan. /reset forgets the conversation, /exit ends it."""
+    from .chat import answer, chat_loop, utf8
+
+    system = system and utf8(system)
+    llm = _open_llama(**given)
+    note(_memory_line(llm))
+
+    def write(piece: str) -> None:
+        show(piece, nl=False)
+
+    if prompt is not None:
+        messages = [{"role": "system", "content": system}] if system else []
+        for piece in answer(
+            llm,
+            [*messages, {"role": "user", "content": utf8(prompt)}],
+            max_tokens=max_tokens,
+            temperature=temperature,
+            say=note,
+        ):
+            write(piece)
+        show("")
+    else:
+        if hasattr(sys.stdin, "reconfigure"):
+            sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 is no reason to end
+        chat_loop(llm, _read_line, write, system=system, max_tokens=max_tokens, temperature=temperature)
+    llm.close()
+
+
+def _open_llama(
+    model: Path,
+    plan_file: Path | None = None,
+    no_plan: bool = False,
+    n_ctx: int = 8192,
+    threads: int | None = None,
+    n_gpu_layers: int = 0,
+    type_k: str | None = None,
+    type_v: str | None = None,
+) -> Llama:
+    from .in_force import asked_plan
+    from .llama import Llama
+    from .template import TemplateError, template_error
+    from .threads import default_threads
+
+    plan = asked_plan(False if no_plan else plan_file)
+    try:
+        return Llama(
+            str(model),
+            plan=plan,
+            n_ctx=n_ctx,
+            n_threads=threads or default_threads(),
+            n_gpu_layers=n_gpu_layers,
+            type_k=type_k,
+            type_v=type_v,
+            verbose=False,
+        )
+    except TemplateError as error:
+        raise template_error(error, f"model '{model}'") from None
+    except ValueError as error:
+        raise KvtunerError(f"model '{model}' at {n_ctx} tokens: {error}. Check the file, the types, and -c.") from None
+
+
+def _memory_line(llm: Llama) -> str:
+    from .report import MIB
+
+    pairs = sorted({str(p) for p in llm.plan.pairs if p.type_k})
+    notes = "".join(f"\nnote: {n}" for n in llm.plan_notes)
+    return (
+        f"K/V cache: {llm.kv_bytes / MIB:.1f} MiB at {llm.n_ctx()} tokens, {len(pairs)} pairs: "
+        f"{', '.join(pairs)}{notes}"
+    )
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> ")
+    except EOFError:
+        return None
+
+
+@click.command()
+@click.option(
+    "--trials",
+    "n_trials",
+    default=None,
+    type=click.IntRange(8, 10000),
+    help="Real runs of the search. [default: two per layer and about 24 more]",
+)
+@click.option(
+    "-o", "--output", type=FILE, default="SmolLM2-135M-Instruct.kvtuner.gguf", show_default=True, help="GGUF to write."
+)
+@shared("fresh", "seed", "t", "force")
+def demo(n_trials: int | None, output: Path, fresh: bool, seed: int, threads: int | None, force: bool) -> None:
+    """Do it all on the default small model: fetch, calibrate, write, and chat under the plan."""
+    from . import api
+    from .default_model import default_model
+    from .output import gguf
+    from .report import outcome_text
+
+    start = time.monotonic()
+    note("the default small model, which is fetched the first time ...")
+    api.check_packages()
+    model = default_model()
+    to = gguf(model, output, force=force)
+    with told_what_is_kept():
+        outcome = api.calibrate(
+            options_of(model, fresh=fresh, seed=seed, n_trials=n_trials, threads=threads), Terminal()
+        )
+    show(outcome_text(outcome, written_to(to, outcome.plan)))
+    question = "What is a key-value cache good for? Answer in two sentences."
+    llm = _open_llama(output, threads=threads)
+    from .chat import answer
+
+    show(f"\n{_memory_line(llm)}\n> {question}")
+    show("".join(answer(llm, [{"role": "user", "content": question}], max_tokens=120, temperature=0.0)))
+    llm.close()
+    show(f"\n{time.monotonic() - start:.0f} s in all, peak memory {_peak_mib():.0f} MiB")
+
+
+def _peak_mib() -> float:
+    """Peak memory of this process, in MiB; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024 if sys.platform == "darwin" else 1024)

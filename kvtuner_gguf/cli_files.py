@@ -1,0 +1,126 @@
+"""The commands about files: show, apply, strip, export, cache, lib-dir."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .arguments import FILE, MODEL, shared
+from .errors import PlanError
+from .kept import KINDS
+from .plan import Plan
+from .terminal import note, print_json, show, show_json, show_path
+
+if TYPE_CHECKING:
+    from .output import Output
+
+
+def written_to(to: Output, plan: Plan | None, recovery: str = "") -> Path:
+    """Where the plan now stands."""
+    path = to.write(plan, recovery)
+    for text in to.notes:
+        note(f"note: {text}")
+    return path
+
+
+def plan_in(model: Path) -> Plan:
+    from .gguf_file import read_plan
+
+    plan = read_plan(model)
+    if plan is None:
+        raise PlanError(f"{model}: holds no plan. Make one with: kvtuner-gguf calibrate {model}")
+    return plan
+
+
+@click.command("show")
+@click.argument("model", type=MODEL)
+@click.option(
+    "--plan", "plan_file", type=MODEL, help="A sidecar to show on this model, instead of the plan in the file."
+)
+@shared("c", "ngl", "json")
+def show_plan(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int, as_json: bool) -> None:
+    """Show the plan of MODEL as the run time resolves it, and its memory at a context."""
+    from .report import shown_json, shown_text
+    from .shown import shown
+
+    found = shown(model, plan_file, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers)
+    if as_json:
+        print_json(shown_json(found))
+    else:
+        show(shown_text(found))
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.argument("plan_file", type=MODEL)
+@click.option("-o", "--output", type=FILE, help="Write a new GGUF. Default: into MODEL itself.")
+@shared("force")
+def apply(model: Path, plan_file: Path, output: Path | None, force: bool) -> None:
+    """Write the plan of a sidecar, PLAN_FILE, into MODEL."""
+    from .output import gguf
+
+    plan = Plan.load(plan_file)
+    show(f"Written to {written_to(gguf(model, output, reads=[plan_file], force=force), plan)}")
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", type=FILE, help="Write a new GGUF. Default: change MODEL itself.")
+@shared("force")
+def strip(model: Path, output: Path | None, force: bool) -> None:
+    """Take the plan out of MODEL; what remains is the file as it was before."""
+    from .output import gguf
+
+    show(f"Written to {written_to(gguf(model, output, force=force), None)}")
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("-o", "--output", type=FILE, help="Sidecar to write. Default: standard output.")
+@shared("force")
+def export(model: Path, output: Path | None, force: bool) -> None:
+    """Copy the plan of MODEL into a sidecar."""
+    from .output import sidecar
+
+    plan = plan_in(model)
+    if output is None:
+        show_json(plan.to_json())
+    else:
+        show(f"Written to {written_to(sidecar(output, reads=[model], force=force), plan)}")
+
+
+@click.command()
+@click.option(
+    "--clear", type=click.Choice([*KINDS, "model", "all"]), help="Remove what is kept of this kind, or all of it."
+)
+@shared("json")
+def cache(clear: str | None, as_json: bool) -> None:
+    """List what is kept: measurements of calibrations, answers to tasks, the fetched default model."""
+    from . import kept
+    from .report import kept_json, kept_text
+
+    items = [item for item in kept.kept() if clear in (None, "all", item.kind)]
+    if clear is None:
+        if as_json:
+            print_json(kept_json(items))
+        else:
+            show(kept_text(items))
+        return
+    freed, left = kept.clear(items)
+    for item in left:
+        note(f"note: {item.path}: in use, and left as it is")
+    if as_json:
+        print_json({"freed_bytes": freed, "left": kept_json(left)})
+    else:
+        show(f"{freed / 2**20:.1f} MiB freed")
+
+
+@click.command("lib-dir")
+def show_lib_dir() -> None:
+    """Print the folder of the patched libraries: LLAMA_CPP_LIB_PATH for a program on llama-cpp-python that does not
+    import us."""
+    from . import native
+
+    show_path(native.lib_dir())
