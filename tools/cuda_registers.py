@@ -18,7 +18,7 @@ from pathlib import Path
 NATIVE = Path(__file__).resolve().parents[1] / "native"
 OURS = (NATIVE / "ggml-base", NATIVE / "ggml-cuda")
 ARCHS = ("75", "80", "86", "89", "90", "120a")
-FLAGS = ("-cubin", "-O3", "-std=c++17", "-DNDEBUG", "-use_fast_math", "-extended-lambda", "-Xptxas", "-v")
+FLAGS = ("-c", "-O3", "-std=c++17", "-DNDEBUG", "-use_fast_math", "-extended-lambda", "-Xptxas", "-v")
 EXACT = ("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true")  # as CMakeLists.txt compiles kvt-cuda.cu
 VEC = re.compile(r"flash_attn_ext_vecILi(\d+)ELi(\d)EL9ggml_type(\d+)ELS0_(\d+)ELb(\d)")
 ENTRY = re.compile(
@@ -44,7 +44,7 @@ def type_names() -> dict[int, str]:
 def compile_report(nvcc: str, include: list[str], source: Path, arch: str, *flags: str) -> list[dict[str, str]]:
     """ptxas' figures of each kernel in a source file."""
     with tempfile.TemporaryDirectory() as tmp:
-        command = [nvcc, *FLAGS, *flags, f"-arch=sm_{arch}", *include, str(source), "-o", f"{tmp}/out.cubin"]
+        command = [nvcc, *FLAGS, *flags, f"-arch=sm_{arch}", *include, str(source), "-o", f"{tmp}/out.o"]
         run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
         sys.exit(f"registers: {source.name} did not compile for sm_{arch}:\n{run.stderr[-3000:]}")

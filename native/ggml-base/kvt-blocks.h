@@ -388,6 +388,7 @@ typedef kvt_codec_q2<kvt_block_q2_32, 32> kvt_codec_q2_32;
 typedef kvt_codec_q3<kvt_block_q3_64, 64> kvt_codec_q3_64;
 typedef kvt_codec_q3<kvt_block_q3_32, 32> kvt_codec_q3_32;
 
+#ifndef __CUDACC__ // a GPU's threads share a block
 //
 // rows
 //
@@ -415,3 +416,4 @@ static inline void kvt_decode_row(const void * x, float * y, int64_t k) {
         }
     }
 }
+#endif

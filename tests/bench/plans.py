@@ -3,7 +3,7 @@ made of, and its rivals.
 
 python tests/bench/plans.py MODEL.gguf [--bits 4.5,3.5,3.25,2.75] [--ways
 default,no-mean,no-scale,no-basis,no-trellis,before,no-layers,error,paper] [-f TEXT]
-    [--contexts 2048x8,8192x1] [--shared-bits 4.5,3.25] [--chunks 4] [--trials N] [--on-copy]
+    [--contexts 2048x8,8192x1] [--shared-bits 4.5,3.25] [--chunks 4] [--trials N] [--on-copy] [--save DIR]
 
 default      what `kvtuner-gguf calibrate` searches, without its proof
 no-mean      K keeps its mean     no-scale  K is not scaled     no-basis  the same bits all over a head
@@ -15,12 +15,13 @@ paper        --method paper
 Rows below: the best uniform pair with K as stock caches it, of all types within the goal, and stock's own pairs.
 "predicted" is the KLD that the fitted prices foretell on the text of the search, "search" what a run measured there.
 Records stay in --work, so that a run that was stopped goes on. --shared-bits: goals of the ways other than default.
---on-copy: the proof, too, runs on the copy that the search runs on, if there is one.
+--on-copy: the proof, too, runs on the copy that the search runs on, if there is one. --save: the plans as sidecars.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+import kvtuner_gguf
 from kvtuner_gguf.calibrate.checks import plannable_of
 from kvtuner_gguf.calibrate.goals import WithinBits
 from kvtuner_gguf.calibrate.kld import make_reference, measure
@@ -128,12 +130,15 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=4, help="of the calibration")
     parser.add_argument("--trials", type=int, help="runs of each search")
     parser.add_argument("--on-copy", action="store_true")
+    parser.add_argument("--save", type=Path, help="folder for the plans, as sidecars")
     options = parser.parse_args()
     with TemporaryDirectory() as tmp:
         work = options.work or Path(tmp)
         work.mkdir(parents=True, exist_ok=True)
         with search_session(options.model, work, n_threads=None, n_gpu_layers=0, say=print) as session:
             plans = searched(options, session, work)
+            if options.save:
+                save(options.save, plans)
             if options.on_copy:
                 prove(options, session, work, plans)
         if not options.on_copy:
@@ -153,10 +158,17 @@ def searched(options: argparse.Namespace, session: Session, work: Path) -> list[
     return [*plans.values(), *stock]
 
 
+def save(folder: Path, plans: list[Plan]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pairs, vectors, _ in plans:
+        sidecar = kvtuner_gguf.Plan(pairs, k_vectors=vectors).to_json()
+        (folder / f"{re.sub('[^0-9a-z.]+', '-', name)}.json").write_text(sidecar)
+
+
 def prove(options: argparse.Namespace, session: Session, work: Path, plans: list[Plan]) -> None:
     """A table of the plans for each context."""
     geometry = session.geometry(Options(options.model).n_ctx)
-    for context in options.contexts.split(","):
+    for context in filter(None, options.contexts.split(",")):
         n_ctx, n_chunk = map(int, context.split("x"))
         if options.file:
             tokens = read_text(session, options.file, 0, n_ctx * n_chunk).heldout

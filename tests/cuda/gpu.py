@@ -1,0 +1,181 @@
+"""What only a GPU can show: bytes, operators, KLD and speed of the CUDA code, in one run.
+
+python tests/cuda/gpu.py BUILD/bin MODEL.gguf [GEOMETRY.gguf ...] [--steps device,ops,kld,bench] [--text FILE] [--plan SIDECAR] [--out DIR]
+
+BUILD is configured with -DGGML_CUDA=ON -DKVTUNER_BUILD_TOOLS=ON, and its targets kvtuner, llama-bench, test-backend-ops
+and kvt-cuda-test are built. The first model holds a plan, whose KLD is measured on the CPU and on the GPU; all models
+are timed, with their plan and with usual pairs. The others may have random weights (tests/bench/geometry.py).
+
+device  writing and reading our types gives the CPU's bytes and values; what writing and attention take
+ops     llama.cpp's own tests of operators, for our types, against the CPU
+kld     of the plan, and of each --plan, against f16 on the CPU: on the CPU, on the GPU, and there token by token
+bench   tokens per second at depths of 0, 8192 and 32768: prompts of 512, and decoding
+
+Ends with 1 if a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = ("device", "ops", "kld", "bench")
+OPS = ("SET_ROWS", "CPY", "GET_ROWS", "FLASH_ATTN_EXT")
+PAIRS = ("q8_0/q8_0", "q4_0/q4_0")
+DEPTHS = "0,8192,32768"
+N_CTX, N_CHUNK = 1024, 4
+
+
+def run(command: list[str | Path], log: Path, **env: str) -> tuple[int, str]:
+    """The exit status, and what it printed, which the log keeps."""
+    with log.open("w") as out:
+        done = subprocess.run(list(map(str, command)), stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **env})
+    return done.returncode, log.read_text(errors="replace")
+
+
+def our_types() -> list[str]:
+    return re.findall(r"X\(\w+, (\w+), \d+,", (ROOT / "native/ggml-base/kvt-table.h").read_text())
+
+
+def device(bins: Path, out: Path) -> bool:
+    status, text = run([bins / "kvt-cuda-test"], out / "device.log")
+    print(text)
+    return status == 0
+
+
+def ops(bins: Path, out: Path) -> bool:
+    """Each operator in a process of its own, at once: the CPU's side is what takes time."""
+    named = rf"type\w*=({'|'.join([*our_types(), 'iq4_nl'])})\b"
+
+    def one(op: str) -> tuple[int, str]:
+        return run([bins / "test-backend-ops", "test", "-b", "CUDA0", "-o", op, "-p", named], out / f"ops-{op}.log")
+
+    with ThreadPoolExecutor(len(OPS)) as pool:
+        results = dict(zip(OPS, pool.map(one, OPS)))
+    all_right = True
+    for op, (status, text) in results.items():
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+        n_ok = sum(line.rstrip().endswith("OK") and op in line for line in lines)
+        n_without = sum("not supported" in line for line in lines)
+        failed = [line for line in lines if re.search(r"\bFAIL\b", line) and f"{op}(" in line]
+        print(f"{op}: {n_ok} right, {len(failed)} wrong, {n_without} without a kernel, exit status {status}")
+        print("\n".join(failed[:10]))
+        all_right &= status == 0 and n_ok > 0 and not failed
+    return all_right
+
+
+def kld(model: Path, sidecars: list[Path], text: Path, out: Path) -> bool:
+    """Against f16 on the CPU: f16 and each plan on the CPU, on the GPU as a prompt, and there token by token, which is
+    by other kernels. A plan is right on the GPU if it is as far from f16 there, within the errors and what f16 is."""
+    from kvtuner_gguf import Plan
+    from kvtuner_gguf.calibrate.kld import compare, make_reference
+    from kvtuner_gguf.calibrate.text import chunks_of, read_text
+    from kvtuner_gguf.gguf_file import read_plan
+    from kvtuner_gguf.runtime import Session
+
+    plans = {"f16": None, "file": read_plan(model)}
+    plans |= {path.stem: Plan.from_json(path.read_text()) for path in sidecars}
+    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in plans}
+    notes = []
+    for where, n_gpu_layers, steps in (("CPU", 0, {"": 512}), ("GPU", 99, {"": 512, ", one by one": 1})):
+        t0 = time.monotonic()
+        with Session(model, n_gpu_layers=n_gpu_layers) as session:
+            if where == "CPU":
+                tokens = read_text(session, text, 0, N_CTX * N_CHUNK).heldout
+                reference = make_reference(session, chunks_of(tokens, N_CTX, N_CHUNK, "text"), out / "reference.f16")
+            for name, plan in plans.items():
+                pairs, vectors = (plan.pairs, plan.k_vectors) if plan else (None, ())
+                with session.context(N_CTX, pairs, vectors) as ctx:
+                    notes += [f"note: {where}, {name}: {note}" for note in ctx.notes()]
+                    for how, step in steps.items():
+                        found[name][where + how] = compare(ctx, reference, step=step, n_threads=8)[0]
+        print(f"{where}: {time.monotonic() - t0:.0f} s", flush=True)
+    reference.discard()
+    print("\n".join(dict.fromkeys(notes)))
+    print(f"KLD from f16 on the CPU at {len(found['f16']['CPU'])} positions: {', '.join(found['f16'])}")
+    all_right = True
+    for name, sides in found.items():
+        cells = [f"{kld.mean():.5f}" for kld in sides.values()]
+        if name != "f16":
+            for i, (where, kld) in enumerate(sides.items()):
+                apart = kld - sides["CPU"]
+                allowed = found["f16"][where].mean() + 4 * apart.std() / len(apart) ** 0.5
+                if not abs(apart.mean()) <= allowed:
+                    cells[i] += " WRONG"
+                    all_right = False
+        print(f"| {name} | {' | '.join(cells)} |")
+    return all_right
+
+
+def bench(bins: Path, model: Path, out: Path, n_rounds: int) -> bool:
+    """Tokens per second with the plan, and with uniform pairs on a copy without it."""
+    from kvtuner_gguf.gguf_file import write_plan
+
+    print(
+        f"\n{model.name}, tokens per second at depths of {DEPTHS}: a prompt of 512, decoding\n| | prompt | decoding |"
+    )
+    print("|---|---|---|")
+    all_right = True
+    with tempfile.TemporaryDirectory(dir=model.parent) as tmp:
+        bare = write_plan(model, None, Path(tmp) / "bare.gguf")
+        for pair in ("f16/f16", *PAIRS, "plan"):
+            command = [bins / "llama-bench", "-m", model if pair == "plan" else bare, "-ngl", "99", "-fa", "1"]
+            command += ["-d", DEPTHS, "-p", "512", "-n", "64", "-r", str(n_rounds), "-o", "jsonl"]
+            if pair != "plan":
+                command += ["-ctk", pair.split("/")[0], "-ctv", pair.split("/")[1]]
+            log = out / f"bench-{model.stem}-{pair.replace('/', '-')}.log"
+            status, text = run(command, log)
+            rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+            all_right &= status == 0 and len(rows) == 2 * (DEPTHS.count(",") + 1)
+            speed = [[f"{r['avg_ts']:.0f}" for r in rows if bool(r["n_prompt"]) is prompt] for prompt in (True, False)]
+            print(f"| {pair} | {' '.join(speed[0])} | {' '.join(speed[1])} |", flush=True)
+            if status:
+                print(text[-1500:])
+    return all_right
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bins", type=Path)
+    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("--steps", default=",".join(STEPS))
+    parser.add_argument("--text", type=Path, default=ROOT / "docs/architecture.md", help="for the KLD")
+    parser.add_argument("--plan", type=Path, action="append", default=[], help="sidecar of the first model")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder of the logs [default: gpu]")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(args.bins)
+    os.environ["LD_LIBRARY_PATH"] = os.pathsep.join([str(args.bins), os.environ.get("LD_LIBRARY_PATH", "")])
+
+    right = {}
+    for step in args.steps.split(","):
+        t0 = time.monotonic()
+        print(f"\n## {step}", flush=True)
+        if step == "device":
+            right[step] = device(args.bins, args.out)
+        elif step == "ops":
+            right[step] = ops(args.bins, args.out)
+        elif step == "kld":
+            right[step] = kld(args.models[0], args.plan, args.text, args.out)
+        elif step == "bench":
+            right[step] = all([bench(args.bins, model, args.out, args.rounds) for model in args.models])
+        else:
+            parser.error(f"--steps {step}: need some of {', '.join(STEPS)}")
+        print(f"{step}: {'right' if right[step] else 'WRONG'}, {time.monotonic() - t0:.0f} s", flush=True)
+    return not all(right.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
