@@ -1,8 +1,9 @@
 """A llama of any size with random weights in Q4_0, to measure time and memory by: what it writes means nothing.
 
-python tests/bench/geometry.py OUT.gguf [--layers 32] [--heads 32] [--heads-kv 8] [--head-dim 128] [--ff 14336] [--vocab
-128256] [--plan k3_64/t2_64,k4_64/t3_64] By default an 8B. --plan adds a plan whose layers have these pairs in turns, with
-a basis for each type of groups.
+python tests/bench/geometry.py OUT.gguf [--layers 32] [--heads 32] [--heads-kv 8] [--head-dim 128] [--ff 14336]
+    [--vocab 128256] [--plan k3_64/t2_64,k4_64/t3_64]
+
+By default an 8B. --plan adds a plan whose layers have these pairs in turns, with a basis for each type of groups.
 """
 
 from __future__ import annotations
