@@ -17,12 +17,12 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType,
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import TOKEN_TYPES, TOKENS  # noqa: E402
-from native.running import vectors  # noqa: E402
+from models import TOKEN_TYPES, TOKENS
+from native.running import vectors
 
-from kvtuner_gguf import Pair, Plan  # noqa: E402
-from kvtuner_gguf.codecs import codec  # noqa: E402
-from kvtuner_gguf.gguf_file import write_plan  # noqa: E402
+from kvtuner_gguf import Pair, Plan
+from kvtuner_gguf.codecs import codec
+from kvtuner_gguf.gguf_file import write_plan
 
 BLOCK, BLOCK_BYTES = 32, 18
 STD = 4.6  # of the codes -8 to 7
