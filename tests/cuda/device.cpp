@@ -1,5 +1,6 @@
 // device.cpp - our cache types on a GPU, as ggml runs them there: what is written and read back is the CPU's, and the time it takes
 // Prints a line for each check, then tables, unless its argument is "bytes". gpu.py runs it.
+#include "kvt-reads-pair.h"
 #include "values.h"
 
 #include "ggml-alloc.h"
@@ -144,7 +145,7 @@ struct shape {
     int64_t head_dim, n_head, n_head_kv, n_kv, n_token;
 };
 
-// microseconds of attention over one layer's cache, and its bytes; 0: no kernel for the pair. As many layers as pass the GPU's L2 by far
+// microseconds of attention over one layer's cache, and its bytes. As many layers as pass the GPU's L2 by far
 static double us_of_attention(ggml_backend_t gpu, ggml_type type_k, ggml_type type_v, const shape & s, size_t & bytes) {
     bytes = (ggml_row_size(type_k, s.head_dim) + ggml_row_size(type_v, s.head_dim))*s.n_head_kv*s.n_kv;
     const int n_layer = std::min<size_t>(64, std::max<size_t>(8, (size_t(400) << 20)/bytes));
@@ -162,9 +163,6 @@ static double us_of_attention(ggml_backend_t gpu, ggml_type type_k, ggml_type ty
             kv[i] = ggml_view_3d(g.ctx.get(), cache, s.head_dim, s.n_kv, s.n_head_kv, cache->nb[1], ggml_row_size(type, s.head_dim), 0);
         }
         ggml_tensor * out = ggml_flash_attn_ext(g.ctx.get(), q, kv[0], kv[1], mask, 0.125f, 0.0f, 0.0f);
-        if (!ggml_backend_supports_op(gpu, out)) {
-            return 0;
-        }
         ggml_build_forward_expand(g.nodes, out);
     }
     g.alloc(gpu);
@@ -220,20 +218,20 @@ int main(int argc, char ** argv) {
         printf("write %s %.2f %.2f\n", ggml_type_name(type), us_of_writing(gpu.get(), type, 1), us_of_writing(gpu.get(), type, 512));
     }
 
+    const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(gpu.get()));
+    const auto reads_pair = (kvt_cuda_reads_pair_t) ggml_backend_reg_get_proc_address(reg, KVT_CUDA_READS_PAIR);
     printf("# us of attention of a layer, GB/s of its cache: head size, heads, KV heads, tokens in the cache, new tokens\n");
     for (const shape & s : { shape{ 64, 9, 3, 8192, 1 }, shape{ 128, 28, 4, 8192, 1 }, shape{ 128, 32, 8, 8192, 1 }, shape{ 128, 32, 8, 32768, 1 } }) {
         for (ggml_type type_k : { KVT_CACHE_TYPES(STOCK, OURS) }) {
             for (ggml_type type_v : { KVT_CACHE_TYPES(STOCK, OURS) }) {
-                if (type_k == GGML_TYPE_F32 || type_v == GGML_TYPE_F32) {
-                    continue; // the graph casts it
+                if (reads_pair && !reads_pair(s.head_dim, s.head_dim, type_k, type_v)) {
+                    continue;
                 }
                 size_t bytes = 0;
                 const double us = us_of_attention(gpu.get(), type_k, type_v, s, bytes);
-                if (us > 0) {
-                    printf("attention %d:%d:%d %d %s-%s %.1f %.0f\n", int(s.head_dim), int(s.n_head), int(s.n_head_kv), int(s.n_kv),
-                        ggml_type_name(type_k), ggml_type_name(type_v), us, bytes*1e-3/us);
-                    fflush(stdout);
-                }
+                printf("attention %d:%d:%d %d %s-%s %.1f %.0f\n", int(s.head_dim), int(s.n_head), int(s.n_head_kv), int(s.n_kv),
+                    ggml_type_name(type_k), ggml_type_name(type_v), us, bytes*1e-3/us);
+                fflush(stdout);
             }
         }
     }

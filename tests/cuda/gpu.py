@@ -9,7 +9,7 @@ are timed, with their plan and with usual pairs. The others may have random weig
 
 device  writing and reading our types gives the CPU's bytes and values; what writing and attention take
 ops     llama.cpp's own tests of operators, for our types, against the CPU
-kld     of the plan, and of each --plan, against f16 on the CPU: on the CPU, on the GPU, and there token by token
+kld     of the plan, and of each --plan, against f16: on the CPU, on the GPU, and there token by token
 bench   tokens per second at depths of 0, 8192 and 32768: prompts of 512, and decoding
 
 Ends with 1 if a check failed.
@@ -25,10 +25,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+
+from kvtuner_gguf import Plan
+from kvtuner_gguf.calibrate.kld import kl_divergence, log_softmax
+from kvtuner_gguf.calibrate.text import read_text
+from kvtuner_gguf.gguf_file import read_plan, write_plan
+from kvtuner_gguf.runtime import Session
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("device", "ops", "kld", "bench")
@@ -36,6 +43,12 @@ OPS = ("SET_ROWS", "CPY", "GET_ROWS", "FLASH_ATTN_EXT")
 PAIRS = ("q8_0/q8_0", "q4_0/q4_0")
 DEPTHS = "0,8192,32768"
 N_CTX, N_CHUNK = 1024, 4
+# name: layers on the GPU, tokens at once, environment. Without a GPU: else it computes the large products of a prompt
+MODES = {
+    "CPU": (0, 512, {"CUDA_VISIBLE_DEVICES": ""}),
+    "GPU, a prompt": (99, 512, {}),
+    "GPU, token by token": (99, 1, {}),
+}
 
 
 def run(command: list[str | Path], log: Path, **env: str) -> tuple[int, str]:
@@ -76,53 +89,60 @@ def ops(bins: Path, out: Path) -> bool:
     return all_right
 
 
-def kld(model: Path, sidecars: list[Path], text: Path, out: Path) -> bool:
-    """Against f16 on the CPU: f16 and each plan on the CPU, on the GPU as a prompt, and there token by token, which is
-    by other kernels. A plan is right on the GPU if it is as far from f16 there, within the errors and what f16 is."""
-    from kvtuner_gguf import Plan
-    from kvtuner_gguf.calibrate.kld import compare, make_reference
-    from kvtuner_gguf.calibrate.text import chunks_of, read_text
-    from kvtuner_gguf.gguf_file import read_plan
-    from kvtuner_gguf.runtime import Session
+def logits_of(session: Session, plan: Plan | None, tokens: np.ndarray, step: int) -> Iterator[np.ndarray]:
+    """Of the second half of each chunk, step tokens at once; arrays valid one by one."""
+    pairs, vectors = (plan.pairs, plan.k_vectors) if plan else (None, ())
+    with session.context(N_CTX, pairs, vectors) as ctx:
+        if plan and ctx.notes():
+            sys.exit(f"the run time left the plan: {' | '.join(ctx.notes())}")
+        for chunk in tokens.tolist():
+            yield from ctx.logits(chunk, range(N_CTX // 2, N_CTX), step)
 
-    plans = {"f16": None, "file": read_plan(model)}
-    plans |= {path.stem: Plan.from_json(path.read_text()) for path in sidecars}
-    found: dict[str, dict[str, np.ndarray]] = {name: {} for name in plans}
-    notes = []
-    for where, n_gpu_layers, steps in (("CPU", 0, {"": 512}), ("GPU", 99, {"": 512, ", one by one": 1})):
+
+def kld_of_mode(model: Path, sidecars: list[Path], text: Path, mode: str, out: Path) -> None:
+    """KLD of each plan at each position, from an f16 cache that is run in the same way."""
+    n_gpu_layers, step, _ = MODES[mode]
+    plans = {"plan": read_plan(model)} | {path.stem: Plan.from_json(path.read_text()) for path in sidecars}
+    found = {}
+    with Session(model, n_gpu_layers=n_gpu_layers) as session:
+        tokens = read_text(session, text, 0, N_CTX * N_CHUNK).heldout.reshape(N_CHUNK, N_CTX)
+        base = np.concatenate([log_softmax(x).astype(np.float16) for x in logits_of(session, None, tokens, step)])
+        for name, plan in plans.items():
+            at, klds = 0, []
+            for logits in logits_of(session, plan, tokens, step):
+                klds.append(kl_divergence(base[at : at + len(logits)], logits))
+                at += len(logits)
+            found[name] = np.concatenate(klds)
+    np.savez(out / f"kld-{mode}.npz", **found)
+
+
+def kld(model: Path, sidecars: list[Path], text: Path, out: Path) -> bool:
+    """A plan is right on the GPU if it is as far from f16 there as on the CPU, position by position."""
+    for mode, (_, _, env) in MODES.items():
         t0 = time.monotonic()
-        with Session(model, n_gpu_layers=n_gpu_layers) as session:
-            if where == "CPU":
-                tokens = read_text(session, text, 0, N_CTX * N_CHUNK).heldout
-                reference = make_reference(session, chunks_of(tokens, N_CTX, N_CHUNK, "text"), out / "reference.f16")
-            for name, plan in plans.items():
-                pairs, vectors = (plan.pairs, plan.k_vectors) if plan else (None, ())
-                with session.context(N_CTX, pairs, vectors) as ctx:
-                    notes += [f"note: {where}, {name}: {note}" for note in ctx.notes()]
-                    for how, step in steps.items():
-                        found[name][where + how] = compare(ctx, reference, step=step, n_threads=8)[0]
-        print(f"{where}: {time.monotonic() - t0:.0f} s", flush=True)
-    reference.discard()
-    print("\n".join(dict.fromkeys(notes)))
-    print(f"KLD from f16 on the CPU at {len(found['f16']['CPU'])} positions: {', '.join(found['f16'])}")
+        command = [sys.executable, __file__, os.environ["LLAMA_CPP_LIB_PATH"], model, "--mode", mode, "--text", text]
+        command += ["--out", out, *(part for path in sidecars for part in ("--plan", path))]
+        status, said = run(command, out / f"kld-{mode}.log", **env)
+        print(f"{mode}: {time.monotonic() - t0:.0f} s", flush=True)
+        if status:
+            print(said[-2000:])
+            return False
+    found = {mode: np.load(out / f"kld-{mode}.npz") for mode in MODES}
+    print(f"\n| KLD from f16 | {' | '.join(MODES)} |\n|---|{'---|' * len(MODES)}")
     all_right = True
-    for name, sides in found.items():
-        cells = [f"{kld.mean():.5f}" for kld in sides.values()]
-        if name != "f16":
-            for i, (where, kld) in enumerate(sides.items()):
-                apart = kld - sides["CPU"]
-                allowed = found["f16"][where].mean() + 4 * apart.std() / len(apart) ** 0.5
-                if not abs(apart.mean()) <= allowed:
-                    cells[i] += " WRONG"
-                    all_right = False
+    for name in found["CPU"].files:
+        cells = []
+        for sides in found.values():
+            apart = sides[name] - found["CPU"][name]
+            right = abs(apart.mean()) <= 4 * apart.std() / len(apart) ** 0.5
+            all_right &= right
+            cells.append(f"{sides[name].mean():.5f} ({apart.mean():+.5f}){'' if right else ' WRONG'}")
         print(f"| {name} | {' | '.join(cells)} |")
     return all_right
 
 
 def bench(bins: Path, model: Path, out: Path, n_rounds: int) -> bool:
     """Tokens per second with the plan, and with uniform pairs on a copy without it."""
-    from kvtuner_gguf.gguf_file import write_plan
-
     print(
         f"\n{model.name}, tokens per second at depths of {DEPTHS}: a prompt of 512, decoding\n| | prompt | decoding |"
     )
@@ -153,12 +173,17 @@ def main() -> int:
     parser.add_argument("--steps", default=",".join(STEPS))
     parser.add_argument("--text", type=Path, default=ROOT / "docs/architecture.md", help="for the KLD")
     parser.add_argument("--plan", type=Path, action="append", default=[], help="sidecar of the first model")
+    parser.add_argument("--mode", choices=MODES, help=argparse.SUPPRESS)  # of the KLD, in a process of its own
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder of the logs [default: gpu]")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["LLAMA_CPP_LIB_PATH"] = str(args.bins)
     os.environ["LD_LIBRARY_PATH"] = os.pathsep.join([str(args.bins), os.environ.get("LD_LIBRARY_PATH", "")])
+
+    if args.mode:
+        kld_of_mode(args.models[0], args.plan, args.text, args.mode, args.out)
+        return 0
 
     right = {}
     for step in args.steps.split(","):
