@@ -12,7 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
+#include <map>
 #include <string>
 
 static int n_fail = 0;
@@ -73,7 +73,7 @@ static const int64_t N_EMBD = 1024; // of K or V of a token: 8 heads of 128
 
 // into a cache, row by row and as a whole, and back to f32
 static void check_bytes(ggml_backend_t gpu, ggml_type type) {
-    const int64_t n_row = 256;
+    const int64_t n_row = 64;
     const auto    x     = values(N_EMBD*n_row);
     const auto    calm  = tame(x);
     const size_t  row   = ggml_row_size(type, N_EMBD);
@@ -141,6 +141,20 @@ static double us_of_writing(ggml_backend_t gpu, ggml_type type, int64_t n_token)
     return g.us(gpu, n_node);
 }
 
+// random blocks of a type, over and over: a search for each would take minutes
+static const std::vector<uint8_t> & some_blocks(ggml_type type) {
+    static std::map<ggml_type, std::vector<uint8_t>> made;
+    auto & res = made[type];
+    if (res.empty()) {
+        std::mt19937 gen(1);
+        std::normal_distribution<float> normal;
+        std::vector<float> x(1 << 13);
+        std::generate(x.begin(), x.end(), [&] { return normal(gen); });
+        res = encode(type, x);
+    }
+    return res;
+}
+
 struct shape {
     int64_t head_dim, n_head, n_head_kv, n_kv, n_token;
 };
@@ -148,7 +162,7 @@ struct shape {
 // microseconds of attention over one layer's cache, and its bytes. As many layers as pass the GPU's L2 by far
 static double us_of_attention(ggml_backend_t gpu, ggml_type type_k, ggml_type type_v, const shape & s, size_t & bytes) {
     bytes = (ggml_row_size(type_k, s.head_dim) + ggml_row_size(type_v, s.head_dim))*s.n_head_kv*s.n_kv;
-    const int n_layer = std::min<size_t>(64, std::max<size_t>(8, (size_t(400) << 20)/bytes));
+    const int n_layer = std::min<size_t>(64, std::max<size_t>(8, (size_t(200) << 20)/bytes));
 
     graph g;
     ggml_tensor * mask = ggml_new_tensor_2d(g.ctx.get(), GGML_TYPE_F16, s.n_kv, s.n_token);
@@ -167,22 +181,13 @@ static double us_of_attention(ggml_backend_t gpu, ggml_type type_k, ggml_type ty
     }
     g.alloc(gpu);
 
-    const auto x = tame(values(s.head_dim*s.n_head_kv*s.n_kv));
     for (ggml_tensor * cache : caches) {
-        if (cache->type == GGML_TYPE_F16) {
-            std::vector<ggml_fp16_t> h(x.size());
-            ggml_fp32_to_fp16_row(x.data(), h.data(), x.size());
-            ggml_backend_tensor_set(cache, h.data(), 0, ggml_nbytes(cache));
-        } else {
-            // blocks repeat: a search for each would take minutes
-            const size_t some = ggml_row_size(cache->type, 1 << 14);
-            auto part = encode(cache->type, std::vector<float>(x.begin(), x.begin() + (1 << 14)));
-            std::vector<uint8_t> all(ggml_nbytes(cache));
-            for (size_t at = 0; at < all.size(); at += some) {
-                memcpy(&all[at], part.data(), std::min(some, all.size() - at));
-            }
-            ggml_backend_tensor_set(cache, all.data(), 0, all.size());
+        const auto & part = some_blocks(cache->type);
+        std::vector<uint8_t> all(ggml_nbytes(cache));
+        for (size_t at = 0; at < all.size(); at += part.size()) {
+            memcpy(&all[at], part.data(), std::min(part.size(), all.size() - at));
         }
+        ggml_backend_tensor_set(cache, all.data(), 0, all.size());
     }
     std::mt19937 gen(2);
     std::normal_distribution<float> normal;
