@@ -72,11 +72,11 @@ template <int T> KVT_FN int kvt_lane(int i) {
 }
 
 // what is held for a lane
-template <int T> KVT_FN int kvt_of_lane(const int16_t * row, int lane) {
+template <int T> KVT_FN int kvt_of_lane(const int * row, int lane) {
     if constexpr (T == 1) {
         return row[lane];
     } else {
-        return KVT_SHUFFLE_FROM((int) row[0], lane);
+        return KVT_SHUFFLE_FROM(row[0], lane);
     }
 }
 
@@ -201,24 +201,33 @@ struct kvt_ways {
     int16_t        cost[n_row][n_lane];
     kvt_numbers<T> from; // the number of the best way into each state: bits for each row
 
-    // a value is added to every way; the least of costs with a number is that of the first number
+    // a value is added to every way; the least of costs with a number is that of the first number. Where no sum is rounded down, it is taken
+    // apart, times 16: what a state before and the value make is made once, and what a window makes is the same for all values
     template <int p> KVT_FN void step(kvt_ways & w, int x, int16_t * from) {
         typedef kvt_phase<R, p> P;
         const int               k = P::bits, l = P::next;
+        constexpr bool          apart = P::shift == 0;
         int16_t                 cost[1 << (4 - l)][n_lane];
+        int                     before[1 << (4 - k)][n_lane];
+        for (int h = 0; h < 1 << (4 - k); h++) {
+            for (int i = 0; i < n_lane; i++) {
+                before[h][i] = (w.cost[h][i] - (apart ? x * P::of_high((16 * h + kvt_lane<T>(i)) >> (4 - k)) : 0)) * 16;
+            }
+        }
         for (int i = 0; i < n_lane; i++) {
             from[i] = 0;
         }
         for (int h = 0; h < 1 << (4 - l); h++) {
             for (int i = 0; i < n_lane; i++) {
                 const int lane = kvt_lane<T>(i);
-                const int u    = x - P::of_low(lane);
+                const int low  = P::of_low(lane);
+                const int u    = x - low;
                 int       best = 0x7FFFFFFF;
                 for (int j = 0; j < 1 << l; j++) {
                     const int first = (j << (8 - l - k)) + (16 * h >> k);
                     const int e     = P::of_high(h | j << (4 - l));
-                    const int last  = kvt_of_lane<T>(w.cost[first >> 4], (first & 15) + (lane >> k));
-                    const int c     = (last + ((e * e - u * e) >> P::shift)) * 16 + j;
+                    const int more  = apart ? e * e + low * e : (e * e - u * e) >> P::shift;
+                    const int c     = kvt_of_lane<T>(before[first >> 4], (first & 15) + (lane >> k)) + (more * 16 + j);
                     best            = c < best ? c : best;
                 }
                 cost[h][i] = (int16_t) ((best >> 4) + (u * u >> (2 + P::shift)));

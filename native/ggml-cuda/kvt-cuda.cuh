@@ -3,7 +3,8 @@
 
 #include "kvt-blocks.cuh"
 
-#define KVT_CUDA_BLOCK 128
+#define KVT_CUDA_BLOCK       128
+#define KVT_CUDA_WRITE_BLOCK 32 // one warp: a token has few blocks, and a search for each is long. So they are spread over the processors
 
 struct kvt_dims {
     int64_t ne[4];
@@ -29,7 +30,7 @@ static __global__ void k_kvt_set_rows(const char * x, const char * rows, char * 
     constexpr int n      = kvt_codec<type>::n;
     const int     j      = threadIdx.x % KVT_THREADS;
     const int64_t last   = src.ne[0] / n - 1;
-    const int64_t ib_all = int64_t(blockIdx.y) * (KVT_CUDA_BLOCK / KVT_THREADS) + threadIdx.x / KVT_THREADS;
+    const int64_t ib_all = int64_t(blockIdx.y) * (KVT_CUDA_WRITE_BLOCK / KVT_THREADS) + threadIdx.x / KVT_THREADS;
     const int64_t ib     = ib_all < last ? ib_all : last;
 
     const int64_t i1 = blockIdx.x % src.ne[1];
@@ -48,7 +49,7 @@ template <ggml_type type>
 static __global__ void k_kvt_cpy_from_f32(const char * x, char * y, const kvt_dims src, const kvt_dims dst, const int64_t n_block) {
     constexpr int n      = kvt_codec<type>::n;
     const int     j      = threadIdx.x % KVT_THREADS;
-    const int64_t ib_all = int64_t(blockIdx.x) * (KVT_CUDA_BLOCK / KVT_THREADS) + threadIdx.x / KVT_THREADS;
+    const int64_t ib_all = int64_t(blockIdx.x) * (KVT_CUDA_WRITE_BLOCK / KVT_THREADS) + threadIdx.x / KVT_THREADS;
     const int64_t ib     = ib_all < n_block ? ib_all : n_block - 1;
 
     const kvt_place from = kvt_find(src, ib * n);
