@@ -25,13 +25,14 @@ bool kvt_cuda_can_cpy(ggml_type src, ggml_type dst) {
 
 template <ggml_type type>
 static void kvt_set_rows(ggml_backend_cuda_context & ctx, const ggml_tensor * src, const ggml_tensor * rows, ggml_tensor * dst) {
-    const int64_t n_part = (src->ne[0] / kvt_codec<type>::n * KVT_THREADS + KVT_CUDA_WRITE_BLOCK - 1) / KVT_CUDA_WRITE_BLOCK;
+    constexpr int n_thread = kvt_write_block<kvt_codec<type>>;
+    const int64_t n_part   = (src->ne[0] / kvt_codec<type>::n * KVT_THREADS + n_thread - 1) / n_thread;
     const dim3    grid(ggml_nrows(src), n_part);
     if (grid.x == 0 || grid.y == 0) {
         return;
     }
     const auto kernel = rows->type == GGML_TYPE_I64 ? k_kvt_set_rows<type, int64_t> : k_kvt_set_rows<type, int32_t>;
-    kernel<<<grid, KVT_CUDA_WRITE_BLOCK, 0, ctx.stream()>>>((const char *) src->data, (const char *) rows->data, (char *) dst->data,
+    kernel<<<grid, n_thread, 0, ctx.stream()>>>((const char *) src->data, (const char *) rows->data, (char *) dst->data,
             kvt_dims_of(src), kvt_dims_of(rows), kvt_dims_of(dst));
 }
 
@@ -50,9 +51,10 @@ bool kvt_cuda_set_rows(ggml_backend_cuda_context & ctx, const ggml_tensor * src,
 template <ggml_type type>
 static void kvt_cpy_from_f32(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst) {
     GGML_ASSERT(src->ne[0] % kvt_codec<type>::n == 0);
-    const int64_t n_block = ggml_nelements(src) / kvt_codec<type>::n;
-    const int64_t grid    = (n_block * KVT_THREADS + KVT_CUDA_WRITE_BLOCK - 1) / KVT_CUDA_WRITE_BLOCK;
-    k_kvt_cpy_from_f32<type><<<grid, KVT_CUDA_WRITE_BLOCK, 0, ctx.stream()>>>((const char *) src->data, (char *) dst->data,
+    constexpr int n_thread = kvt_write_block<kvt_codec<type>>;
+    const int64_t n_block  = ggml_nelements(src) / kvt_codec<type>::n;
+    const int64_t grid     = (n_block * KVT_THREADS + n_thread - 1) / n_thread;
+    k_kvt_cpy_from_f32<type><<<grid, n_thread, 0, ctx.stream()>>>((const char *) src->data, (char *) dst->data,
             kvt_dims_of(src), kvt_dims_of(dst), n_block);
 }
 

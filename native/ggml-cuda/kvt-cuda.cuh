@@ -3,8 +3,16 @@
 
 #include "kvt-blocks.cuh"
 
-#define KVT_CUDA_BLOCK       128
-#define KVT_CUDA_WRITE_BLOCK 32 // one warp: a token has few blocks, and a search for each is long. So they are spread over the processors
+#include <type_traits>
+
+#define KVT_CUDA_BLOCK 128
+
+// threads that write a type, in one block of the grid. A token has few blocks of codes on a ring, and each takes a long search: a warp for
+// each two of them, so that they are spread over the processors
+template <typename codec, typename = void>
+constexpr int kvt_write_block = KVT_CUDA_BLOCK;
+template <typename codec>
+constexpr int kvt_write_block<codec, std::void_t<typename codec::R>> = 32;
 
 struct kvt_dims {
     int64_t ne[4];
@@ -30,7 +38,7 @@ static __global__ void k_kvt_set_rows(const char * x, const char * rows, char * 
     constexpr int n      = kvt_codec<type>::n;
     const int     j      = threadIdx.x % KVT_THREADS;
     const int64_t last   = src.ne[0] / n - 1;
-    const int64_t ib_all = int64_t(blockIdx.y) * (KVT_CUDA_WRITE_BLOCK / KVT_THREADS) + threadIdx.x / KVT_THREADS;
+    const int64_t ib_all = int64_t(blockIdx.y) * (kvt_write_block<kvt_codec<type>> / KVT_THREADS) + threadIdx.x / KVT_THREADS;
     const int64_t ib     = ib_all < last ? ib_all : last;
 
     const int64_t i1 = blockIdx.x % src.ne[1];
@@ -49,7 +57,7 @@ template <ggml_type type>
 static __global__ void k_kvt_cpy_from_f32(const char * x, char * y, const kvt_dims src, const kvt_dims dst, const int64_t n_block) {
     constexpr int n      = kvt_codec<type>::n;
     const int     j      = threadIdx.x % KVT_THREADS;
-    const int64_t ib_all = int64_t(blockIdx.x) * (KVT_CUDA_WRITE_BLOCK / KVT_THREADS) + threadIdx.x / KVT_THREADS;
+    const int64_t ib_all = int64_t(blockIdx.x) * (kvt_write_block<kvt_codec<type>> / KVT_THREADS) + threadIdx.x / KVT_THREADS;
     const int64_t ib     = ib_all < n_block ? ib_all : n_block - 1;
 
     const kvt_place from = kvt_find(src, ib * n);

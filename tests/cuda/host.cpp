@@ -64,8 +64,9 @@ static void test_set_rows(const char * name) {
         }
     }
     const kvt_dims idx = { { ne1, 1, ne3, 1 }, { (int64_t) sizeof(idx_t), (int64_t) sizeof(idx_t)*ne1, (int64_t) sizeof(idx_t)*ne1, 0 } };
-    const int n_part = (ne0/kvt_codec<type>::n*KVT_THREADS + KVT_CUDA_WRITE_BLOCK - 1)/KVT_CUDA_WRITE_BLOCK;
-    launch(dim3(ne1*ne2*ne3, n_part), KVT_CUDA_WRITE_BLOCK, [&] {
+    const int n_thread = kvt_write_block<kvt_codec<type>>;
+    const int n_part   = (ne0/kvt_codec<type>::n*KVT_THREADS + n_thread - 1)/n_thread;
+    launch(dim3(ne1*ne2*ne3, n_part), n_thread, [&] {
         k_kvt_set_rows<type, idx_t>((const char *) x.data(), (const char *) rows.data(), (char *) got.data(),
             dims(GGML_TYPE_F32, ne0, ne1, ne2, ne3), idx, dims(type, ne0, n_row, ne2, ne3));
     });
@@ -77,16 +78,17 @@ static void test_cpy_from_f32() {
     const int64_t ne0 = 192, ne1 = 5, ne2 = 7;
     const auto x    = values(ne0*ne1*ne2);
     const auto want = encode(type, x);
-    const int64_t n_block = x.size()/kvt_codec<type>::n;
+    const int64_t n_block  = x.size()/kvt_codec<type>::n;
+    const int     n_thread = kvt_write_block<kvt_codec<type>>;
     std::vector<uint8_t> got(want.size());
-    launch(dim3((n_block*KVT_THREADS + KVT_CUDA_WRITE_BLOCK - 1)/KVT_CUDA_WRITE_BLOCK), KVT_CUDA_WRITE_BLOCK, [&] {
+    launch(dim3((n_block*KVT_THREADS + n_thread - 1)/n_thread), n_thread, [&] {
         k_kvt_cpy_from_f32<type>((const char *) x.data(), (char *) got.data(), dims(GGML_TYPE_F32, ne0, ne1, ne2), dims(type, ne0, ne1, ne2), n_block);
     });
     check(got == want, type, "copy from f32");
 
     // K-shift: both sides are views of the same shape with rows of heads and tokens exchanged
     std::vector<uint8_t> permuted(want.size());
-    launch(dim3((n_block*KVT_THREADS + KVT_CUDA_WRITE_BLOCK - 1)/KVT_CUDA_WRITE_BLOCK), KVT_CUDA_WRITE_BLOCK, [&] {
+    launch(dim3((n_block*KVT_THREADS + n_thread - 1)/n_thread), n_thread, [&] {
         k_kvt_cpy_from_f32<type>((const char *) x.data(), (char *) permuted.data(), dims(GGML_TYPE_F32, ne0, ne1, ne2, 1, true), dims(type, ne0, ne1, ne2, 1, true), n_block);
     });
     check(permuted == want, type, "copy from f32, permuted");

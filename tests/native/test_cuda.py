@@ -15,13 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = ["q2_64", "q2_32", "q3_64", "q3_32", "q6_32", "k2_64", "k3_64", "k4_64", "t2_64", "t3_64", "t4_64"]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Lines "ok|FAIL type what" of tests/cuda/host.cpp, on the library that is tested."""
+def compiled(name: str, folder: Path, *libs: str) -> Path:
+    """A program of tests/cuda, built against the library that is tested."""
     from kvtuner_gguf import native
 
     compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    lib, program = native.lib_dir(), tmp_path_factory.mktemp("cuda") / "host"
+    lib, program = native.lib_dir(), folder / name
     trees = (lib.parent, ROOT / "build" / "editable")  # of a build that is tested in its folder, or of the package
     headers = [path for tree in trees if (path := tree / "llama.cpp" / "ggml" / "include").is_dir()]
     if not compiler or not headers:
@@ -34,16 +33,33 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"-I{headers[0]}",
         f"-I{ROOT / 'native/ggml-base'}",
         f"-I{ROOT / 'native/ggml-cuda'}",
-        str(ROOT / "tests/cuda/host.cpp"),
+        str(ROOT / "tests" / "cuda" / f"{name}.cpp"),
         f"-L{lib}",
-        "-lggml-base",
+        *libs,
         f"-Wl,-rpath,{lib}",
+        f"-Wl,-rpath-link,{lib}",
         "-o",
         str(program),
     ]
     built = subprocess.run(command, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr[-3000:]
+    return program
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Lines "ok|FAIL type what" of tests/cuda/host.cpp, on the library that is tested."""
+    program = compiled("host", tmp_path_factory.mktemp("cuda"), "-lggml-base")
     return subprocess.run([str(program)], capture_output=True, text=True).stdout.splitlines()
+
+
+def test_what_a_gpu_checks_says_that_there_is_none(tmp_path):
+    program = compiled("device", tmp_path, "-lggml", "-lggml-base")
+    run = subprocess.run([str(program), "bytes"], capture_output=True, text=True)
+    if run.returncode != 2:  # there is one
+        assert run.returncode == 0, run.stdout
+        return
+    assert "finds no GPU" in run.stderr
 
 
 def test_device_code_gives_the_bytes_and_values_of_the_cpu(results):
