@@ -10,13 +10,14 @@ from typing import Any
 from kvtuner_gguf.cache import scratch
 from kvtuner_gguf.calibrate.checks import Plannable, check_room, check_text, plannable_of
 from kvtuner_gguf.calibrate.corpus import readable
+from kvtuner_gguf.calibrate.estimate import seconds
 from kvtuner_gguf.calibrate.goals import Search
 from kvtuner_gguf.calibrate.kld import N_UBATCH
 from kvtuner_gguf.calibrate.kld_model import KldModel, fit
 from kvtuner_gguf.calibrate.measured import TEXT, Bench, Measured, heldout_reference, measure_model, search_reference
 from kvtuner_gguf.calibrate.methods import fitted, known_trials, paper
 from kvtuner_gguf.calibrate.options import Options, Outcome, Point, Solved
-from kvtuner_gguf.calibrate.progress import PAPER_STAGES, STAGES, Progress, Staged
+from kvtuner_gguf.calibrate.progress import PAPER_STAGES, STAGES, Progress, Staged, about
 from kvtuner_gguf.calibrate.proof import best_rivals, prove
 from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.calibrate.runs import FLOOR, HELDOUT, SEARCH, SEARCH_COPY, Runs, search_name, tag
@@ -63,10 +64,11 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
         with claimed(work):
             if options.fresh:
                 shutil.rmtree(work, ignore_errors=True)
-            about = "minutes on a small model, an hour or more on a large one; Ctrl-C loses nothing"
-            if (work / TEXT).exists():
-                about = "going on with what was measured before; --fresh measures anew"
-            progress.say(f"calibrate {options.model.name}: {about}")
+            known = (work / TEXT).exists()
+            begins = (
+                "going on with what was measured before; --fresh measures anew" if known else "Ctrl-C loses nothing"
+            )
+            progress.say(f"calibrate {options.model.name}: {begins}")
             write_about(work, options.model)
             progress = Staged(progress, PAPER_STAGES if options.method == "paper" else STAGES)
             return _calibrate(options, plannable, Store(work), folder, progress)
@@ -75,8 +77,12 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
 def _calibrate(options: Options, plannable: Plannable, store: Store, folder: Path, progress: Progress) -> Outcome:
     threads: dict[str, Any] = {"n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers}
     may_copy = plannable.goal.on_copy
+
+    def timed(own: Session, *per_token: float) -> None:
+        progress.say(f"all of it: {about(seconds(options, plannable, own, *per_token))}, with nothing beside it")
+
     with search_session(
-        options.model, store.folder, **threads, may_copy=may_copy, say=progress.say, scratch=folder
+        options.model, store.folder, **threads, may_copy=may_copy, say=progress.say, scratch=folder, timed=timed
     ) as session:
         bench = Bench(session, store, folder, progress)
         measured = measure_model(options, plannable, bench)

@@ -34,6 +34,7 @@ def search_session(
     may_copy: bool = True,
     say: Callable[[str], None],
     scratch: Path | None = None,
+    timed: Callable[[Session, float, float], None] | None = None,
 ) -> Iterator[Session]:
     """A session of the model, or of a copy in 16-bit floats where prompts run GAIN times as fast on it.
 
@@ -42,6 +43,8 @@ def search_session(
     noise floor is lower there, as activations are not rounded to 8 bits.
     folder   keeps the choice, so that a search that goes on does so with the same weights
     scratch  keeps the copy, while the session lives; folder by default
+    timed    is told the model, and the seconds of a prompt's token on it and on what is searched on, where nothing was
+             chosen before
     """
     choice, copy = folder / CHOICE, (scratch or folder) / COPY
     sizes: dict[str, Any] = {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
@@ -49,14 +52,19 @@ def search_session(
     copy.unlink(missing_ok=True)  # of a run that was killed
     try:
         with Session(model, **sizes) as own:
-            if may_copy and _chosen(choice) is None:
-                kind, gain = _faster(own, copy, sizes)
+            if _chosen(choice) is None and (may_copy or timed):
+                prompt = _seconds(own)
+                kind, gain = _faster(own, prompt, copy, sizes) if may_copy else (OWN, 1.0)
                 if kind != OWN:
                     say(
                         f"search on a copy of the model in {kind}, which reads a prompt {gain:.1f} times as fast; "
                         "proof on the model itself"
                     )
-                write_record(choice, kind.encode())
+                if may_copy:
+                    write_record(choice, kind.encode())
+                if timed:
+                    per_token = prompt / own.fitting(N_TOKENS)
+                    timed(own, per_token, per_token if kind == OWN else per_token / gain)
             kind = _chosen(choice) or OWN if may_copy else OWN
             if kind == OWN:
                 copy.unlink(missing_ok=True)  # it was tried, and was no faster
@@ -70,8 +78,11 @@ def search_session(
         copy.unlink(missing_ok=True)
 
 
-def _faster(own: Session, copy: Path, sizes: dict[str, Any]) -> tuple[str, float]:
-    """The type of a copy that is worth making, and what it gains; OWN if none is. Leaves the copy on disk."""
+def _faster(own: Session, prompt: float, copy: Path, sizes: dict[str, Any]) -> tuple[str, float]:
+    """The type of a copy that is worth making, and what it gains; OWN if none is. Leaves the copy on disk.
+
+    prompt  seconds of one on the model
+    """
     matrices = {t.type_name for t in read_header(own.path).tensors if len(t.shape) > 1}
     n_bytes = 2 * own.n_params
     if (
@@ -84,7 +95,7 @@ def _faster(own: Session, copy: Path, sizes: dict[str, Any]) -> tuple[str, float
     try:
         _make(own, copy, kind)
         with Session(copy, **sizes) as fast:
-            gain = _seconds(own) / _seconds(fast)
+            gain = prompt / _seconds(fast)
     except (CalibrationError, NativeError):
         return OWN, 1.0
     return (kind, gain) if gain >= GAIN else (OWN, gain)

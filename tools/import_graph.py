@@ -27,7 +27,7 @@ FLOORS = (
     "api cli_files",
     "calibrate.pipeline",
     "calibrate.measured calibrate.verdict tasks.evaluate",
-    "calibrate.evaluate calibrate.runs",
+    "calibrate.estimate calibrate.evaluate calibrate.runs",
     "calibrate.checks calibrate.methods calibrate.store calibrate.write",
     "calibrate.condition calibrate.error calibrate.options",
     "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.text output",

@@ -227,6 +227,7 @@ def test_what_was_measured_is_not_measured_again(tiny, tmp_path, text, monkeypat
     ]
     stopped_at = CliRunner().invoke(main, [*args, "-o", str(tmp_path / "a.json")])
     assert stopped_at.exit_code != 0 and "the same command goes on with it" in stopped_at.stderr
+    assert "all of it: about" in stopped_at.stderr.split("[1/10]")[0]
     monkeypatch.setattr(runs, "measure", lambda s, p, r, **k: (measured.append(ran(p, k)), real(s, p, r, **k))[1])
     again = run(*args, "-o", tmp_path / "a.json")
     assert "going on with what was measured before" in again.stderr

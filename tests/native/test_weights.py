@@ -53,6 +53,17 @@ def test_a_search_that_goes_on_keeps_its_weights(quantized, tmp_path, monkeypatc
     assert searched_on(quantized, tmp_path / "work")[0] == tmp_path / "work" / COPY
 
 
+@pytest.mark.parametrize(("gain", "ratio"), [(0.0, None), (1e9, 1.0)])
+def test_who_asks_is_told_how_fast_prompts_are(quantized, tmp_path, monkeypatch, gain, ratio):
+    monkeypatch.setattr(weights, "GAIN", gain)
+    told: list[tuple[float, float]] = []
+    for _ in range(2):  # once: a search that goes on is not timed
+        searched_on(quantized, tmp_path / "work", timed=lambda model, *seconds: told.append(seconds))
+    ((own, searched),) = told
+    assert own > 0 and searched > 0
+    assert ratio is None or searched == own * ratio
+
+
 def test_no_copy_is_made_of_floats_or_where_memory_is_short(tiny, quantized, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "GAIN", 0.0)
     assert searched_on(tiny("llama"), tmp_path / "floats")[0] == tiny("llama")

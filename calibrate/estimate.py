@@ -1,0 +1,51 @@
+"""How long a calibration may take, told before its first stage: by the time of a prompt, and by what the stages run."""
+
+from __future__ import annotations
+
+from kvtuner_gguf.calibrate.checks import Plannable
+from kvtuner_gguf.calibrate.methods import N_REFINE
+from kvtuner_gguf.calibrate.options import PAPER_TRIALS, Options
+from kvtuner_gguf.calibrate.prices import N_FLOOR
+from kvtuner_gguf.runtime import Session
+
+# measured with SmolLM2-135M on two cores; other models and machines come within a third
+_WRITTEN = 2.7  # times of a prompt's token, for one that the model writes beside others
+_CAPTURED = 2.3  # of a token whose Q, K and V are kept
+_OF_PRICE = 0.5  # a run that prices a layer starts with it
+_AT_LENGTH = 1.4  # in a held-out chunk, longer than the prompt that was timed
+_S_PER_CHANNEL = 4e-3  # of one thread, to condition a layer's K and see its errors, for each channel of the model
+_S_PER_LOGIT = 12e-9  # of one thread, to compare a logit
+_N_UNIFORM, _N_PROVED = 6, 9  # runs, as a rule
+
+
+def seconds(options: Options, plannable: Plannable, session: Session, own: float, searched: float) -> float:
+    """Of all stages.
+
+    own searched  seconds of a prompt's token, on the model and on what is searched on
+    """
+    sizes, n_il = plannable.sizes, len(plannable.types)
+    n_out = session.n_vocab * session.n_embd
+    share = n_out / max(session.n_params - n_out, 1)  # a token's logits, of the rest of its way
+    compared = _S_PER_LOGIT * session.n_vocab / session.n_threads
+
+    def run(per_token: float, n_tokens: int, n_scored: int, part: float = 1.0) -> float:
+        return n_tokens * per_token * part + n_scored * (per_token * share + compared)
+
+    n_search = sizes.n_searched * sizes.search_ctx
+    scored = -(-(n_search - sizes.n_searched * sizes.skipped(sizes.search_ctx)) // sizes.search_every)
+    scored_heldout = sizes.n_heldout - sizes.n_chunk * sizes.skipped(sizes.stream)
+    if options.method == "paper":
+        searches = (options.n_trials or PAPER_TRIALS) * run(searched, n_search, scored)
+    else:
+        n_price = 2 * n_il + N_FLOOR if options.n_trials is None else 2 * options.n_trials // 3
+        n_best = N_REFINE if options.n_trials is None else options.n_trials - n_price
+        searches = (n_price + _N_UNIFORM) * run(searched, n_search, scored, _OF_PRICE)
+        searches += (n_best + _N_UNIFORM) * run(searched, n_search, scored)
+    n_written = 0 if options.text else sizes.n_calibration + sizes.n_heldout
+    return (
+        run(searched, n_written, n_written, _WRITTEN)
+        + _CAPTURED * searched * sizes.n_calibration
+        + _S_PER_CHANNEL * n_il * session.n_embd / session.n_threads
+        + searches
+        + _N_PROVED * _AT_LENGTH * run(own, sizes.n_heldout, scored_heldout)
+    )

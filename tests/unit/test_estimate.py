@@ -1,0 +1,41 @@
+"""How long a calibration is said to take: as its parts make it, and as it was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from kvtuner_gguf.calibrate.estimate import seconds
+from kvtuner_gguf.calibrate.goals import WithinBits
+from kvtuner_gguf.calibrate.options import Options
+from kvtuner_gguf.calibrate.pipeline import sizes_of
+
+OPTIONS = Options(Path("model.gguf"), WithinBits(4.5))
+SMOLLM2 = {"n_vocab": 49152, "n_embd": 576, "n_params": 134_515_008}
+
+
+def of(options: Options = OPTIONS, own: float = 1.8e-3, searched: float = 0.38e-3, n_layer: int = 30, **more) -> float:
+    session = SimpleNamespace(**SMOLLM2, **{"n_threads": 2, **more})
+    return seconds(
+        options, SimpleNamespace(sizes=sizes_of(options), types=dict.fromkeys(range(n_layer))), session, own, searched
+    )
+
+
+def test_smollm2_takes_as_long_as_it_did():
+    """206 to 226 s on two cores of a Zen 4, where a token of a prompt took 1.8 and .38 ms."""
+    assert of() == pytest.approx(216, rel=0.2)
+
+
+def test_more_of_anything_takes_longer():
+    assert of(own=3e-3) > of() and of(searched=1e-3) > of() and of(n_layer=60) > of()
+    assert of(replace(OPTIONS, n_chunk=8)) > 1.5 * of()
+    assert of(replace(OPTIONS, n_trials=200)) > of() > of(replace(OPTIONS, n_trials=20))
+
+
+def test_less_of_anything_takes_less():
+    assert of(replace(OPTIONS, text=Path("text.txt"))) < of()
+    assert of(n_threads=8) < of()
+    assert of(replace(OPTIONS, method="paper", n_trials=10)) < of(replace(OPTIONS, method="paper"))
