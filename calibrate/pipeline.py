@@ -76,14 +76,13 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
 
 def _calibrate(options: Options, plannable: Plannable, store: Store, folder: Path, progress: Progress) -> Outcome:
     threads: dict[str, Any] = {"n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers}
-    may_copy = plannable.goal.on_copy
 
     def timed(own: Session, *per_token: float) -> None:
         progress.say(f"all of it: {about(seconds(options, plannable, own, *per_token))}, with nothing beside it")
 
-    with search_session(
-        options.model, store.folder, **threads, may_copy=may_copy, say=progress.say, scratch=folder, timed=timed
-    ) as session:
+    begins = not (store.folder / TEXT).exists()
+    how: dict[str, Any] = {"may_copy": plannable.goal.on_copy, "say": progress.say, "timed": timed if begins else None}
+    with search_session(options.model, store.folder, **threads, **how, scratch=folder) as session:
         bench = Bench(session, store, folder, progress)
         measured = measure_model(options, plannable, bench)
         found = search(options, plannable, measured, bench)
