@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from kvtuner_gguf.calibrate.checks import Plannable
-from kvtuner_gguf.calibrate.methods import N_REFINE
+from kvtuner_gguf.calibrate.methods import n_runs_of
 from kvtuner_gguf.calibrate.options import PAPER_TRIALS, Options
-from kvtuner_gguf.calibrate.prices import N_FLOOR
 from kvtuner_gguf.runtime import Session
 
 # measured with SmolLM2-135M on two cores; other models and machines come within a third
@@ -32,20 +31,17 @@ def seconds(options: Options, plannable: Plannable, session: Session, own: float
         return n_tokens * per_token * part + n_scored * (per_token * share + compared)
 
     n_search = sizes.n_searched * sizes.search_ctx
-    scored = -(-(n_search - sizes.n_searched * sizes.skipped(sizes.search_ctx)) // sizes.search_every)
-    scored_heldout = sizes.n_heldout - sizes.n_chunk * sizes.skipped(sizes.stream)
     if options.method == "paper":
-        searches = (options.n_trials or PAPER_TRIALS) * run(searched, n_search, scored)
+        searches = (options.n_trials or PAPER_TRIALS) * run(searched, n_search, sizes.n_scored_search)
     else:
-        n_price = 2 * n_il + N_FLOOR if options.n_trials is None else 2 * options.n_trials // 3
-        n_best = N_REFINE if options.n_trials is None else options.n_trials - n_price
-        searches = (n_price + _N_UNIFORM) * run(searched, n_search, scored, _OF_PRICE)
-        searches += (n_best + _N_UNIFORM) * run(searched, n_search, scored)
+        n_price, n_best = n_runs_of(n_il, _N_UNIFORM, options.n_trials)
+        searches = (n_price + _N_UNIFORM) * run(searched, n_search, sizes.n_scored_search, _OF_PRICE)
+        searches += (n_best + _N_UNIFORM) * run(searched, n_search, sizes.n_scored_search)
     n_written = 0 if options.text else sizes.n_calibration + sizes.n_heldout
     return (
         run(searched, n_written, n_written, _WRITTEN)
         + _CAPTURED * searched * sizes.n_calibration
         + _S_PER_CHANNEL * n_il * session.n_embd / session.n_threads
         + searches
-        + _N_PROVED * _AT_LENGTH * run(own, sizes.n_heldout, scored_heldout)
+        + _N_PROVED * _AT_LENGTH * run(own, sizes.n_heldout, sizes.n_scored_heldout)
     )

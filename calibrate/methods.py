@@ -20,6 +20,14 @@ from kvtuner_gguf.quality import Quality
 N_REFINE = 14  # runs of the default method around the goal, once the layers are priced
 
 
+def n_runs_of(n_il: int, n_uniform: int, n_trials: int | None) -> tuple[int, int]:
+    """Runs that price the layers, beside the uniform plans, and runs around the goal."""
+    if n_trials is None:
+        return 2 * n_il + N_FLOOR, N_REFINE
+    rest = max(3, n_trials - n_uniform)
+    return 2 * rest // 3, rest - 2 * rest // 3
+
+
 def fitted(
     kld_model: KldModel,
     uniform: Sequence[Pairs],
@@ -32,10 +40,7 @@ def fitted(
 
     uniform  plans that are run, too
     """
-    n_price, n_refine = 2 * len(kld_model.il) + N_FLOOR, N_REFINE
-    if search.n_trials is not None:
-        rest = max(3, search.n_trials - len(uniform))
-        n_price, n_refine = 2 * rest // 3, rest - 2 * rest // 3
+    n_price, n_refine = n_runs_of(len(kld_model.il), len(uniform), search.n_trials)
     floors = floor_plans(kld_model) if n_price > 2 * N_FLOOR else []
     ladders = price_ladders(kld_model, n_price - len(floors))
 

@@ -64,11 +64,6 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
         with claimed(work):
             if options.fresh:
                 shutil.rmtree(work, ignore_errors=True)
-            known = (work / TEXT).exists()
-            begins = (
-                "going on with what was measured before; --fresh measures anew" if known else "Ctrl-C loses nothing"
-            )
-            progress.say(f"calibrate {options.model.name}: {begins}")
             write_about(work, options.model)
             progress = Staged(progress, PAPER_STAGES if options.method == "paper" else STAGES)
             return _calibrate(options, plannable, Store(work), folder, progress)
@@ -80,8 +75,10 @@ def _calibrate(options: Options, plannable: Plannable, store: Store, folder: Pat
     def timed(own: Session, *per_token: float) -> None:
         progress.say(f"all of it: {about(seconds(options, plannable, own, *per_token))}, with nothing beside it")
 
-    begins = not (store.folder / TEXT).exists()
-    how: dict[str, Any] = {"may_copy": plannable.goal.on_copy, "say": progress.say, "timed": timed if begins else None}
+    known = (store.folder / TEXT).exists()
+    begins = "going on with what was measured before; --fresh measures anew" if known else "Ctrl-C loses nothing"
+    progress.say(f"calibrate {options.model.name}: {begins}")
+    how: dict[str, Any] = {"may_copy": plannable.goal.on_copy, "say": progress.say, "timed": None if known else timed}
     with search_session(options.model, store.folder, **threads, **how, scratch=folder) as session:
         bench = Bench(session, store, folder, progress)
         measured = measure_model(options, plannable, bench)

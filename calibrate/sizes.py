@@ -61,11 +61,19 @@ class Sizes:
         return self.n_captured - self.n_vectors
 
     @property
+    def n_scored_search(self) -> int:
+        """Scored positions of what plans are tried on."""
+        return self.n_searched * -(-(self.search_ctx - self.skipped(self.search_ctx)) // self.search_every)
+
+    @property
+    def n_scored_heldout(self) -> int:
+        """Scored positions of the held-out text."""
+        return self.n_chunk * (self.stream - self.skipped(self.stream))
+
+    @property
     def n_scored(self) -> int:
         """Positions of the larger of the two references."""
-        heldout = self.n_chunk * (self.stream - self.skipped(self.stream))
-        of_chunk = -(-(self.search_ctx - self.skipped(self.search_ctx)) // self.search_every)
-        return max(self.n_searched * of_chunk, heldout)
+        return max(self.n_scored_search, self.n_scored_heldout)
 
 
 def written_of(stream: int) -> int:

@@ -35,6 +35,7 @@ import numpy as np
 from kvtuner_gguf import Pair, Plan
 from kvtuner_gguf.calibrate.kld import kl_divergence, log_softmax
 from kvtuner_gguf.calibrate.text import read_text
+from kvtuner_gguf.codecs import CODECS
 from kvtuner_gguf.gguf_file import read_plan, write_plan
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.runtime import Session
@@ -46,9 +47,8 @@ PAIRS = ("q8_0/q8_0", "q4_0/q4_0")
 DEPTHS = "0,8192,32768"
 N_CTX, N_CHUNK = 1024, 4
 FLOOR = "f16 by the other kernel"
-ROUNDING = (
-    5e-4  # nats: a GPU adds in f16 in a prompt, and multiplies queries as int8 in decoding, also with stock's types
-)
+# nats: a GPU adds in f16 in a prompt, and multiplies queries as int8 in decoding, also with stock's types
+ROUNDING = 5e-4
 COPY = "f16.gguf"  # a copy of the model whose weights are f16: so it rounds what they multiply the least
 # name: layers on the GPU, tokens at once, environment. Without a GPU: else it computes the large products of a prompt
 MODES = {
@@ -72,10 +72,6 @@ def run(command: list[str | Path], log: Path, **env: str) -> tuple[int, str]:
     return done.returncode, log.read_text(errors="replace")
 
 
-def our_types() -> list[str]:
-    return re.findall(r"X\(\w+, (\w+), \d+,", (ROOT / "native/ggml-base/kvt-table.h").read_text())
-
-
 def device(bins: Path, out: Path) -> bool:
     status, text = run([bins / "kvt-cuda-test"], out / "device.log")
     print(text)
@@ -84,7 +80,8 @@ def device(bins: Path, out: Path) -> bool:
 
 def ops(bins: Path, out: Path) -> bool:
     """Each operator in a process of its own, at once: the CPU's side is what takes time."""
-    named = rf"type\w*=({'|'.join([*our_types(), 'iq4_nl'])})\b"
+    ours = [name for name in CODECS if name.endswith(("_32", "_64"))]
+    named = rf"type\w*=({'|'.join([*ours, 'iq4_nl'])})\b"
 
     def one(op: str) -> tuple[int, str]:
         return run([bins / "test-backend-ops", "test", "-b", "CUDA0", "-o", op, "-p", named], out / f"ops-{op}.log")
