@@ -35,7 +35,8 @@ WAYS = {"none": (False, False), "mean": (True, False), "scale": (False, True), "
 GROUPS, ROTATED = "k3_64", "t3_64"
 
 Attended = Callable[[LayerSample], tuple[np.ndarray, np.ndarray]]
-Error = Callable[[LayerSample, str], Callable[[KVectors], float]]
+Error = Callable[[LayerSample], Callable[[LayerSample, str, KVectors], float]]
+Judged = tuple[LayerSample, Callable[[LayerSample, str, KVectors], float]]
 # vectors from moments, and the type of K that they are measured in
 Way = tuple[Callable[[Sequence[Moments]], KVectors], str]
 
@@ -54,7 +55,7 @@ def condition(
 ) -> Conditions:
     """How each captured layer's K is to be conditioned.
 
-    error       of a sample and a type of K: a function of vectors, the error of its attention under them
+    error       of a sample: a function of it at a place, a type of K, and vectors: the error of its attention
     attended    of a sample: scores (n_head, n_q, n_kv) after softmax, and output (n_head, n_q, head_dim_v)
     type_k      il -> the type to measure mean and scale with; layers that are not in it are left alone
     mean scale  whether to try them at all
@@ -77,8 +78,8 @@ def condition(
         }
         in_basis = il in basis and has_blocks(samples[0].k.shape[-1])
         moments = [Moments.of(sample, *attended(sample)) for sample in samples]
-        judged = [sample.measured() for sample in samples]
-        return _best(judged, moments, error, measured, in_basis=in_basis)
+        judged = [(few, error(few)) for few in (sample.measured() for sample in samples)]
+        return _best(judged, moments, measured, in_basis=in_basis)
 
     for il, found in zip(capture.il, of_layers(of_layer, capture.il, n_threads)):
         if found:
@@ -107,19 +108,18 @@ def best_basis(errors: Mapping[str, float]) -> str | None:
 
 
 def _best(
-    samples: Sequence[LayerSample],
+    samples: Sequence[Judged],
     moments: Sequence[Moments],
-    error: Error,
     ways: Mapping[str, Way],
     *,
     in_basis: bool,
 ) -> tuple[KVectors, dict[str, float]]:
     """A layer's vectors, and the errors by which they were chosen: of the ways, and of the best one in a basis."""
-    errors = _errors(samples, moments, error, ways)
+    errors = _errors(samples, moments, ways)
     vectors, _ = ways[best_way(errors)]
     if in_basis:
         bases: dict[str, Way] = {name: (partial(_in_basis, name, vectors), GROUPS) for name in BASES}
-        errors |= _errors(samples, moments, error, {"rotated": (vectors, ROTATED), **bases})
+        errors |= _errors(samples, moments, {"rotated": (vectors, ROTATED), **bases})
         name = best_basis(errors)
         vectors = bases[name][0] if name else vectors
     return vectors(moments), errors
@@ -129,19 +129,16 @@ def _in_basis(name: str, vectors: Callable[[Sequence[Moments]], KVectors], momen
     return with_basis(name, Moments.averaged(moments), vectors(moments))
 
 
-def _errors(
-    samples: Sequence[LayerSample], moments: Sequence[Moments], error: Error, ways: Mapping[str, Way]
-) -> dict[str, float]:
+def _errors(samples: Sequence[Judged], moments: Sequence[Moments], ways: Mapping[str, Way]) -> dict[str, float]:
     """Error of each way, mean over samples and a few places of each."""
     each: dict[str, list[float]] = {name: [] for name in ways}
-    for i, sample in enumerate(samples):
+    for i, (sample, error) in enumerate(samples):
         others = [m for j, m in enumerate(moments) if j != i] or [moments[i]]
         vectors = {name: make(others) for name, (make, _) in ways.items()}
         for place in _judged(sample, i):
             here = sample if place is None else sample.turned(place)
-            error_under = {type_k: error(here, type_k) for _, type_k in ways.values()}
             for name, (_, type_k) in ways.items():
-                each[name].append(error_under[type_k](vectors[name]))
+                each[name].append(error(here, type_k, vectors[name]))
     return {name: float(np.mean(errors)) for name, errors in each.items()}
 
 

@@ -229,13 +229,14 @@ def sample_errors(
     return errors
 
 
-def k_error(sample: LayerSample, type_k: str, *, round_trip: RoundTrip) -> Callable[[KVectors], float]:
-    """A function of vectors: output_nrmse of this sample with K in this type, conditioned by them, and V as it is."""
+def k_error(sample: LayerSample, *, round_trip: RoundTrip) -> Callable[[LayerSample, str, KVectors], float]:
+    """A function of the same text at any place, a type of K, and vectors: output_nrmse there with K in this type,
+    conditioned by them, and V as it is. What it is compared with is computed once, as no place changes attention."""
     _, o = attention(sample, sample.k, sample.v)
 
-    def error(vectors: KVectors) -> float:
-        k_hat = after_codec(sample.k, type_k, sample.rot_k, round_trip, vectors)
-        return output_nrmse(o, attention(sample, k_hat, sample.v)[1])
+    def error(here: LayerSample, type_k: str, vectors: KVectors) -> float:
+        k_hat = after_codec(here.k, type_k, here.rot_k, round_trip, vectors)
+        return output_nrmse(o, attention(here, k_hat, here.v)[1])
 
     return error
 

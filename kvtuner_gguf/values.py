@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import base64
-import math
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from .errors import CodecError, PlanError
 
@@ -30,6 +31,8 @@ def checked(key: str, kind: str, value: Any) -> Any:
     if kind == "arr_str" and isinstance(value, (list, tuple)) and all(map(_is_text, value)):
         return list(value)
     if kind == "arr_f32" and isinstance(value, (list, tuple)):
+        if all(type(x) is float for x in value) and np.isfinite(kept := _f32(value)).all():
+            return [float(str(x)) for x in kept]
         return [checked(key, "f32", x) for x in value]
     if kind == "arr_u32" and isinstance(value, (list, tuple)):
         return [checked(key, "u32", x) for x in value]
@@ -41,8 +44,8 @@ def checked(key: str, kind: str, value: Any) -> Any:
         return int(value)
     if kind == "f32" and isinstance(value, Real) and not isinstance(value, bool):
         with suppress(OverflowError):
-            if math.isfinite(value):
-                return _shortest_f32(float(value))
+            if np.isfinite(kept := _f32(float(value))):
+                return float(str(kept))
     need = {
         "arr_str": "an array of strings",
         "arr_f32": "an array of floats",
@@ -75,11 +78,11 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and not _CONTROL.search(value)
 
 
-def _shortest_f32(value: float) -> float:
-    """The decimal with the fewest digits that is the same f32, so that JSON and GGUF read back alike."""
-    packed = struct.pack("<f", value)
-    value = struct.unpack("<f", packed)[0]
-    return next(x for x in (float(f"{value:.{n}g}") for n in range(6, 10)) if struct.pack("<f", x) == packed)
+def _f32(value: float | Sequence[float]) -> Any:
+    """As f32, whose str() is the decimal with the fewest digits that is the same, so that JSON and GGUF read back
+    alike; infinite if too large."""
+    with np.errstate(over="ignore"):
+        return np.float32(value)
 
 
 def brief(value: object) -> str:

@@ -243,8 +243,8 @@ def test_size_does_not_matter(way, factor):
 # ---- what is chosen
 
 
-def error(sample, type_k):
-    return k_error(sample, type_k, round_trip=round_trip)
+def error(sample):
+    return k_error(sample, round_trip=round_trip)
 
 
 def test_groups_lose_less_in_a_basis(tmp_path):

@@ -34,8 +34,8 @@ def offset_of(seed):
     return 4 * np.random.default_rng(seed).standard_normal((N_KV_HEAD, 1, HEAD_DIM))
 
 
-def error(sample, type_k):
-    return k_error(sample, type_k, round_trip=round_trip)
+def error(sample):
+    return k_error(sample, round_trip=round_trip)
 
 
 def scores(sample):
