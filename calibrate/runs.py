@@ -11,7 +11,7 @@ from kvtuner_gguf.calibrate.kld import Reference, measure
 from kvtuner_gguf.calibrate.store import Evaluations
 from kvtuner_gguf.kvectors import KVectors, where_quantized
 from kvtuner_gguf.pair import Pairs
-from kvtuner_gguf.quality import Quality
+from kvtuner_gguf.quality import Grade, Quality
 from kvtuner_gguf.runtime import Session
 
 SEARCH, SEARCH_COPY = "search", "search-copy"  # runs in the records: on the model itself, and on a copy of it
@@ -52,7 +52,8 @@ class Runs:
         return self.evaluations.get(self.name + tag(self.k_vectors), self._measure_plan, pairs)
 
     def of_stock(self, pairs: Pairs) -> Quality:
-        """With K as it is, as llama.cpp caches it without a plan."""
+        """With K as it is, as llama.cpp caches it without a plan; on as much of the text as shows it to be broken, if
+        it is."""
         return self.evaluations.get(self.name, self._measure_stock, pairs)
 
     def of_floor(self, f16: Pairs) -> Quality:
@@ -67,7 +68,11 @@ class Runs:
         return measure(self.session, pairs, self.reference, k_vectors=self.vectors_of(pairs))
 
     def _measure_stock(self, pairs: Pairs) -> Quality:
-        return measure(self.session, pairs, self.reference)
+        return measure(self.session, pairs, self.reference, enough=_is_broken)
 
     def _measure_floor(self, _: Pairs) -> Quality:
         return measure(self.session, None, self.reference, flash_attn=False)
+
+
+def _is_broken(quality: Quality) -> bool:
+    return Grade.of(quality) == Grade("broken", True)

@@ -51,9 +51,11 @@ def comparison_text(c: Comparison) -> str:
         for r in c.rows
     ]
     head = ("cache", "bits", f"MiB at {c.n_ctx}", "mean KLD", "99.9 % KLD", "same top token")
+    in_part = [r.name for r in c.rows if 0 < r.quality.n_positions < c.n_positions]
+    fewer = f" (fewer of {', '.join(in_part)}, as that was clear sooner)" if in_part else ""
     note = (
         f"KLD against an f16 cache, in nats; text {printable(c.text)}, {c.n_positions} scored positions in "
-        f"chunks of {c.chunk_ctx} tokens; +-: standard error."
+        f"chunks of {c.chunk_ctx} tokens{fewer}; +-: standard error."
     )
     return "\n".join((table(head, rows), note, *(f"note: {printable(n)}" for n in c.notes)))
 

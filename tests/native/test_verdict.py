@@ -9,7 +9,9 @@ import pytest
 from click.testing import CliRunner
 from running import prompt
 
-from kvtuner_gguf.calibrate.kld import Chunks, make_reference, measure
+from kvtuner_gguf.calibrate.kld import Chunks, log_softmax, make_reference, measure
+from kvtuner_gguf.calibrate.runs import Runs
+from kvtuner_gguf.calibrate.store import Store
 from kvtuner_gguf.calibrate.verdict import PLAN, USUAL
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.gguf_file import write_plan
@@ -36,6 +38,23 @@ def test_a_measurement_ends_with_the_chunk_that_is_enough(load, tiny, tmp_path):
     two = make_reference(session, Chunks(chunks.tokens[:2]), tmp_path / "two")
     assert whole.n_positions == 256 and half == seen[-1] == measure(session, pairs, two)
     assert half.n_positions == 128 and half.blocks == measure(session, pairs, two).blocks
+
+
+def test_a_pair_as_stock_has_it_is_measured_until_it_is_shown_to_be_broken(load, tiny, tmp_path):
+    """Beside a text's log-probabilities with others in their place, so that any cache is broken; a plan is measured on
+    all of the text."""
+    session = load(tiny("llama"))
+    chunks = Chunks(np.array([prompt(128, seed) for seed in range(4)], np.int32))
+    reference = make_reference(session, chunks, tmp_path / "f16")
+    pairs = (Pair("q4_0", "q4_0"),) * session.n_layer
+    right = Runs(session, reference, Store(tmp_path / "right").evaluations, "search").of_stock(pairs)
+    assert right.n_positions == chunks.n_positions and right.kld_mean < 0.5
+    shape = (chunks.n_positions, session.n_vocab)
+    wrong = log_softmax(np.random.default_rng(0).normal(0, 20, shape).astype(np.float32))
+    reference.path.write_bytes(wrong.astype(np.float16).tobytes())
+    runs = Runs(session, reference, Store(tmp_path / "wrong").evaluations, "search")
+    assert runs.of_stock(pairs).n_positions == chunks.n_positions / 4 and runs.of_stock(pairs).kld_mean > 0.5
+    assert runs.of_plan((Pair("q4_0", "q8_0"),) * session.n_layer).n_positions == chunks.n_positions
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 
 from kvtuner_gguf.calibrate.kld import Chunks, quality_of
 from kvtuner_gguf.quality import Beside, Comparison, Grade, Quality, Row, standard_error
+from kvtuner_gguf.report import comparison_text
 
 
 def of_blocks(*blocks: float) -> Quality:
@@ -77,3 +78,12 @@ def test_the_safe_row_of_the_fewest_bytes_is_named():
     rows = [Row(str(n), n, n, Quality(kld, kld, 0.9)) for n, kld in ((1, 0.0), (16, 0.001), (6, 0.009), (4, 0.02))]
     assert Comparison("", 1, 1, 1, tuple(rows)).safe == rows[2]
     assert Comparison("", 1, 1, 1, (rows[0], rows[3])).safe is None
+
+
+def test_the_table_names_what_was_measured_on_less_than_all():
+    rows = [
+        Row(name, 4.5, 1, Quality(kld, kld, 0.5, n_positions=n)) for name, kld, n in (("plan", 0.01, 8), ("q4_0", 2, 4))
+    ]
+    said = comparison_text(Comparison("some", 8, 16, 1, tuple(rows)))
+    assert "8 scored positions in chunks of 16 tokens (fewer of q4_0, as that was clear sooner)" in said
+    assert "fewer" not in comparison_text(Comparison("some", 8, 16, 1, (rows[0],)))
