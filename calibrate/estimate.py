@@ -10,7 +10,7 @@ from kvtuner_gguf.runtime import Session
 # measured with SmolLM2-135M on two cores; other models and machines come within a third
 _WRITTEN = 2.7  # times of a prompt's token, for one that the model writes beside others
 _CAPTURED = 2.3  # of a token whose Q, K and V are kept
-_OF_PRICE = 0.5  # a run that prices a layer starts with it
+_OF_PRICE = 0.5  # a run that prices a layer, on half of the text, starts with it
 _AT_LENGTH = 1.4  # in a held-out chunk, longer than the prompt that was timed
 _S_PER_CHANNEL = 4e-3  # of one thread, to condition a layer's K and see its errors, for each channel of the model
 _S_PER_LOGIT = 12e-9  # of one thread, to compare a logit
@@ -35,8 +35,8 @@ def seconds(options: Options, plannable: Plannable, session: Session, own: float
         searches = (options.n_trials or PAPER_TRIALS) * run(searched, n_search, sizes.n_scored_search)
     else:
         n_price, n_best = n_runs_of(n_il, _N_UNIFORM, options.n_trials)
-        searches = (n_price + _N_UNIFORM) * run(searched, n_search, sizes.n_scored_search, _OF_PRICE)
-        searches += (n_best + _N_UNIFORM) * run(searched, n_search, sizes.n_scored_search)
+        searches = n_price * run(searched, n_search // 2, sizes.n_scored_search // 2, _OF_PRICE)
+        searches += (n_best + 2 * _N_UNIFORM) * run(searched, n_search, sizes.n_scored_search)
     n_written = 0 if options.text else sizes.n_calibration + sizes.n_heldout
     return (
         run(searched, n_written, n_written, _WRITTEN)

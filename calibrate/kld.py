@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +110,30 @@ class Reference:
     """Log-probabilities of the f16 cache on the scored positions: (n_positions, n_vocab) float16, on disk.
 
     hidden  its hidden states: runs that leave lower layers at f16 start with the first that they do not
+    first   where its chunks begin, in those of the file
     """
 
     chunks: Chunks
     path: Path
     n_vocab: int
     hidden: Hidden | None = None
+    first: int = 0
 
     def open(self) -> np.ndarray:
-        return np.memmap(self.path, np.float16, "r", shape=(self.chunks.n_positions, self.n_vocab))
+        shape = (self.chunks.n_positions, self.n_vocab)
+        at = 2 * self.first * len(self.chunks.positions) * self.n_vocab
+        return np.memmap(self.path, np.float16, "r", at, shape)
+
+    def of_chunks(self, chunks: range) -> Reference:
+        """Of these of its chunks alone."""
+        few = replace(self.chunks, tokens=self.chunks.tokens[chunks.start : chunks.stop])
+        return replace(self, chunks=few, first=self.first + chunks.start)
+
+    @property
+    def tokens(self) -> range:
+        """Those of its chunks, in the file's."""
+        first = self.first * self.chunks.n_ctx
+        return range(first, first + self.chunks.tokens.size)
 
     def discard(self) -> None:
         """Take it from the disk; it is large."""
@@ -179,7 +194,9 @@ def measure(
     enough      whether what the chunks so far gave will do, so that the others are not run; None = all are
     Raises CalibrationError if the run time did not allocate what was asked for.
     """
-    hidden = reference.hidden if pairs and reference.hidden and reference.hidden.start(_first_changed(pairs)) else None
+    hidden = reference.hidden
+    if not (pairs and hidden and hidden.start(_first_changed(pairs), reference.tokens)):
+        hidden = None
     options: dict[str, Any] = {"n_ubatch": N_UBATCH, "flash_attn": flash_attn, "watch": hidden}
     with session.context(reference.chunks.n_ctx, pairs, k_vectors, **options) as ctx:
         if pairs is not None and ctx.notes():

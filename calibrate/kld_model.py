@@ -22,13 +22,16 @@ from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pair
 
 F16 = Pair("f16", "f16")
-# how far a layer's x may lie from its side's mean, relative to the larger of the two: one standard deviation
-PRIOR_SPREAD = 1.0
+# standard deviations of logarithms
+SIDE_SPREAD = 1.0  # of the x of all K, or of all V, about 1
+LAYER_SPREAD = 0.8  # of a layer's, about that of its side (SmolLM2 .4, Qwen2.5-Coder-0.5B .6, gemma-3-270m 1)
+TYPE_SPREAD = 0.3  # of a type's factor about 1
+FLOOR_SPREAD = 2.0  # of the floor, about half of the least KLD
+# of a measured KLD, about that on any text: in all, and of a single layer, whose KLD hangs on few positions. Times what
+# of these the trials make likeliest, as some have next to none
+NOISE, NOISE_OF_LAYER, NOISES = 0.08, 0.3, (1.0, 0.1)
 ALIKE = 0.85  # correlation of the x of a layer's K and of its V: what lies above a layer amplifies both (SmolLM2: 0.87)
-N_REWEIGHT = 5
-TYPE_SPREAD = 0.5  # of a type's factor about 1
-TYPE_RANGE = (0.25, 4.0)
-NOISE = 0.1  # how far a measured KLD may lie from the model, relative
+LEAST = 1e-7  # nats: what is less is rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,33 +148,92 @@ class Fit:
 
 
 def fit(kld_model: KldModel, trials: Sequence[Trial]) -> Fit:
-    """x, the floor, and the factors of types that explain the trials' KLDs best."""
-    floors = _floors(kld_model, trials)
-    found = _of_types(kld_model, trials, floors, *_of_layers(kld_model, trials, floors))
-    return Fit(found, *_of_layers(found, trials, floors))
+    """x, the floor, and the factors of types that explain the logarithms of the trials' KLDs best, and are likely
+    themselves: least squares with a prior, as logarithms, since a KLD's noise grows with it and x differ by factors.
+    How noisy the trials are is what they make likeliest: by Laplace's approximation of the evidence."""
+    from scipy.optimize import least_squares
+
+    best, best_evidence, z = None, -np.inf, None
+    for noise in NOISES:
+        unknowns = _Unknowns(kld_model, trials, noise)
+        start = unknowns.likely if z is None else z
+        z = least_squares(unknowns.residuals, start, unknowns.jacobian, method="lm").x
+        if (evidence := unknowns.evidence(z)) > best_evidence:
+            best, best_evidence = unknowns.fit_of(z), evidence
+    assert best is not None
+    return best
 
 
-def _of_types(
-    kld_model: KldModel, trials: Sequence[Trial], floors: np.ndarray, x: np.ndarray, floor: float
-) -> KldModel:
-    """With squared errors times a factor of their type, of K and of V: ridge regression towards 1, given the layers'
-    x."""
-    from scipy.optimize import lsq_linear
+class _Unknowns:
+    """The unknowns as logarithms in one vector, and how far they are from the trials and from what is likely.
 
-    columns = np.array([[kld_model.column[t.pairs[il]] for il in kld_model.il] for t in trials])
-    types = np.array([(p.type_k, p.type_v) for p in kld_model.pairs]).T  # of each column of a side's squares
-    parts = []
-    for of_layers, squares, of_column in zip(np.split(x, 2), (kld_model.sq_k, kld_model.sq_v), types):
-        each = of_layers * squares[np.arange(len(squares)), columns]  # (trial, layer)
-        parts += [np.where(of_column[columns] == name, each, 0).sum(axis=1) for name in np.unique(of_column)]
-    y = np.array([t.kld for t in trials])
-    weight = 1 / (NOISE * np.maximum(y, 1e-6))
-    target = (y - floor * floors) * weight
-    unknowns = np.vstack([np.column_stack(parts) * weight[:, None], np.eye(len(parts)) / TYPE_SPREAD])
-    factors = lsq_linear(unknowns, np.append(target, np.full(len(parts), 1 / TYPE_SPREAD)), bounds=TYPE_RANGE).x
-    of_k = np.unique(types[0], return_inverse=True)[1]
-    of_v = np.unique(types[1], return_inverse=True)[1] + of_k.max() + 1
-    return replace(kld_model, sq_k=kld_model.sq_k * factors[of_k], sq_v=kld_model.sq_v * factors[of_v])
+    In order: x of all K, and of all V, and the floor; each layer's x beside those, of K, then of V; factors of K's
+    types, then of V's.
+    """
+
+    def __init__(self, kld_model: KldModel, trials: Sequence[Trial], noise: float) -> None:
+        self.kld_model, n = kld_model, len(kld_model.il)
+        columns = np.array([[kld_model.column[t.pairs[il]] for il in kld_model.il] for t in trials])
+        rows = np.arange(n)
+        self.squares = np.hstack([kld_model.sq_k[rows, columns], kld_model.sq_v[rows, columns]])  # (trial, 2n)
+        type_k, of_k = np.unique([p.type_k for p in kld_model.pairs], return_inverse=True)
+        type_v, of_v = np.unique([p.type_v for p in kld_model.pairs], return_inverse=True)
+        self.factor_of = of_k, of_v + len(type_k)  # of each pair's K and V
+        self.factors = np.hstack([of[columns] for of in self.factor_of])  # (trial, 2n)
+        self.layers = slice(3, 3 + 2 * n)
+        self.n = 3 + 2 * n + len(type_k) + len(type_v)
+        kld = np.maximum([t.kld for t in trials], LEAST)
+        self.target, self.floors = np.log(kld), _floors(kld_model, trials)
+        n_changed = np.maximum((self.squares.reshape(len(trials), 2, n) > 0).any(axis=1).sum(axis=1), 1)
+        self.weight = 1 / (noise * np.hypot(NOISE, NOISE_OF_LAYER / np.sqrt(n_changed)))
+        self.likely = np.zeros(self.n)
+        self.likely[2] = np.log(kld.min() / 2)
+        self.prior = self._prior(n)
+
+    def _prior(self, n: int) -> np.ndarray:
+        """What makes the unknowns, less what is likely, independent of each other and of unit variance."""
+        spreads = [SIDE_SPREAD, SIDE_SPREAD, FLOOR_SPREAD, *[LAYER_SPREAD] * (2 * n)]
+        prior = np.diag(1 / np.array(spreads + [TYPE_SPREAD] * (self.n - len(spreads))))
+        both, apart = (np.eye(n) / np.sqrt(2 * (1 + way * ALIKE)) / LAYER_SPREAD for way in (1, -1))
+        prior[self.layers, self.layers] = np.block([[both, both], [apart, -apart]])
+        return prior
+
+    def _parts(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What each side of each layer adds to each trial's KLD (trial, 2n), and the floor (trial,)."""
+        with np.errstate(over="ignore"):
+            return self.squares * np.exp(self._log_x(z) + z[self.layers.stop + self.factors]), np.exp(
+                z[2]
+            ) * self.floors
+
+    def _log_x(self, z: np.ndarray) -> np.ndarray:
+        return z[self.layers] + np.repeat(z[:2], len(self.kld_model.il))
+
+    def residuals(self, z: np.ndarray) -> np.ndarray:
+        sides, floor = self._parts(z)
+        told = np.log(sides.sum(axis=1) + floor + LEAST)
+        return np.concatenate([(told - self.target) * self.weight, self.prior @ (z - self.likely)])
+
+    def jacobian(self, z: np.ndarray) -> np.ndarray:
+        sides, floor = self._parts(z)
+        by = self.weight / (sides.sum(axis=1) + floor + LEAST)
+        sides, floor = sides * by[:, None], floor * by
+        of_trials = np.zeros((len(by), self.n))
+        of_trials[:, :2] = sides.reshape(len(by), 2, -1).sum(axis=2)
+        of_trials[:, 2] = floor
+        of_trials[:, self.layers] = sides
+        np.add.at(of_trials, (np.arange(len(by))[:, None], self.factors + self.layers.stop), sides)
+        return np.vstack([of_trials, self.prior])
+
+    def evidence(self, z: np.ndarray) -> float:
+        """Logarithm of how likely the trials are, whatever the unknowns, but for a constant; z: the likeliest."""
+        jacobian, residuals = self.jacobian(z), self.residuals(z)
+        volume = np.linalg.slogdet(self.prior)[1] - np.linalg.slogdet(jacobian.T @ jacobian)[1] / 2
+        return float(np.log(self.weight).sum() + volume - residuals @ residuals / 2)
+
+    def fit_of(self, z: np.ndarray) -> Fit:
+        of_k, of_v = (np.exp(z[self.layers.stop + of]) for of in self.factor_of)
+        squares = {"sq_k": self.kld_model.sq_k * of_k, "sq_v": self.kld_model.sq_v * of_v}
+        return Fit(replace(self.kld_model, **squares), np.exp(self._log_x(z)), float(np.exp(z[2])))
 
 
 def _floors(kld_model: KldModel, trials: Sequence[Trial]) -> np.ndarray:
@@ -179,40 +241,3 @@ def _floors(kld_model: KldModel, trials: Sequence[Trial]) -> np.ndarray:
     shape = floor_shape(kld_model, trials)
     rows = [kld_model.first_quantized(t.pairs) for t in trials]
     return np.array([0.0 if row is None else shape[row] for row in rows])
-
-
-def _of_layers(kld_model: KldModel, trials: Sequence[Trial], floors: np.ndarray) -> tuple[np.ndarray, float]:
-    """x (2*n_il,) and the floor that explain the trials' KLDs best: ridge regression towards one x per side.
-
-    What a layer's x departs from that by is expected to be much the same for its K and its V. The floor is that of a
-    plan which is quantized from the first layer on. Residuals count relative to the KLD, as its noise grows with it.
-    """
-    from scipy.optimize import lsq_linear, nnls
-
-    a = np.array([kld_model.features(t.pairs) for t in trials])
-    y = np.array([t.kld for t in trials])
-    n = len(kld_model.il)
-    weight = 1 / np.maximum(y, 1e-6)
-    sides = np.column_stack([a[:, :n].sum(axis=1), a[:, n:].sum(axis=1), floors])
-    mean, _ = nnls(sides * weight[:, None], y * weight)
-    least = 1e-3 * mean[:2].max() if mean[:2].max() > 0 else 1.0
-    prior = np.repeat(np.maximum(mean[:2], least), n)
-    center = np.append(prior, max(mean[2], 1e-6))
-    data, target = np.column_stack([a, floors]) * (weight / NOISE)[:, None], y * weight / NOISE
-    alike = _whitened(n)
-    found = center
-    for _ in range(N_REWEIGHT):
-        spread = PRIOR_SPREAD * np.maximum(center, found)
-        # of the data, in units of their spread
-        unknowns = np.vstack([data * spread, alike])
-        found = lsq_linear(unknowns, np.concatenate([target, alike @ (center / spread)]), bounds=(0, np.inf)).x * spread
-    return found[:-1], float(found[-1])
-
-
-def _whitened(n: int) -> np.ndarray:
-    """(2n + 1, 2n + 1): makes independent of each other the x of n layers' K and V, and the floor."""
-    both, apart = 1 / np.sqrt(2 * (1 + ALIKE)), 1 / np.sqrt(2 * (1 - ALIKE))
-    eye = np.eye(n)
-    result = np.eye(2 * n + 1)
-    result[: 2 * n, : 2 * n] = np.block([[both * eye, both * eye], [apart * eye, -apart * eye]])
-    return result

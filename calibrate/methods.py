@@ -15,7 +15,6 @@ from kvtuner_gguf.calibrate.prune import pareto_menus
 from kvtuner_gguf.calibrate.results import ErrorTable, Evaluate, Trial
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pairs
-from kvtuner_gguf.quality import Quality
 
 N_REFINE = 14  # runs of the default method around the goal, once the layers are priced
 
@@ -87,11 +86,11 @@ def paper(
     return goal.choose(tried, search.spent)
 
 
-def known_trials(kld_model: KldModel, runs: Sequence[tuple[Pairs, Quality]], geometry: Geometry) -> list[Trial]:
-    """The runs of a search, read back, that are of the model's pairs and tell prices."""
+def known_trials(kld_model: KldModel, runs: Sequence[tuple[Pairs, float]], geometry: Geometry) -> list[Trial]:
+    """The runs of a search, read back with their KLD, that are of the model's pairs and tell prices."""
     of_these = [
-        Trial.of(pairs, quality.kld_mean, geometry)
-        for pairs, quality in runs
+        Trial.of(pairs, kld, geometry)
+        for pairs, kld in runs
         if {pairs[il] for il in kld_model.il} <= {*kld_model.column}
     ]
     return [trial for trial in of_these if not replaced(trial)]

@@ -20,7 +20,7 @@ from kvtuner_gguf.calibrate.options import Options, Outcome, Point, Solved
 from kvtuner_gguf.calibrate.progress import PAPER_STAGES, STAGES, Progress, Staged, about
 from kvtuner_gguf.calibrate.proof import best_rivals, prove
 from kvtuner_gguf.calibrate.results import Trial
-from kvtuner_gguf.calibrate.runs import FLOOR, HELDOUT, SEARCH, SEARCH_COPY, Runs, search_name, tag
+from kvtuner_gguf.calibrate.runs import FLOOR, HELDOUT, SEARCH, SEARCH_COPY, Runs, on_all_of, search_name, tag
 from kvtuner_gguf.calibrate.sizes import Sizes
 from kvtuner_gguf.calibrate.solve import cheapest, front, sensitivities, uniform_pairs
 from kvtuner_gguf.calibrate.store import Store, claimed, work_dir
@@ -161,7 +161,8 @@ def solved(options: Options, plannable: Plannable, measured: Measured, store: St
     kld_model = KldModel.of(measured.errors, geometry)
     plannable.goal.check(geometry, cheapest(kld_model) + spent)
     by_search = {
-        name: known_trials(kld_model, runs.of(name + tag(k_vectors)), geometry) for name in (SEARCH, SEARCH_COPY)
+        name: known_trials(kld_model, on_all_of(runs.of(name + tag(k_vectors)), plannable.sizes.n_searched), geometry)
+        for name in (SEARCH, SEARCH_COPY)
     }
     name, known = max(by_search.items(), key=lambda item: len(item[1]))
     ended = bool(runs.of(HELDOUT + FLOOR))  # a search of few types may have few plans to try

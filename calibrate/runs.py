@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from kvtuner_gguf.calibrate.kld import Reference, measure
 from kvtuner_gguf.calibrate.store import Evaluations
 from kvtuner_gguf.kvectors import KVectors, where_quantized
-from kvtuner_gguf.pair import Pairs
+from kvtuner_gguf.pair import Pair, Pairs
 from kvtuner_gguf.quality import Grade, Quality
 from kvtuner_gguf.runtime import Session
 
@@ -61,17 +63,52 @@ class Runs:
         return self.evaluations.get(self.name + FLOOR, self._measure_floor, f16)
 
     def kld(self, pairs: Pairs) -> float:
-        """Mean KLD of a plan."""
-        return self.of_plan(pairs).kld_mean
+        """Mean KLD of a plan, as on all of the text."""
+        self.of_plan(pairs)
+        return dict(on_all_of(self.evaluations.of(self.name + tag(self.k_vectors)), self._n_chunk))[pairs]
+
+    @property
+    def _n_chunk(self) -> int:
+        return len(self.reference.chunks.tokens)
 
     def _measure_plan(self, pairs: Pairs) -> Quality:
-        return measure(self.session, pairs, self.reference, k_vectors=self.vectors_of(pairs))
+        part = self.reference.of_chunks(_part(pairs, self._n_chunk))
+        return measure(self.session, pairs, part, k_vectors=self.vectors_of(pairs))
 
     def _measure_stock(self, pairs: Pairs) -> Quality:
         return measure(self.session, pairs, self.reference, enough=_is_broken)
 
     def _measure_floor(self, _: Pairs) -> Quality:
         return measure(self.session, None, self.reference, flash_attn=False)
+
+
+def _part(pairs: Pairs, n_chunk: int) -> range:
+    """The chunks that a plan is measured on: half of them where it changes one side of one layer alone, K one half, V
+    the other. Such runs differ by the text more than by its length, and a layer's K and V are much alike."""
+    half, changed = -(-n_chunk // 2), [p for p in pairs if {p.type_k, p.type_v} - {"f16", ""}]
+    if n_chunk < 2 or len(changed) != 1 or "f16" not in vars(changed[0]).values():
+        return range(n_chunk)
+    return range(half) if changed[0].type_v == "f16" else range(half, n_chunk)
+
+
+def on_all_of(runs: Sequence[tuple[Pairs, Quality]], n_chunk: int) -> list[tuple[Pairs, float]]:
+    """The KLD of each run as on all n_chunk chunks: that of a part of them, times what the uniform plans tell on all by
+    what they tell on that part."""
+    uniform = [q for pairs, q in runs if len({*pairs} - {Pair("", "")}) == 1 and len(_part(pairs, n_chunk)) == n_chunk]
+
+    def hardness(part: range) -> float:
+        if len(part) == n_chunk:
+            return 1.0
+        ratios = [q.kld_mean / _of_part(q, part, n_chunk) for q in uniform if q.kld_mean]
+        return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
+
+    return [(pairs, q.kld_mean * hardness(_part(pairs, n_chunk))) for pairs, q in runs]
+
+
+def _of_part(quality: Quality, part: range, n_chunk: int) -> float:
+    """Mean KLD of these of its chunks."""
+    of_chunks = np.reshape(quality.blocks, (n_chunk, -1))
+    return float(of_chunks[part.start : part.stop].mean())
 
 
 def _is_broken(quality: Quality) -> bool:

@@ -21,9 +21,10 @@ class Hidden:
 
     def __init__(self, path: Path, shape: tuple[int, int, int], stride: int) -> None:
         self.eval_callback = native.eval_callback("kvt_hidden_eval")
-        self.path, (n_slot, self._n_rows, n_embd) = path, shape
+        self.path, (n_slot, n_rows, n_embd) = path, shape
+        self._n_taken = n_rows
         self._rows: np.ndarray | None = np.memmap(path, np.float32, "r+", shape=shape)
-        self.handle = native.library().kvt_hidden_new(self._rows.ctypes.data, n_slot, stride, self._n_rows, n_embd)
+        self.handle = native.library().kvt_hidden_new(self._rows.ctypes.data, n_slot, stride, n_rows, n_embd)
         if not self.handle:
             raise NativeError(native.last_error())
 
@@ -31,18 +32,20 @@ class Hidden:
         """The next run keeps its hidden states."""
         native.library().kvt_hidden_keep(self.handle)
 
-    def start(self, il: int) -> int:
-        """The next run starts with layer il, or one before it: the one returned, 0 where nothing was kept. For a run
-        that is the same as the kept one in all layers before il. A model whose later layers read more of the earlier
-        ones than that is run whole."""
-        return native.check(native.library().kvt_hidden_start(self.handle, il))
+    def start(self, il: int, tokens: range) -> int:
+        """The next run, of these tokens of the text, starts with layer il, or one before it: the one returned, 0 where
+        nothing was kept. For a run that is the same as the kept one in all layers before il. A model whose later layers
+        read more of the earlier ones than that is run whole."""
+        self._n_taken = len(tokens)
+        return native.check(native.library().kvt_hidden_start(self.handle, il, tokens.start))
 
     def check(self) -> None:
-        """After a run that started so. Raises NativeError unless it took all of the hidden states, or none."""
+        """After a run that started so. Raises NativeError unless it took the hidden states of all its tokens, or of
+        none."""
         taken = self.taken
-        if taken not in (0, self._n_rows):
+        if taken not in (0, self._n_taken):
             raise NativeError(
-                f"a run took {taken} rows of hidden states, need {self._n_rows}: of other tokens than kept."
+                f"a run took {taken} rows of hidden states, need {self._n_taken}: of other tokens than kept."
             )
 
     @property

@@ -145,7 +145,7 @@ _SIGNATURES = {
     "kvt_hidden_new": (_ptr, [_ptr, _i32, _i32, _i64, _i32]),
     "kvt_hidden_free": (None, [_ptr]),
     "kvt_hidden_keep": (None, [_ptr]),
-    "kvt_hidden_start": (_i32, [_ptr, _i32]),
+    "kvt_hidden_start": (_i32, [_ptr, _i32, _i64]),
     "kvt_hidden_taken": (_i64, [_ptr]),
 }
 

@@ -44,7 +44,7 @@ def checked(key: str, kind: str, value: Any) -> Any:
         return int(value)
     if kind == "f32" and isinstance(value, Real) and not isinstance(value, bool):
         with suppress(OverflowError):
-            if np.isfinite(kept := _f32(float(value))):
+            if np.isfinite(kept := _f32([float(value)])[0]):
                 return float(str(kept))
     need = {
         "arr_str": "an array of strings",
@@ -78,11 +78,11 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and not _CONTROL.search(value)
 
 
-def _f32(value: float | Sequence[float]) -> Any:
+def _f32(values: Sequence[float]) -> np.ndarray:
     """As f32, whose str() is the decimal with the fewest digits that is the same, so that JSON and GGUF read back
     alike; infinite if too large."""
     with np.errstate(over="ignore"):
-        return np.float32(value)
+        return np.array(values, np.float32)
 
 
 def brief(value: object) -> str:

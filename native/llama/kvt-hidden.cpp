@@ -22,7 +22,8 @@ struct kvt_hidden {
 
     bool    keeping = false;
     int32_t slot    = -1; // that runs start with
-    int64_t taken   = 0;  // rows of it
+    int64_t from    = 0;  // the first of its rows that they take
+    int64_t at      = 0;  // the next
 
     float * row(int32_t i, int64_t at) const { return rows + (i * n_rows + at) * n_embd; }
 
@@ -70,10 +71,10 @@ struct kvt_hidden_input : llm_graph_input_i {
     kvt_hidden_input(kvt_hidden & hidden, ggml_tensor * t) : hidden(hidden), t(t) {}
 
     void set_input(const llama_ubatch *) override {
-        if (hidden.taken + t->ne[1] <= hidden.n_rows) {
-            ggml_backend_tensor_set(t, hidden.row(hidden.slot, hidden.taken), 0, ggml_nbytes(t));
+        if (hidden.at + t->ne[1] <= hidden.n_rows) {
+            ggml_backend_tensor_set(t, hidden.row(hidden.slot, hidden.at), 0, ggml_nbytes(t));
         }
-        hidden.taken += t->ne[1];
+        hidden.at += t->ne[1];
     }
 
     bool can_reuse(const llm_graph_params & params) override { return params.ubatch.n_tokens == t->ne[1]; }
@@ -115,7 +116,7 @@ static bool kvt_cut(llm_graph_result & res, kvt_hidden & hidden) {
     while (at < nodes.size() && kvt_layer_out(nodes[at]) != first - 1) {
         at++;
     }
-    if (at == nodes.size() || !hidden.fits(nodes[at]) || hidden.taken + nodes[at]->ne[1] > hidden.n_rows) {
+    if (at == nodes.size() || !hidden.fits(nodes[at]) || hidden.at + nodes[at]->ne[1] > hidden.n_rows) {
         return false;
     }
     ggml_tensor * enters = nodes[at];
@@ -162,8 +163,8 @@ void kvt_hidden_cut(llm_graph_result & res, const llama_cparams & cparams) {
     if (hidden.slot < 0 || kvt_cut(res, hidden)) {
         return;
     }
-    if (hidden.taken) { // the layers below have not seen the tokens so far
-        hidden.taken = hidden.n_rows + 1;
+    if (hidden.at > hidden.from) { // the layers below have not seen the tokens so far
+        hidden.at = hidden.from + hidden.n_rows + 1;
     }
     hidden.slot = -1;
 }
@@ -201,12 +202,13 @@ void kvt_hidden_keep(kvt_hidden * hidden) {
     hidden->slot    = -1;
 }
 
-int32_t kvt_hidden_start(kvt_hidden * hidden, int32_t il) {
-    if (!hidden || il < 0) {
-        return kvt_error(KVT_E_ARG, format("kvt_hidden_start: hidden is null, or layer %d is negative", il));
+int32_t kvt_hidden_start(kvt_hidden * hidden, int32_t il, int64_t row) {
+    if (!hidden || il < 0 || row < 0) {
+        return kvt_error(KVT_E_ARG, format("kvt_hidden_start: hidden is null, or layer %d or row %lld is negative", il, (long long) row));
     }
     hidden->keeping = false;
-    hidden->taken   = 0;
+    hidden->from    = row;
+    hidden->at      = row;
     hidden->slot    = std::min(il / hidden->stride, hidden->n_slot) - 1;
     while (hidden->slot >= 0 && hidden->kept[hidden->slot] != hidden->n_rows) {
         hidden->slot--;
@@ -215,5 +217,5 @@ int32_t kvt_hidden_start(kvt_hidden * hidden, int32_t il) {
 }
 
 int64_t kvt_hidden_taken(const kvt_hidden * hidden) {
-    return hidden ? hidden->taken : 0;
+    return hidden ? hidden->at - hidden->from : 0;
 }

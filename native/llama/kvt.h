@@ -182,9 +182,9 @@ LLAMA_API bool kvt_hidden_eval(struct ggml_tensor * t, bool ask, void * hidden);
 // from now on runs keep theirs, from row 0 on: the same tokens, in batches of any size, as the runs that take them
 LLAMA_API void kvt_hidden_keep(struct kvt_hidden * hidden);
 
-// from now on runs take them from row 0 on, and begin with layer il, or one before: the one that is returned. 0: with the first, as nothing
-// else was kept. For runs whose layers below are those of the run that was kept. A graph that lets no layer be left out is run whole
-LLAMA_API int32_t kvt_hidden_start(struct kvt_hidden * hidden, int32_t il);
+// from now on runs take them from this row on, and begin with layer il, or one before: the one that is returned. 0: with the first, as
+// nothing else was kept. For runs whose layers below are those of the run that was kept. A graph that lets no layer be left out is run whole
+LLAMA_API int32_t kvt_hidden_start(struct kvt_hidden * hidden, int32_t il, int64_t row);
 
 // rows that runs took since: 0 where they were whole, more than there are where they went wrong
 LLAMA_API int64_t kvt_hidden_taken(const struct kvt_hidden * hidden);

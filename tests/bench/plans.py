@@ -39,7 +39,7 @@ from kvtuner_gguf.calibrate.measured import Bench, measure_model
 from kvtuner_gguf.calibrate.methods import known_trials
 from kvtuner_gguf.calibrate.options import DEFAULT_TYPES, Options
 from kvtuner_gguf.calibrate.pipeline import search, sizes_of
-from kvtuner_gguf.calibrate.runs import search_name, tag
+from kvtuner_gguf.calibrate.runs import on_all_of, search_name, tag
 from kvtuner_gguf.calibrate.solve import solve
 from kvtuner_gguf.calibrate.store import Store
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
@@ -103,7 +103,11 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
     found = search(asked, known, measured, bench)
     said = f"search {found.best.kld:.4f}"
     if way != "paper":
-        of_others = [t for t in known_trials(kld_model, store.evaluations.of(what), geometry) if t != found.best]
+        of_others = [
+            t
+            for t in known_trials(kld_model, on_all_of(store.evaluations.of(what), known.sizes.n_searched), geometry)
+            if t != found.best
+        ]
         said = f"predicted {fit(kld_model, of_others).kld(found.best.pairs):.4f} {said}"
     plans = [plan(found.best.pairs, said)]
     if way == "default":

@@ -45,6 +45,18 @@ def test_the_run_is_the_same(load, tiny, tmp_path, arch):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("il", [0, 2])
+def test_a_part_of_the_text_is_measured_as_a_text_of_its_own(load, tiny, tmp_path, il):
+    session, text = load(tiny("llama")), chunks()
+    kept = make_reference(session, text, tmp_path / "f16", hidden=hidden_of(session, text.tokens.size, tmp_path / "h"))
+    plan = [Q4 if i == il else F16 for i in range(session.n_layer)]
+    for i in range(2):
+        alone = make_reference(session, Chunks(text.tokens[i : i + 1], text.n_skip), tmp_path / "alone")
+        assert measure(session, plan, kept.of_chunks(range(i, i + 1))) == measure(session, plan, alone)
+        assert kept.hidden.taken == (text.n_ctx if il else 0)
+    assert measure(session, plan, kept.of_chunks(range(2))) == measure(session, plan, kept)
+
+
 def test_a_plan_of_all_layers_runs_whole(load, tiny, tmp_path):
     session, text = load(tiny("llama")), chunks()
     kept = make_reference(session, text, tmp_path / "f16", hidden=hidden_of(session, text.tokens.size, tmp_path / "h"))
@@ -61,7 +73,7 @@ def test_a_large_model_keeps_them_after_some_layers_alone(load, tiny, tmp_path, 
     hidden = hidden_of(session, text.tokens.size, tmp_path / "h")
     assert (tmp_path / "h").stat().st_size == hidden_bytes(4, text.tokens.size, session.n_embd) == of_layer
     kept = make_reference(session, text, tmp_path / "f16", hidden=hidden)
-    assert [hidden.start(il) for il in range(4)] == [0, 0, 2, 2]
+    assert [hidden.start(il, kept.tokens) for il in range(4)] == [0, 0, 2, 2]
     plan = [F16, F16, F16, Q4]
     have = measure(session, plan, kept)
     assert hidden.taken == text.tokens.size
@@ -70,17 +82,17 @@ def test_a_large_model_keeps_them_after_some_layers_alone(load, tiny, tmp_path, 
 
 def test_no_run_takes_what_none_kept(load, tiny, tmp_path):
     session, text = load(tiny("llama")), chunks()
-    hidden = hidden_of(session, text.tokens.size, tmp_path / "h")
-    assert hidden.start(3) == 0
-    with pytest.raises(NativeError, match="layer -1 is negative"):
-        hidden.start(-1)
+    hidden, tokens = hidden_of(session, text.tokens.size, tmp_path / "h"), range(text.tokens.size)
+    assert hidden.start(3, tokens) == 0
+    with pytest.raises(NativeError, match="layer -1 or row 0 is negative"):
+        hidden.start(-1, tokens)
 
 
 def test_other_tokens_are_told(load, tiny, tmp_path):
     session, text = load(tiny("llama")), chunks()
     hidden = hidden_of(session, text.tokens.size, tmp_path / "h")
-    make_reference(session, text, tmp_path / "f16", hidden=hidden)
-    assert hidden.start(3) == 3
+    kept = make_reference(session, text, tmp_path / "f16", hidden=hidden)
+    assert hidden.start(3, kept.tokens) == 3
     with session.context(256, None, watch=hidden) as ctx:
         list(ctx.logits(prompt(40), []))
     with pytest.raises(NativeError, match=f"took 40 rows of hidden states, need {text.tokens.size}"):

@@ -14,7 +14,6 @@ from kvtuner_gguf.calibrate.methods import fitted, known_trials, paper
 from kvtuner_gguf.calibrate.progress import Silent
 from kvtuner_gguf.calibrate.results import ErrorTable
 from kvtuner_gguf.calibrate.solve import uniform_pairs
-from kvtuner_gguf.quality import Quality
 
 TYPES = ("f16", "q8_0", "q4_0", "q2_64")
 PAIRS = tuple(Pair(k, v) for k in TYPES for v in TYPES)
@@ -95,5 +94,5 @@ def test_the_papers_search_takes_its_types_and_stays_within_the_goal():
 def test_runs_that_are_read_back_are_those_of_these_types_that_tell_prices():
     kld_model = KldModel.of(errors().of_types(("f16", "q8_0", "q4_0")), GEOMETRY)
     good, foreign, replaced = ((Pair.parse(p),) + (PAIRS[0],) * (N_LAYER - 1) for p in ("q4_0", "q2_64", "q8_0"))
-    runs = [(pairs, Quality(value, 0.1, 0.9)) for pairs, value in ((good, 0.1), (foreign, 0.1), (replaced, 0.3))]
+    runs = [(good, 0.1), (foreign, 0.1), (replaced, 0.3)]
     assert [t.pairs for t in known_trials(kld_model, runs, GEOMETRY)] == [good]
