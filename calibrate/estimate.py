@@ -12,13 +12,14 @@ _WRITTEN = 2.7  # times of a prompt's token, for one that the model writes besid
 _CAPTURED = 2.3  # of a token whose Q, K and V are kept
 _OF_PRICE = 0.5  # a run that prices a layer, on half of the text, starts with it
 _AT_LENGTH = 1.4  # in a held-out chunk, longer than the prompt that was timed
-_S_PER_CHANNEL = 4e-3  # of one thread, to condition a layer's K and see its errors, for each channel of the model
+# of one thread, to condition a layer's K, and to see its errors, for each channel of the model
+_S_CONDITION, _S_ERROR = 2e-3, 1.2e-3
 _S_PER_LOGIT = 12e-9  # of one thread, to compare a logit
-_N_UNIFORM, _N_PROVED = 6, 9  # runs, as a rule
+_N_UNIFORM, _N_PROVED = 6, 8  # runs, as a rule
 
 
-def seconds(options: Options, plannable: Plannable, session: Session, own: float, searched: float) -> float:
-    """Of all stages.
+def seconds(options: Options, plannable: Plannable, session: Session, own: float, searched: float) -> dict[str, float]:
+    """Of each stage, by how progress.STAGES names it.
 
     own searched  seconds of a prompt's token, on the model and on what is searched on
     """
@@ -30,18 +31,25 @@ def seconds(options: Options, plannable: Plannable, session: Session, own: float
     def run(per_token: float, n_tokens: int, n_scored: int, part: float = 1.0) -> float:
         return n_tokens * per_token * part + n_scored * (per_token * share + compared)
 
-    n_search = sizes.n_searched * sizes.search_ctx
-    if options.method == "paper":
-        searches = (options.n_trials or PAPER_TRIALS) * run(searched, n_search, sizes.n_scored_search)
-    else:
-        n_price, n_best = n_runs_of(n_il, _N_UNIFORM, options.n_trials)
-        searches = n_price * run(searched, n_search // 2, sizes.n_scored_search // 2, _OF_PRICE)
-        searches += (n_best + 2 * _N_UNIFORM) * run(searched, n_search, sizes.n_scored_search)
+    n_search, of_channels = sizes.n_searched * sizes.search_ctx, n_il * session.n_embd / session.n_threads
+    of_search = run(searched, n_search, sizes.n_scored_search)
+    of_heldout = _AT_LENGTH * run(own, sizes.n_heldout, sizes.n_scored_heldout)
     n_written = 0 if options.text else sizes.n_calibration + sizes.n_heldout
-    return (
-        run(searched, n_written, n_written, _WRITTEN)
-        + _CAPTURED * searched * sizes.n_calibration
-        + _S_PER_CHANNEL * n_il * session.n_embd / session.n_threads
-        + searches
-        + _N_PROVED * _AT_LENGTH * run(own, sizes.n_heldout, sizes.n_scored_heldout)
-    )
+    found = {
+        "text": run(searched, n_written, n_written, _WRITTEN),
+        "capture": _CAPTURED * searched * sizes.n_calibration,
+        "condition": _S_CONDITION * of_channels,
+        "error": _S_ERROR * of_channels,
+        "search: f16": of_search,
+        "search: uniform": _N_UNIFORM * of_search,
+        "heldout": of_heldout,
+        "prove": _N_PROVED * of_heldout,
+    }
+    if options.method == "paper":
+        return found | {"search: real runs": (options.n_trials or PAPER_TRIALS) * of_search}
+    n_price, n_best = n_runs_of(n_il, _N_UNIFORM, options.n_trials)
+    of_price = run(searched, n_search // 2, sizes.n_scored_search // 2, _OF_PRICE)
+    return found | {
+        "search: price": n_price * of_price + _N_UNIFORM * of_search,
+        "search: best": n_best * of_search,
+    }

@@ -29,7 +29,7 @@ TYPE_SPREAD = 0.3  # of a type's factor about 1
 FLOOR_SPREAD = 2.0  # of the floor, about half of the least KLD
 # of a measured KLD, about that on any text: in all, and of a single layer, whose KLD hangs on few positions. Times what
 # of these the trials make likeliest, as some have next to none
-NOISE, NOISE_OF_LAYER, NOISES = 0.08, 0.3, (1.0, 0.1)
+NOISE, NOISE_OF_LAYER, NOISES = 0.2, 0.3, (1.0, 0.1)
 ALIKE = 0.85  # correlation of the x of a layer's K and of its V: what lies above a layer amplifies both (SmolLM2: 0.87)
 LEAST = 1e-7  # nats: what is less is rounding
 

@@ -65,15 +65,17 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
             if options.fresh:
                 shutil.rmtree(work, ignore_errors=True)
             write_about(work, options.model)
-            progress = Staged(progress, PAPER_STAGES if options.method == "paper" else STAGES)
-            return _calibrate(options, plannable, Store(work), folder, progress)
+            staged = Staged(progress, PAPER_STAGES if options.method == "paper" else STAGES)
+            return _calibrate(options, plannable, Store(work), folder, staged)
 
 
-def _calibrate(options: Options, plannable: Plannable, store: Store, folder: Path, progress: Progress) -> Outcome:
+def _calibrate(options: Options, plannable: Plannable, store: Store, folder: Path, progress: Staged) -> Outcome:
     threads: dict[str, Any] = {"n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers}
 
     def timed(own: Session, *per_token: float) -> None:
-        progress.say(f"all of it: {about(seconds(options, plannable, own, *per_token))}, with nothing beside it")
+        of_stages = seconds(options, plannable, own, *per_token)
+        progress.expect(of_stages)
+        progress.say(f"all of it: {about(sum(of_stages.values()))}, with nothing beside it")
 
     known = (store.folder / TEXT).exists()
     begins = "going on with what was measured before; --fresh measures anew" if known else "Ctrl-C loses nothing"

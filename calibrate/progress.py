@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -33,7 +33,7 @@ class Silent:
 
 
 # the stages of a calibration by how their titles start, and the seconds that they took on SmolLM2-135M with two cores:
-# what is left is told by these shares
+# what is left is told by these shares, until others are told
 STAGES = (
     ("text", 17),
     ("capture", 8),
@@ -74,13 +74,17 @@ class Staged:
         self._seconds += time.monotonic() - start
         self._shares += self._stages[at][1]
 
+    def expect(self, seconds: Mapping[str, float]) -> None:
+        """How long the stages of these names may take, before the first has begun."""
+        self._stages = [(name, seconds.get(name, share)) for name, share in self._stages]
+
     def say(self, text: str) -> None:
         """The same."""
         self._progress.say(text)
 
     def _left(self, at: int) -> str:
         """How long this stage and all after it may take."""
-        if self._seconds < _LEAST_S:
+        if self._seconds < _LEAST_S or not self._shares:
             return ""
         seconds = self._seconds / self._shares * sum(share for _, share in self._stages[at:])
         return f" ({about(seconds)} left in all)"

@@ -12,21 +12,32 @@ from kvtuner_gguf.calibrate.estimate import seconds
 from kvtuner_gguf.calibrate.goals import WithinBits
 from kvtuner_gguf.calibrate.options import Options
 from kvtuner_gguf.calibrate.pipeline import sizes_of
+from kvtuner_gguf.calibrate.progress import PAPER_STAGES, STAGES
 
 OPTIONS = Options(Path("model.gguf"), WithinBits(4.5))
 SMOLLM2 = {"n_vocab": 49152, "n_embd": 576, "n_params": 134_515_008}
 
 
-def of(options: Options = OPTIONS, own: float = 1.8e-3, searched: float = 0.38e-3, n_layer: int = 30, **more) -> float:
+def of_stages(
+    options: Options, own: float = 1.8e-3, searched: float = 0.38e-3, n_layer: int = 30, **more
+) -> dict[str, float]:
     session = SimpleNamespace(**SMOLLM2, **{"n_threads": 2, **more})
-    return seconds(
-        options, SimpleNamespace(sizes=sizes_of(options), types=dict.fromkeys(range(n_layer))), session, own, searched
-    )
+    plannable = SimpleNamespace(sizes=sizes_of(options), types=dict.fromkeys(range(n_layer)))
+    return seconds(options, plannable, session, own, searched)
+
+
+def of(options: Options = OPTIONS, own: float = 1.8e-3, searched: float = 0.38e-3, n_layer: int = 30, **more) -> float:
+    return sum(of_stages(options, own, searched, n_layer, **more).values())
 
 
 def test_smollm2_takes_as_long_as_it_did():
     """206 to 226 s on two cores of a Zen 4, where a token of a prompt took 1.8 and .38 ms."""
     assert of() == pytest.approx(216, rel=0.2)
+
+
+@pytest.mark.parametrize(("method", "stages"), [("fitted", STAGES), ("paper", PAPER_STAGES)])
+def test_each_stage_is_told_its_seconds(method, stages):
+    assert set(of_stages(replace(OPTIONS, method=method))) == {name for name, _ in stages}
 
 
 def test_more_of_anything_takes_longer():

@@ -57,6 +57,17 @@ def test_stages_are_numbered_and_what_is_left_is_told_by_their_shares(clock):
     assert seen.done == 20
 
 
+def test_what_is_left_is_told_by_the_seconds_that_are_expected(clock):
+    """One stage took twice as long as was said, so the other two may as well; one that takes no time tells nothing."""
+    seen = Titles()
+    staged = Staged(seen, (("a", 1), ("b", 1), ("c", 1), ("d", 1)))
+    staged.expect({"a": 0, "b": 20, "c": 30, "d": 90})
+    for title in "abc":
+        with staged.bar(title, 1):
+            clock[0] += 0 if title == "a" else 40
+    assert seen.titles == ["[1/4] a", "[2/4] b", "[3/4] c (about 4 min left in all)"]
+
+
 def test_a_start_too_short_tells_nothing(clock):
     seen = Titles()
     staged = Staged(seen, (("a", 1), ("b", 1)))
