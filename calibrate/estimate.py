@@ -11,9 +11,8 @@ from kvtuner_gguf.runtime import Session
 _WRITTEN = 2.7  # times of a prompt's token, for one that the model writes beside others
 _CAPTURED = 2.3  # of a token whose Q, K and V are kept
 _OF_PRICE = 0.5  # a run that prices a layer, on half of the text, starts with it
-_AT_LENGTH = 1.4  # in a held-out chunk, longer than the prompt that was timed
 # of one thread, to condition a layer's K, and to see its errors, for each channel of the model
-_S_CONDITION, _S_ERROR = 2e-3, 1.2e-3
+_S_CONDITION, _S_ERROR = 1.3e-3, 0.9e-3
 _S_PER_LOGIT = 12e-9  # of one thread, to compare a logit
 _N_UNIFORM, _N_PROVED = 6, 8  # runs, as a rule
 
@@ -33,7 +32,7 @@ def seconds(options: Options, plannable: Plannable, session: Session, own: float
 
     n_search, of_channels = sizes.n_searched * sizes.search_ctx, n_il * session.n_embd / session.n_threads
     of_search = run(searched, n_search, sizes.n_scored_search)
-    of_heldout = _AT_LENGTH * run(own, sizes.n_heldout, sizes.n_scored_heldout)
+    of_heldout = run(own, sizes.n_heldout, sizes.n_scored_heldout)
     n_written = 0 if options.text else sizes.n_calibration + sizes.n_heldout
     found = {
         "text": run(searched, n_written, n_written, _WRITTEN),

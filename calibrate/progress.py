@@ -35,16 +35,16 @@ class Silent:
 # the stages of a calibration by how their titles start, and the seconds that they took on SmolLM2-135M with two cores:
 # what is left is told by these shares, until others are told
 STAGES = (
-    ("text", 17),
+    ("text", 19),
     ("capture", 8),
-    ("condition", 23),
-    ("error", 11),
-    ("search: f16", 1),
-    ("search: price", 47),
-    ("search: best", 18),
-    ("search: uniform", 5),
-    ("heldout", 9),
-    ("prove", 77),
+    ("condition", 11),
+    ("error", 7),
+    ("search: f16", 2),
+    ("search: price", 34),
+    ("search: best", 14),
+    ("search: uniform", 6),
+    ("heldout", 10),
+    ("prove", 69),
 )
 PAPER_STAGES = (*STAGES[:5], ("search: real runs", 65), *STAGES[7:])
 _LEAST_S = 5.0  # of work, from which on it tells what is left
