@@ -32,6 +32,7 @@ FLOOR_SPREAD = 2.0  # of the floor, about half of the least KLD
 NOISE, NOISE_OF_LAYER, NOISES = 0.2, 0.3, (1.0, 0.1)
 ALIKE = 0.85  # correlation of the x of a layer's K and of its V: what lies above a layer amplifies both (SmolLM2: 0.87)
 LEAST = 1e-7  # nats: what is less is rounding
+MOST = 50.0  # logarithm of an x that a step of the fit may come to
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,10 +201,8 @@ class _Unknowns:
 
     def _parts(self, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What each side of each layer adds to each trial's KLD (trial, 2n), and the floor (trial,)."""
-        with np.errstate(over="ignore"):
-            return self.squares * np.exp(self._log_x(z) + z[self.layers.stop + self.factors]), np.exp(
-                z[2]
-            ) * self.floors
+        log_x = self._log_x(z) + z[self.layers.stop + self.factors]
+        return self.squares * np.exp(np.minimum(log_x, MOST)), np.exp(min(z[2], MOST)) * self.floors
 
     def _log_x(self, z: np.ndarray) -> np.ndarray:
         return z[self.layers] + np.repeat(z[:2], len(self.kld_model.il))

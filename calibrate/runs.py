@@ -63,15 +63,19 @@ class Runs:
         return self.evaluations.get(self.name + FLOOR, self._measure_floor, f16)
 
     def kld(self, pairs: Pairs) -> float:
-        """Mean KLD of a plan, as on all of the text."""
-        self.of_plan(pairs)
-        return dict(on_all_of(self.evaluations.of(self.name + tag(self.k_vectors)), self._n_chunk))[pairs]
+        """Mean KLD of a plan as on all of the text, of which half is run for one side of one layer."""
+        what = self.name + tag(self.k_vectors)
+        self.evaluations.get(what, self._measure_part, pairs)
+        return dict(on_all_of(self.evaluations.of(what), self._n_chunk))[pairs]
 
     @property
     def _n_chunk(self) -> int:
         return len(self.reference.chunks.tokens)
 
     def _measure_plan(self, pairs: Pairs) -> Quality:
+        return measure(self.session, pairs, self.reference, k_vectors=self.vectors_of(pairs))
+
+    def _measure_part(self, pairs: Pairs) -> Quality:
         part = self.reference.of_chunks(_part(pairs, self._n_chunk))
         return measure(self.session, pairs, part, k_vectors=self.vectors_of(pairs))
 
@@ -83,8 +87,8 @@ class Runs:
 
 
 def _part(pairs: Pairs, n_chunk: int) -> range:
-    """The chunks that a plan is measured on: half of them where it changes one side of one layer alone, K one half, V
-    the other. Such runs differ by the text more than by its length, and a layer's K and V are much alike."""
+    """The chunks that a search measures a plan on: half of them where it changes one side of one layer alone, K one
+    half, V the other. Such runs differ by the text more than by its length, and a layer's K and V are much alike."""
     half, changed = -(-n_chunk // 2), [p for p in pairs if {p.type_k, p.type_v} - {"f16", ""}]
     if n_chunk < 2 or len(changed) != 1 or "f16" not in vars(changed[0]).values():
         return range(n_chunk)
@@ -99,7 +103,7 @@ def on_all_of(runs: Sequence[tuple[Pairs, Quality]], n_chunk: int) -> list[tuple
     def hardness(part: range) -> float:
         if len(part) == n_chunk:
             return 1.0
-        ratios = [q.kld_mean / _of_part(q, part, n_chunk) for q in uniform if q.kld_mean]
+        ratios = [q.kld_mean / of_it for q in uniform if (of_it := _of_part(q, part, n_chunk)) > 0]
         return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
 
     return [(pairs, q.kld_mean * hardness(_part(pairs, n_chunk))) for pairs, q in runs]

@@ -55,6 +55,11 @@ def test_a_pair_as_stock_has_it_is_measured_until_it_is_shown_to_be_broken(load,
     runs = Runs(session, reference, Store(tmp_path / "wrong").evaluations, "search")
     assert runs.of_stock(pairs).n_positions == chunks.n_positions / 4 and runs.of_stock(pairs).kld_mean > 0.5
     assert runs.of_plan((Pair("q4_0", "q8_0"),) * session.n_layer).n_positions == chunks.n_positions
+    one_side = (Pair("q4_0", "f16"), *(Pair("f16", "f16"),) * (session.n_layer - 1))
+    assert runs.of_plan(one_side).n_positions == chunks.n_positions
+    priced = Runs(session, reference, Store(tmp_path / "priced").evaluations, "search")
+    assert priced.kld(one_side) > 0
+    assert [q.n_positions for _, q in priced.evaluations.of("search")] == [chunks.n_positions / 2]
 
 
 @pytest.fixture
