@@ -154,15 +154,14 @@ def fit(kld_model: KldModel, trials: Sequence[Trial]) -> Fit:
     How noisy the trials are is what they make likeliest: by Laplace's approximation of the evidence."""
     from scipy.optimize import least_squares
 
-    best, best_evidence, z = None, -np.inf, None
+    found: list[tuple[float, Fit]] = []
+    z = None
     for noise in NOISES:
         unknowns = _Unknowns(kld_model, trials, noise)
         start = unknowns.likely if z is None else z
         z = least_squares(unknowns.residuals, start, unknowns.jacobian, method="lm").x
-        if (evidence := unknowns.evidence(z)) > best_evidence:
-            best, best_evidence = unknowns.fit_of(z), evidence
-    assert best is not None
-    return best
+        found.append((unknowns.evidence(z), unknowns.fit_of(z)))
+    return max(found, key=lambda of_noise: of_noise[0])[1]
 
 
 class _Unknowns:

@@ -106,7 +106,9 @@ def on_all_of(runs: Sequence[tuple[Pairs, Quality]], n_chunk: int) -> list[tuple
         ratios = [q.kld_mean / of_it for q in uniform if (of_it := _of_part(q, part, n_chunk)) > 0]
         return float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
 
-    return [(pairs, q.kld_mean * hardness(_part(pairs, n_chunk))) for pairs, q in runs]
+    parts = [_part(pairs, n_chunk) for pairs, _ in runs]
+    of_part = {part: hardness(part) for part in {*parts}}
+    return [(pairs, q.kld_mean * of_part[part]) for (pairs, q), part in zip(runs, parts)]
 
 
 def _of_part(quality: Quality, part: range, n_chunk: int) -> float:
