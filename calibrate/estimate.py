@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvtuner_gguf.calibrate.checks import Plannable
 from kvtuner_gguf.calibrate.methods import n_runs_of
 from kvtuner_gguf.calibrate.options import PAPER_TRIALS, Options
+from kvtuner_gguf.calibrate.progress import OWN_WEIGHTS
 from kvtuner_gguf.runtime import Session
 
 # measured with SmolLM2-135M on two cores; other models and machines come within a third
@@ -32,7 +33,8 @@ def seconds(options: Options, plannable: Plannable, session: Session, own: float
 
     n_search, of_channels = sizes.n_searched * sizes.search_ctx, n_il * session.n_embd / session.n_threads
     of_search = run(searched, n_search, sizes.n_scored_search)
-    of_heldout = run(own, sizes.n_heldout, sizes.n_scored_heldout)
+    of_heldout, of_own = (run(each, sizes.n_heldout, sizes.n_scored_heldout) for each in (searched, own))
+    of_own *= sizes.n_own / sizes.n_chunk
     n_written = 0 if options.text else sizes.n_calibration + sizes.n_heldout
     found = {
         "text": run(searched, n_written, n_written, _WRITTEN),
@@ -43,7 +45,11 @@ def seconds(options: Options, plannable: Plannable, session: Session, own: float
         "search: uniform": _N_UNIFORM * of_search,
         "heldout": of_heldout,
         "prove": _N_PROVED * of_heldout,
+        "own weights: f16": of_own,
+        "own weights: noise": 2 * of_own,
     }
+    if own == searched:
+        found = {name: s for name, s in found.items() if not name.startswith(OWN_WEIGHTS)}
     if options.method == "paper":
         return found | {"search: real runs": (options.n_trials or PAPER_TRIALS) * of_search}
     n_price, n_best = n_runs_of(n_il, _N_UNIFORM, options.n_trials)

@@ -193,11 +193,13 @@ def search_reference(plannable: Plannable, text: Text, bench: Bench) -> Referenc
         return make_reference(bench.session, chunks, bench.scratch / "search.f16", advance, hidden)
 
 
-def heldout_reference(plannable: Plannable, text: Text, bench: Bench) -> Reference:
-    """The f16 cache on the text that no stage has seen."""
+def heldout_reference(
+    plannable: Plannable, text: Text, bench: Bench, *, n_chunk: int, title: str = "heldout: f16 reference"
+) -> Reference:
+    """The f16 cache on n_chunk chunks of the text that no stage has seen."""
     sizes = plannable.sizes
-    chunks = chunks_of(text.heldout, sizes.stream, sizes.n_chunk, "held-out text", sizes.skipped(sizes.stream))
-    with bench.progress.bar("heldout: f16 reference", chunks.n_positions) as advance:
+    chunks = chunks_of(text.heldout, sizes.stream, n_chunk, "held-out text", sizes.skipped(sizes.stream))
+    with bench.progress.bar(title, chunks.n_positions) as advance:
         return make_reference(bench.session, chunks, bench.scratch / "heldout.f16", advance)
 
 

@@ -17,14 +17,14 @@ from kvtuner_gguf.calibrate.kld_model import KldModel, fit
 from kvtuner_gguf.calibrate.measured import TEXT, Bench, Measured, heldout_reference, measure_model, search_reference
 from kvtuner_gguf.calibrate.methods import fitted, known_trials, paper
 from kvtuner_gguf.calibrate.options import Options, Outcome, Point, Solved
-from kvtuner_gguf.calibrate.progress import PAPER_STAGES, STAGES, Progress, Staged, about
-from kvtuner_gguf.calibrate.proof import best_rivals, prove
+from kvtuner_gguf.calibrate.progress import OWN_WEIGHTS, PAPER_STAGES, STAGES, Progress, Staged, about
+from kvtuner_gguf.calibrate.proof import best_rivals, prove, prove_own
 from kvtuner_gguf.calibrate.results import Trial
-from kvtuner_gguf.calibrate.runs import FLOOR, HELDOUT, SEARCH, SEARCH_COPY, Runs, on_all_of, search_name, tag
+from kvtuner_gguf.calibrate.runs import COPY, FLOOR, HELDOUT, PART, SEARCH, Runs, on_all_of, runs_name, tag
 from kvtuner_gguf.calibrate.sizes import Sizes
 from kvtuner_gguf.calibrate.solve import cheapest, front, sensitivities, uniform_pairs
 from kvtuner_gguf.calibrate.store import Store, claimed, work_dir
-from kvtuner_gguf.calibrate.weights import search_session
+from kvtuner_gguf.calibrate.weights import copy_type, search_session
 from kvtuner_gguf.calibrate.write import made_of, plan_of
 from kvtuner_gguf.kept import write_about
 from kvtuner_gguf.kvectors import where_quantized
@@ -82,13 +82,15 @@ def _calibrate(options: Options, plannable: Plannable, store: Store, folder: Pat
     progress.say(f"calibrate {options.model.name}: {begins}")
     how: dict[str, Any] = {"may_copy": plannable.goal.on_copy, "say": progress.say, "timed": None if known else timed}
     with search_session(options.model, store.folder, **threads, **how, scratch=folder) as session:
+        if session.path == options.model:
+            progress.without(OWN_WEIGHTS)
         bench = Bench(session, store, folder, progress)
         measured = measure_model(options, plannable, bench)
-        found = search(options, plannable, measured, bench)
+        outcome = proved(options, plannable, measured, search(options, plannable, measured, bench), bench)
         if session.path == options.model:
-            return proved(options, plannable, measured, found, bench)
-    with Session(options.model, **threads) as session:  # what was searched on a copy is proved on the model itself
-        return proved(options, plannable, measured, found, replace(bench, session=session))
+            return outcome
+    with Session(options.model, **threads) as session:
+        return with_own(outcome, options, plannable, measured, replace(bench, session=session))
 
 
 def search(options: Options, plannable: Plannable, measured: Measured, bench: Bench) -> Found:
@@ -99,7 +101,7 @@ def search(options: Options, plannable: Plannable, measured: Measured, bench: Be
     goal.check(geometry, cheapest(kld_model) + spent)
     uniform = uniform_pairs(kld_model, geometry, goal.max_bytes)
     reference = search_reference(plannable, measured.text, bench)
-    name = search_name(bench.session, options.model)
+    name = runs_name(SEARCH, bench.session, options.model)
     runs = Runs(bench.session, reference, bench.store.evaluations, name, measured.k_vectors)
     by = Search(geometry, spent, options.n_trials, options.seed, bench.progress)
     if options.method == "paper":
@@ -118,8 +120,9 @@ def search(options: Options, plannable: Plannable, measured: Measured, bench: Be
 def proved(options: Options, plannable: Plannable, measured: Measured, found: Found, bench: Bench) -> Outcome:
     """The plan on held-out text, and the plan to be written: the best uniform pair's, if it lost to that."""
     geometry, session = plannable.geometry, bench.session
-    reference = heldout_reference(plannable, measured.text, bench)
-    runs = Runs(session, reference, bench.store.evaluations, HELDOUT, measured.k_vectors)
+    reference = heldout_reference(plannable, measured.text, bench, n_chunk=plannable.sizes.n_chunk)
+    name = runs_name(HELDOUT, session, options.model)
+    runs = Runs(session, reference, bench.store.evaluations, name, measured.k_vectors)
     allowed = max(found.best.n_bytes, plannable.goal.max_bytes or 0) + measured.spent
     supported = session.supported(("q8_0", "q4_0")).values()
     proof = prove(
@@ -131,7 +134,9 @@ def proved(options: Options, plannable: Plannable, measured: Measured, found: Fo
         seed=options.seed,
         progress=bench.progress,
     )
-    made = made_of(options, measured.text, rotated=_rotates(session))
+    reference.discard()
+    copied = copy_type(session, options.model, bench.store.folder)
+    made = made_of(options, measured.text, rotated=_rotates(session), proof_weights=copied)
     if proof.lost_to:
         quality, uniform = proof.lost_to
         plan = plan_of(uniform.pairs, (), geometry, made, quality, proof.best)
@@ -139,8 +144,18 @@ def proved(options: Options, plannable: Plannable, measured: Measured, found: Fo
         pairs = found.best.pairs
         plan = plan_of(pairs, runs.vectors_of(pairs), geometry, made, proof.quality, proof.best)
     chunks = reference.chunks
-    table = Comparison(measured.text.name, chunks.n_positions, chunks.n_ctx, options.n_ctx, proof.rows)
+    table = Comparison(measured.text.name, chunks.n_positions, chunks.n_ctx, options.n_ctx, proof.rows, weights=copied)
     return Outcome(plan, found.best.pairs, proof.beside, table, geometry)
+
+
+def with_own(outcome: Outcome, options: Options, plannable: Plannable, measured: Measured, bench: Bench) -> Outcome:
+    """What was proved on a copy, with the plan and the noise floor on the model itself, on a part of the text."""
+    n_chunk = plannable.sizes.n_own
+    reference = heldout_reference(plannable, measured.text, bench, n_chunk=n_chunk, title="own weights: f16 reference")
+    runs = Runs(bench.session, reference, bench.store.evaluations, HELDOUT + PART, measured.k_vectors)
+    own = prove_own(outcome.plan, runs, plannable.geometry, bench.progress)
+    reference.discard()
+    return replace(outcome, comparison=replace(outcome.comparison, own=own))
 
 
 def solve_saved(options: Options, progress: Progress) -> Solved:
@@ -164,15 +179,16 @@ def solved(options: Options, plannable: Plannable, measured: Measured, store: St
     plannable.goal.check(geometry, cheapest(kld_model) + spent)
     by_search = {
         name: known_trials(kld_model, on_all_of(runs.of(name + tag(k_vectors)), plannable.sizes.n_searched), geometry)
-        for name in (SEARCH, SEARCH_COPY)
+        for name in (SEARCH, SEARCH + COPY)
     }
     name, known = max(by_search.items(), key=lambda item: len(item[1]))
-    ended = bool(runs.of(HELDOUT + FLOOR))  # a search of few types may have few plans to try
+    floors = [q for part in ("", PART) for _, q in runs.of(HELDOUT + part + FLOOR)]
+    ended = bool(floors)  # a search of few types may have few plans to try
     if len(known) < LEAST_KNOWN and not (known and ended):
         store.check_writable(runs.path)
     found = fit(kld_model, known)
-    if name == SEARCH_COPY:  # whose floor is lower than the model's
-        found = replace(found, floor=max([found.floor, *(q.kld_mean for _, q in runs.of(HELDOUT + FLOOR))]))
+    if name == SEARCH + COPY:  # whose floor is lower than the model's
+        found = replace(found, floor=max([found.floor, *(q.kld_mean for q in floors)]))
     pairs = plannable.goal.solve(found, spent)
     plan = plan_of(pairs, where_quantized(k_vectors, pairs), geometry, made_of(options, measured.text, rotated=rotated))
     points = [(p, kld, where_quantized(k_vectors, p)) for p, kld in front(found)]

@@ -32,19 +32,23 @@ class Silent:
         """Drops the line."""
 
 
+OWN_WEIGHTS = "own weights"  # the stages after a proof on a copy
+
 # the stages of a calibration by how their titles start, and the seconds that they took on SmolLM2-135M with two cores:
 # what is left is told by these shares, until others are told
 STAGES = (
-    ("text", 19),
-    ("capture", 8),
-    ("condition", 11),
+    ("text", 17),
+    ("capture", 7),
+    ("condition", 12),
     ("error", 7),
     ("search: f16", 2),
-    ("search: price", 34),
+    ("search: price", 33),
     ("search: best", 14),
     ("search: uniform", 6),
-    ("heldout", 10),
-    ("prove", 69),
+    ("heldout", 3),
+    ("prove", 23),
+    ("own weights: f16", 5),
+    ("own weights: noise", 10),
 )
 PAPER_STAGES = (*STAGES[:5], ("search: real runs", 65), *STAGES[7:])
 _LEAST_S = 5.0  # of work, from which on it tells what is left
@@ -77,6 +81,10 @@ class Staged:
     def expect(self, seconds: Mapping[str, float]) -> None:
         """How long the stages of these names may take, before the first has begun."""
         self._stages = [(name, seconds.get(name, share)) for name, share in self._stages]
+
+    def without(self, name: str) -> None:
+        """The stages of this name do not come."""
+        self._stages = [s for s in self._stages if not s[0].startswith(name)]
 
     def say(self, text: str) -> None:
         """The same."""

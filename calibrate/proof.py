@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from kvtuner_gguf.calibrate.progress import Progress
+from kvtuner_gguf.calibrate.progress import OWN_WEIGHTS, Progress
 from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.codecs import CODECS, codec
 from kvtuner_gguf.geometry import Geometry
@@ -104,6 +104,17 @@ def prove(
         rows.append(row("plan, layers shuffled", shuffled, of_shuffled, judge.vectors_of(shuffled)))
     rows += [row(name, uniform[name], q) for name, q in of_named.items()]
     return Proof(tuple(rows), of_plan, best)
+
+
+def prove_own(plan: Plan, judge: Judge, geometry: Geometry, progress: Progress) -> tuple[Row, ...]:
+    """The noise floor and the plan on the model's own weights, where the rest was run on a copy."""
+    with progress.bar("own weights: noise floor and plan", 2) as advance:
+        floor = judge.of_floor(everywhere("f16", [bool(k) for k in geometry.values_k]))
+        advance(1)
+        quality = judge.of_plan(plan.pairs) if plan.k_vectors else judge.of_stock(plan.pairs)
+        advance(1)
+    rows = floor_row(geometry, floor), row_of(geometry, "plan", plan.pairs, quality, plan.k_vectors)
+    return tuple(replace(row, name=f"{OWN_WEIGHTS}, {row.name}") for row in rows)
 
 
 def best_rivals(uniform: Sequence[Trial], n_bytes: int) -> list[Trial]:

@@ -16,13 +16,13 @@ from kvtuner_gguf.pair import Pair, Pairs
 from kvtuner_gguf.quality import Grade, Quality
 from kvtuner_gguf.runtime import Session
 
-SEARCH, SEARCH_COPY = "search", "search-copy"  # runs in the records: on the model itself, and on a copy of it
-HELDOUT, FLOOR = "heldout", "-floor"
+SEARCH, HELDOUT = "search", "heldout"  # runs in the records, by their text
+COPY, PART, FLOOR = "-copy", "-part", "-floor"  # of a copy of the model; on a part of the text; of the f16 cache itself
 
 
-def search_name(session: Session, model: Path) -> str:
-    """Of the runs of a search in the records: those on a copy of the model stand apart."""
-    return SEARCH if session.path == model else SEARCH_COPY
+def runs_name(text: str, session: Session, model: Path) -> str:
+    """Of the runs on SEARCH's text or HELDOUT's in the records: those on a copy of the model stand apart."""
+    return text if session.path == model else text + COPY
 
 
 def tag(k_vectors: Sequence[KVectors]) -> str:

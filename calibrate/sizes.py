@@ -61,6 +61,11 @@ class Sizes:
         return self.n_captured - self.n_vectors
 
     @property
+    def n_own(self) -> int:
+        """Chunks of the held-out text that the model itself is run on, where the proof ran on a faster copy."""
+        return -(-self.n_chunk // 2)
+
+    @property
     def n_scored_search(self) -> int:
         """Scored positions of what plans are tried on."""
         return self.n_searched * -(-(self.search_ctx - self.skipped(self.search_ctx)) // self.search_every)

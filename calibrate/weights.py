@@ -1,5 +1,4 @@
-"""The model to search on: itself, or a copy of it whose weights the processor multiplies faster. The proof never runs
-on a copy."""
+"""The model to measure on: itself, or a copy of it whose weights the processor multiplies faster."""
 
 from __future__ import annotations
 
@@ -57,8 +56,8 @@ def search_session(
                 kind, gain = _faster(own, prompt, copy, sizes) if may_copy else (OWN, 1.0)
                 if kind != OWN:
                     say(
-                        f"search on a copy of the model in {kind}, which reads a prompt {gain:.1f} times as fast; "
-                        "proof on the model itself"
+                        f"search and proof on a copy of the model in {kind}, which reads a prompt {gain:.1f} times as "
+                        "fast; the plan on the model itself at the end"
                     )
                 if may_copy:
                     write_record(choice, kind.encode())
@@ -99,6 +98,14 @@ def _faster(own: Session, prompt: float, copy: Path, sizes: dict[str, Any]) -> t
     except (CalibrationError, NativeError):
         return OWN, 1.0
     return (kind, gain) if gain >= GAIN else (OWN, gain)
+
+
+def copy_type(session: Session, model: Path, folder: Path) -> str | None:
+    """The type of the weights of the copy that this session is of; None if it is of the model itself.
+
+    folder  keeps the choice
+    """
+    return None if session.path == model else _chosen(folder / CHOICE)
 
 
 def _chosen(choice: Path) -> str | None:

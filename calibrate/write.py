@@ -39,9 +39,13 @@ def plan_of(
     )
 
 
-def made_of(options: Options, text: Text, *, rotated: bool) -> dict[str, str | int]:
-    """How a plan is made: what a reader needs to make it again. rotated: whether the run time rotates K or V."""
-    return {
+def made_of(options: Options, text: Text, *, rotated: bool, proof_weights: str | None = None) -> dict[str, str | int]:
+    """How a plan is made: what a reader needs to make it again.
+
+    rotated        whether the run time rotates K or V
+    proof_weights  the type of the copy that its quality is of; None = of the model itself
+    """
+    made: dict[str, str | int] = {
         "method": options.method,
         "text": text.name,
         "text_sha256": text.sha256,
@@ -53,3 +57,4 @@ def made_of(options: Options, text: Text, *, rotated: bool) -> dict[str, str | i
         "weights": weights_hash(options.model),
         "rotation": "hadamard" if rotated else "none",
     }
+    return made | ({"proof_weights": proof_weights} if proof_weights else {})

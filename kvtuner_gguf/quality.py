@@ -128,7 +128,9 @@ class Comparison:
     """Configurations measured on the same text.
 
     n_positions scored positions   chunk_ctx tokens of a chunk   n_ctx context at which n_bytes are counted
-    notes  what was wrong with a plan that was measured all the same
+    notes    what was wrong with a plan that was measured all the same
+    weights  type of the weights of the model's copy that was run; None = the model itself was
+    own      rows of the model itself, on a part of the text, where a copy was run
     """
 
     text: str
@@ -137,6 +139,8 @@ class Comparison:
     n_ctx: int
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+    weights: str | None = None
+    own: tuple[Row, ...] = ()
 
     @property
     def safe(self) -> Row | None:

@@ -15,7 +15,7 @@ from .geometry import Geometry
 from .pair import Pair
 from .plan import Plan
 from .printable import printable
-from .quality import Comparison, Grade, Quality
+from .quality import Comparison, Grade, Quality, Row
 
 if TYPE_CHECKING:
     from .calibrate.options import Outcome, Solved
@@ -48,14 +48,15 @@ def comparison_text(c: Comparison) -> str:
             f"{r.quality.kld_p999:.3f}",
             f"{100 * r.quality.same_top:.1f} +-{100 * r.quality.same_top_se:.1f} %",
         )
-        for r in c.rows
+        for r in (*c.rows, *c.own)
     ]
     head = ("cache", "bits", f"MiB at {c.n_ctx}", "mean KLD", "99.9 % KLD", "same top token")
     in_part = [r.name for r in c.rows if 0 < r.quality.n_positions < c.n_positions]
     fewer = f" (fewer of {', '.join(in_part)}, as that was clear sooner)" if in_part else ""
+    own = f"; weights in {c.weights}, in the last rows the model's own, on a part of the text" if c.own else ""
     note = (
         f"KLD against an f16 cache, in nats; text {printable(c.text)}, {c.n_positions} scored positions in "
-        f"chunks of {c.chunk_ctx} tokens{fewer}; +-: standard error."
+        f"chunks of {c.chunk_ctx} tokens{fewer}{own}; +-: standard error."
     )
     return "\n".join((table(head, rows), note, *(f"note: {printable(n)}" for n in c.notes)))
 
@@ -72,15 +73,19 @@ def front_text(points: Sequence[tuple[float, int, float]], n_ctx: int) -> str:
 
 
 def comparison_json(c: Comparison) -> dict[str, Any]:
-    rows = [
-        {"name": r.name, "bits_per_value": r.bits_per_value, "bytes": r.n_bytes, **r.quality.figures} for r in c.rows
-    ]
+    def of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+        return [
+            {"name": r.name, "bits_per_value": r.bits_per_value, "bytes": r.n_bytes, **r.quality.figures} for r in rows
+        ]
+
     return {
         "text": c.text,
         "n_positions": c.n_positions,
         "chunk_ctx": c.chunk_ctx,
         "n_ctx": c.n_ctx,
-        "rows": rows,
+        "weights": c.weights,
+        "rows": of(c.rows),
+        "own_weights": of(c.own),
         "notes": list(c.notes),
     }
 

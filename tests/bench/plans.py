@@ -39,7 +39,7 @@ from kvtuner_gguf.calibrate.measured import Bench, measure_model
 from kvtuner_gguf.calibrate.methods import known_trials
 from kvtuner_gguf.calibrate.options import DEFAULT_TYPES, Options
 from kvtuner_gguf.calibrate.pipeline import search, sizes_of
-from kvtuner_gguf.calibrate.runs import on_all_of, search_name, tag
+from kvtuner_gguf.calibrate.runs import SEARCH, on_all_of, runs_name, tag
 from kvtuner_gguf.calibrate.solve import solve
 from kvtuner_gguf.calibrate.store import Store
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
@@ -88,7 +88,7 @@ def plans_of(way: str, bits: float, options: argparse.Namespace, session: Sessio
     measured = measure_model(asked, known, bench)
     geometry = measured.priced(known.geometry)
     k_vectors, name = measured.k_vectors, f"{bits:g} {way}"
-    kld_model, what = KldModel.of(measured.errors, geometry), search_name(session, asked.model) + tag(k_vectors)
+    kld_model, what = KldModel.of(measured.errors, geometry), runs_name(SEARCH, session, asked.model) + tag(k_vectors)
     budget = known.goal.n_bytes - measured.spent
 
     def plan(pairs: tuple[Pair, ...], said: str) -> Plan:

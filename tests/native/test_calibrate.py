@@ -292,12 +292,12 @@ def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkey
 
 
 @pytest.mark.parametrize("goal", [("--bits", 6.0), ("--max-kld", 0.02)])
-def test_a_search_on_a_copy_is_proved_on_the_model(tiny, tmp_path, text, monkeypatch, goal):
+def test_what_is_found_on_a_copy_is_shown_on_the_model_too(tiny, tmp_path, text, monkeypatch, goal):
     """A KLD that is asked for is searched on the model itself, whose noise floor is its own."""
     from kvtuner_gguf.calibrate import measured, weights
     from kvtuner_gguf.runtime import Session
 
-    model, seen = tmp_path / "q4_1.gguf", {}
+    model, seen, on_copy = tmp_path / "q4_1.gguf", [], goal[0] == "--bits"
     with Session(tiny("llama")) as session:
         session.save_as(model, "q4_1")
     real = measured.make_reference
@@ -306,12 +306,23 @@ def test_a_search_on_a_copy_is_proved_on_the_model(tiny, tmp_path, text, monkeyp
         measured,
         "make_reference",
         lambda session, chunks, path, *rest: (
-            seen.setdefault(path.stem, session.path) and real(session, chunks, path, *rest)
+            seen.append((path.stem, session.path == model)) or real(session, chunks, path, *rest)
         ),
     )
-    calibrate(model, "-f", text, *goal, "-o", tmp_path / "plan.json")
-    assert seen["heldout"] == model
-    assert (seen["search"] == model) == (goal[0] == "--max-kld")
+    result = json.loads(calibrate(model, "-f", text, *goal, "-o", tmp_path / "plan.json", "--json").stdout)
+    own = [("heldout", True)]
+    assert seen == ([("search", False), ("heldout", False), *own] if on_copy else [("search", True), *own])
+    floor, plan, *_ = result["comparison"]["rows"]
+    of_own = result["comparison"]["own_weights"]
+    assert [row["name"] for row in of_own] == (
+        ["own weights, f16 (noise floor)", "own weights, plan"] if on_copy else []
+    )
+    kind, made = result["comparison"]["weights"], result["plan"]
+    assert kind in ({"bf16", "f16"} if on_copy else {None}) and made.get("calibration.proof_weights") == kind
+    if on_copy:
+        assert of_own[1]["bytes"] == plan["bytes"] and of_own[1]["n_positions"] == plan["n_positions"] / 2
+        # the copy's activations are not rounded to 8 bits
+        assert of_own[1]["kld_mean"] != plan["kld_mean"] > 0 and of_own[0]["kld_mean"] != floor["kld_mean"]
     solved = json.loads(run("solve", model, "--chunks", 2, "-c", 1024, "-f", text, "--bits", 5.5, "--json").stdout)
     assert solved["plan"]["bits_per_value"] <= 5.5
     assert not list((tmp_path / "cache").rglob("*.gguf"))

@@ -92,9 +92,9 @@ def test_every_stage_is_one_that_the_code_shows(stages):
     titles = [
         title
         for name in ("text", "measured", "methods", "pipeline", "proof")
-        for title in re.findall(r'\.bar\("([^"]+)"', (folder / f"{name}.py").read_text())
+        for title in re.findall(r'(?:\.bar\(|title: str = |title=)"([^"]+)"', (folder / f"{name}.py").read_text())
     ]
-    assert len(titles) == 11 and all(any(t.startswith(name) for t in titles) for name, _ in stages)
+    assert len(titles) == 13 and all(any(t.startswith(name) for t in titles) for name, _ in stages)
 
 
 def test_a_log_gets_a_line_at_the_start_at_the_end_and_now_and_then(clock, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 from kvtuner_gguf import Geometry, Pair
 from kvtuner_gguf.calibrate.progress import Silent
-from kvtuner_gguf.calibrate.proof import _shuffled, best_rivals, everywhere, prove, ungrouped
+from kvtuner_gguf.calibrate.proof import _shuffled, best_rivals, everywhere, prove, prove_own, ungrouped
 from kvtuner_gguf.calibrate.results import Trial
 from kvtuner_gguf.calibrate.write import plan_of
 from kvtuner_gguf.kvectors import KVectors
@@ -76,6 +76,18 @@ def test_the_table_shows_floor_plan_rival_and_what_is_named():
     # the bytes of K's vectors are counted where they are used
     assert rows["plan"].n_bytes == rows["plan, K not conditioned"].n_bytes + 2 * 4 * 4
     assert rows["plan"].quality.kld_mean < rows["plan, K not conditioned"].quality.kld_mean
+
+
+def test_what_was_proved_on_a_copy_is_shown_on_the_model_itself():
+    vectors = (KVectors((0.5,) * 4), KVectors(), KVectors((0.5,) * 4))
+    judge = Judge(0.04, 0.05, vectors)
+    plan = plan_of(PLAN.pairs, vectors, GEOMETRY, {})
+    floor, row = prove_own(plan, judge, GEOMETRY, Silent())
+    assert [floor.name, row.name] == ["own weights, f16 (noise floor)", "own weights, plan"]
+    assert floor.quality.kld_mean == pytest.approx(0.0001) and row.quality.kld_mean == pytest.approx(0.036)
+    assert row.bits_per_value == pytest.approx(plan.bits_per_value)
+    uniform = plan_of(RIVAL.pairs, (), GEOMETRY, {})  # which is written where the plan lost
+    assert prove_own(uniform, judge, GEOMETRY, Silent())[1].quality.kld_mean == pytest.approx(0.05)
 
 
 def test_rivals_run_as_stock_runs_them():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -87,3 +89,7 @@ def test_the_table_names_what_was_measured_on_less_than_all():
     said = comparison_text(Comparison("some", 8, 16, 1, tuple(rows)))
     assert "8 scored positions in chunks of 16 tokens (fewer of q4_0, as that was clear sooner)" in said
     assert "fewer" not in comparison_text(Comparison("some", 8, 16, 1, (rows[0],)))
+    own = (replace(rows[0], name="own weights, plan", quality=Quality(0.02, 0.02, 0.5, n_positions=4)),)
+    said = comparison_text(Comparison("some", 8, 16, 1, (rows[0],), weights="bf16", own=own))
+    assert "own weights, plan  4.50" in said and "0.02000" in said and "fewer" not in said
+    assert "weights in bf16, in the last rows the model's own, on a part of the text" in said
