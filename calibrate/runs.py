@@ -80,7 +80,7 @@ class Runs:
         return measure(self.session, pairs, part, k_vectors=self.vectors_of(pairs))
 
     def _measure_stock(self, pairs: Pairs) -> Quality:
-        return measure(self.session, pairs, self.reference, enough=_is_broken)
+        return measure(self.session, pairs, self.reference, enough=is_broken)
 
     def _measure_floor(self, _: Pairs) -> Quality:
         return measure(self.session, None, self.reference, flash_attn=False)
@@ -117,5 +117,6 @@ def _of_part(quality: Quality, part: range, n_chunk: int) -> float:
     return float(of_chunks[part.start : part.stop].mean())
 
 
-def _is_broken(quality: Quality) -> bool:
+def is_broken(quality: Quality) -> bool:
+    """Whether what was measured so far shows that beyond doubt."""
     return Grade.of(quality) == Grade("broken", True)

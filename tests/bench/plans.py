@@ -12,7 +12,8 @@ before       no basis, no trellis: what plans were made of before there was eith
 no-layers    the best uniform pair of all types, with K conditioned
 error        the solver's plan by squared errors alone: no run has told what a layer matters
 paper        --method paper
-Rows below: the best uniform pair with K as stock caches it, of all types within the goal, and stock's own pairs.
+Rows below: the best uniform pair with K as stock caches it, of all types within the goal, and stock's own pairs; on as
+much of the text as shows them to be broken, if they are.
 "predicted" is the KLD that the fitted prices foretell on the text of the search, "search" what a run measured there.
 Records stay in --work, so that a run that was stopped goes on. --shared-bits: goals of the ways other than default.
 --on-copy: the proof, too, runs on the copy that the search runs on, if there is one. --save: the plans as sidecars.
@@ -39,7 +40,7 @@ from kvtuner_gguf.calibrate.measured import Bench, measure_model
 from kvtuner_gguf.calibrate.methods import known_trials
 from kvtuner_gguf.calibrate.options import DEFAULT_TYPES, Options
 from kvtuner_gguf.calibrate.pipeline import search, sizes_of
-from kvtuner_gguf.calibrate.runs import SEARCH, on_all_of, runs_name, tag
+from kvtuner_gguf.calibrate.runs import SEARCH, is_broken, on_all_of, runs_name, tag
 from kvtuner_gguf.calibrate.solve import solve
 from kvtuner_gguf.calibrate.store import Store
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
@@ -189,7 +190,9 @@ def prove(options: argparse.Namespace, session: Session, work: Path, plans: list
             f"{'plan':36}{'bits':>7}{'mean KLD':>11}{'+-':>9}{'99.9 %':>9}{'same top':>10}  on the text of the search"
         )
         for name, pairs, vectors, said in plans:
-            quality = measure(session, pairs, reference, k_vectors=vectors)
+            quality = measure(session, pairs, reference, k_vectors=vectors, enough=None if vectors else is_broken)
+            if quality.n_positions < chunks.n_positions:
+                said += f" ({quality.n_positions} positions)"
             bits = geometry.bits_per_value(pairs, vectors)
             print(
                 f"{name:36}{bits:7.2f}{quality.kld_mean:11.5f}{quality.kld_se:9.5f}{quality.kld_p999:9.3f}"
