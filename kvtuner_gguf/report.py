@@ -330,7 +330,9 @@ def shown_text(shown: Shown) -> str:
     if shown.plan and shown.plan.quality:
         rival = shown.plan.rival_quality
         beside = f"; best uniform pair {shown.plan.rival}: {_kld(rival)}" if rival else ""
-        text += f"\n\nmean KLD when calibrated: {_kld(shown.plan.quality)}{beside}"
+        weights = shown.plan.calibration.get("proof_weights")
+        of_copy = f" (weights in {printable(str(weights))})" if weights else ""
+        text += f"\n\nmean KLD when calibrated: {_kld(shown.plan.quality)}{beside}{of_copy}"
     return "\n".join((text, *(f"note: {note}" for note in shown.notes)))
 
 

@@ -321,6 +321,8 @@ def test_what_is_found_on_a_copy_is_shown_on_the_model_too(tiny, tmp_path, text,
     assert kind in ({"bf16", "f16"} if on_copy else {None}) and made.get("calibration.proof_weights") == kind
     if on_copy:
         assert of_own[1]["bytes"] == plan["bytes"] and of_own[1]["n_positions"] == plan["n_positions"] / 2
+        shown = run("show", model, "--plan", tmp_path / "plan.json", "-c", 1024).output
+        assert f"(weights in {kind})" in shown
         # the copy's activations are not rounded to 8 bits
         assert of_own[1]["kld_mean"] != plan["kld_mean"] > 0 and of_own[0]["kld_mean"] != floor["kld_mean"]
     solved = json.loads(run("solve", model, "--chunks", 2, "-c", 1024, "-f", text, "--bits", 5.5, "--json").stdout)
