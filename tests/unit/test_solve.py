@@ -7,6 +7,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from scipy.optimize import Bounds, LinearConstraint, milp
 
 from kvtuner_gguf.calibrate.kld_model import Fit, KldModel, fit, floor_shape
 from kvtuner_gguf.calibrate.prices import MOST, floor_plans, price, price_ladders, replaced
@@ -268,3 +269,17 @@ def test_no_uniform_pair_has_a_type_of_groups():
     everywhere = KldModel(found.il, found.pairs, np.nan_to_num(found.sq_k), found.sq_v, found.n_bytes, 4)
     plans = uniform_pairs(everywhere, GEOMETRY, None)
     assert plans and not [p for plan in plans for p in plan if p.type_k == "k3_64"]
+
+
+@pytest.mark.parametrize("seed", [318, 899, 1317, 2060])
+def test_scipys_solver_prints_nothing(seed, capfd):
+    """On plans of six layers whose fractions it has to mend: SciPy 1.17 prints a line there, into what --json prints."""
+    rng, (n_il, n_pair) = np.random.default_rng(seed), (6, 12)
+    bits = np.sort(rng.uniform(2, 16, (n_il, n_pair)), 1)
+    cost = np.exp(-0.7 * bits) * rng.lognormal(0, 1.5, (n_il, 1)) * rng.lognormal(0, 0.1, (n_il, n_pair))
+    limit = n_il * rng.uniform(3, 6) / 1e3
+    of_each = LinearConstraint(np.repeat(np.eye(n_il), n_pair, axis=1), 1, 1)
+    in_all = LinearConstraint(np.round(bits * 4096).reshape(1, -1) / (4096 * limit), -np.inf, 1e3)
+    integers = {"integrality": np.ones(cost.size), "bounds": Bounds(0, 1), "options": {"mip_rel_gap": 1e-4}}
+    assert milp(cost.ravel() / cost.max(), constraints=[of_each, in_all], **integers).x is not None
+    assert capfd.readouterr() == ("", "")
