@@ -136,14 +136,15 @@ def everywhere(type_name: str, has_kv: Sequence[bool]) -> Pairs:
 
 
 def ungrouped(pairs: Pairs) -> Pairs:
-    """The pairs as they may be without bases: a type of groups gives way to the nearest one of the same bits all over a
+    """The pairs as they may be without bases: a type of groups gives way to the next one of as many bits all over a
     head."""
     plain = [c for c in CODECS.values() if c.block_size > 1 and not c.groups]
 
-    def nearest(name: str) -> str:
-        return min(plain, key=lambda c: abs(c.bits_per_value - codec(name).bits_per_value)).name
+    def next_to(name: str) -> str:
+        as_many = (c for c in plain if c.bits_per_value >= codec(name).bits_per_value)
+        return min(as_many, key=lambda c: c.bits_per_value).name
 
-    return tuple(replace(p, type_k=nearest(p.type_k)) if p.type_k and codec(p.type_k).groups else p for p in pairs)
+    return tuple(replace(p, type_k=next_to(p.type_k)) if p.type_k and codec(p.type_k).groups else p for p in pairs)
 
 
 def _shuffled(pairs: Pairs, has_kv: Sequence[bool], seed: int) -> Pairs:

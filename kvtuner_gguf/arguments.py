@@ -117,7 +117,7 @@ def shared(*names: str) -> Callable[[Command], Command]:
         "basis": click.option(
             "--k-basis/--no-k-basis",
             default=None,
-            help="Whether K may be in a basis, which types of groups (k4_64, k3_64, k2_64) need, where that helps. "
+            help="Whether K may be in a basis, which types of groups (k5_64 to k2_64) need, where that helps. "
             "[default: yes; paper: no]",
         ),
         "force": click.option(

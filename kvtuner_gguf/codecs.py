@@ -53,6 +53,7 @@ CODECS: dict[str, Codec] = {
         Codec("q6_32", 32, 26),
         Codec("q5_1", 32, 24),
         Codec("q5_0", 32, 22),
+        Codec("k5_64", 64, 41, groups=True),
         Codec("q4_1", 32, 20),
         Codec("q4_0", 32, 18),
         Codec("iq4_nl", 32, 18, better="t4_64"),

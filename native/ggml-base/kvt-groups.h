@@ -1,5 +1,5 @@
 // kvt-groups.h - how a block of each group type is written and read: four groups of 16 values with bits of their own, under one scale. The
-// groups with few bits are on a ring (kvt-rings.h), the first of k3_64 and k4_64 has a grid of its own. The rules are those of kvt-blocks.h
+// groups with few bits are on a ring (kvt-rings.h), the first of k3_64, k4_64 and k5_64 has a grid of its own. The rules are those of kvt-blocks.h
 #pragma once
 
 #include "kvt-ways.h"
@@ -39,11 +39,17 @@ struct kvt_codec_k : kvt_codec_ring<block, ring> {
         const float    inv   = f > 0.0f ? kvt_least(1.0f / f, most / sigma) : 0.0f;
         on_ring<T>(x + n_first * n_group, a + n_first * n_group, inv, q);
         kvt_ways<R, T>::find(q, c + n_first * n_group, m);
-        if constexpr (n_first > 0) {
-            const float half = 1 << (C::bits - 1);
+        if constexpr (R::finer > 0) {
             for (int i = 0; i < n_group; i++) {
-                const float r = kvt_round(kvt_least(a[i] * inv * (1.0f / C::step), half - 0.5f) - 0.5f);
-                c[i]          = (uint8_t) (x[i] < 0.0f ? half - 1 - r : half + r);
+                const float v = a[n_first * n_group + i] * inv, s = x[n_first * n_group + i] < 0.0f ? -v : v;
+                c[n_first * n_group + i] |= (s > kvt_phase<R, 0>::level(m[i])) << R::bits[0];
+            }
+        }
+        if constexpr (n_first > 0) {
+            const float half = 1 << (C::bits - 1), mid = C::step > 1 ? 0.5f : 0.0f; // a step of one has a level of 0
+            for (int i = 0; i < n_group; i++) {
+                const float r = kvt_round(kvt_least(a[i] * inv * (1.0f / C::step), half - 1.0f + mid) - mid);
+                c[i]          = (uint8_t) (x[i] < 0.0f ? half - 2.0f * mid - r : half + r);
             }
         }
         return d;
@@ -53,3 +59,4 @@ struct kvt_codec_k : kvt_codec_ring<block, ring> {
 typedef kvt_codec_k<kvt_block_k2_64, kvt_ring_k2> kvt_codec_k2_64;
 typedef kvt_codec_k<kvt_block_k3_64, kvt_ring_k3> kvt_codec_k3_64;
 typedef kvt_codec_k<kvt_block_k4_64, kvt_ring_k4> kvt_codec_k4_64;
+typedef kvt_codec_k<kvt_block_k5_64, kvt_ring_k5> kvt_codec_k5_64;

@@ -10,10 +10,11 @@
 //   bits     of a code; kept: the share of a normal value's energy that levels of the least squared error were divided by
 //   sigma    a standard deviation by which a block's scale is chosen, in levels. For groups it is more than that of the levels: the smaller
 //            scale costs the groups with few bits less than it gives the others, by the error of attention
+//   finer    what a bit that is not on the ring gives the level of the first phase, more or less; 0 = there is none
 //   fine     in 64ths, and shift: in the search, a value and its levels are taken times fine/64, and a cost >> shift. So costs have the
 //            weights that errors have: for groups the inverse of what a normal value's is
 template <int k> struct kvt_ring_even {
-    static const int       n_value = 4, n_phase = 1;
+    static const int       n_value = 4, n_phase = 1, finer = 0;
     static constexpr int   bits[] = { k }, fine[] = { 64 }, shift[] = { 0 };
     static constexpr float sigma = 32.0f;
 };
@@ -34,7 +35,7 @@ struct kvt_ring_t4 : kvt_ring_even<4> {
 };
 
 struct kvt_ring_k2 {
-    static const int         n_value = 4, n_phase = 4;
+    static const int         n_value = 4, n_phase = 4, finer = 0;
     static constexpr int     bits[] = { 4, 2, 1, 1 }, fine[] = { 64, 34, 31, 31 }, shift[] = { 0, 2, 4, 4 };
     static constexpr float   kept[]    = { 0.9933f, 0.9220f, 0.7392f, 0.7516f };
     static constexpr float   sigma     = 34.8f;
@@ -42,7 +43,7 @@ struct kvt_ring_k2 {
 };
 
 struct kvt_ring_k3 {
-    static const int         n_value = 3, n_phase = 3;
+    static const int         n_value = 3, n_phase = 3, finer = 0;
     static constexpr int     bits[] = { 3, 2, 1 }, fine[] = { 56, 29, 27 }, shift[] = { 0, 0, 2 };
     static constexpr float   kept[]    = { 0.9766f, 0.9228f, 0.7567f };
     static constexpr float   sigma     = 39.1f;
@@ -50,11 +51,19 @@ struct kvt_ring_k3 {
 };
 
 struct kvt_ring_k4 {
-    static const int         n_value = 3, n_phase = 3;
+    static const int         n_value = 3, n_phase = 3, finer = 0;
     static constexpr int     bits[] = { 4, 3, 2 }, fine[] = { 60, 31, 32 }, shift[] = { 0, 0, 2 };
     static constexpr float   kept[]    = { 0.9939f, 0.9785f, 0.9259f };
     static constexpr float   sigma     = 37.5f;
     static constexpr int16_t low[][16] = KVT_LEVELS_K4_LOW, high[][16] = KVT_LEVELS_K4_HIGH;
+};
+
+struct kvt_ring_k5 {
+    static const int         n_value = 3, n_phase = 3, finer = KVT_FINE_K5;
+    static constexpr int     bits[] = { 4, 4, 3 }, fine[] = { 60, 52, 52 }, shift[] = { 0, 0, 2 };
+    static constexpr float   kept[]    = { 0.9939f, 0.9939f, 0.9785f };
+    static constexpr float   sigma     = 36.0f;
+    static constexpr int16_t low[][16] = KVT_LEVELS_K5_LOW, high[][16] = KVT_LEVELS_K5_HIGH;
 };
 
 // the bits of a lane's codes after that of phase p
@@ -81,10 +90,10 @@ static inline void kvt_levels_on_ring(uint32_t before, uint32_t own, int8_t * l)
     }
 }
 
-// of the codes of a lane on the ring, a stride apart
+// of the codes of a lane on the ring, a stride apart; above those of the first one is the bit that is not on it
 template <typename R, int stride, int i = 0>
 KVT_FN int kvt_bits_on_ring(const uint8_t * c) {
-    const int bits = c[stride * i] << kvt_bits_below<R, i>;
+    const int bits = (c[stride * i] & ((1 << R::bits[i % R::n_phase]) - 1)) << kvt_bits_below<R, i>;
     if constexpr (i + 1 < R::n_value) {
         return bits | kvt_bits_on_ring<R, stride, i + 1>(c);
     } else {
@@ -98,22 +107,27 @@ template <typename block> constexpr int kvt_n_high = sizeof(block) - sizeof(bloc
 template <typename block>
 static inline void kvt_pack_lane(int i, int number, block * y) {
     y->qs[i] = (uint8_t) number;
-    if constexpr (kvt_n_high<block> == 8) {
-        y->qh[i % 8] = (uint8_t) (i < 8 ? number >> 8 : y->qh[i % 8] | number >> 8 << 4);
-    } else if constexpr (kvt_n_high<block> == 16) {
+    if constexpr (kvt_n_high<block> == 16 || kvt_n_high<block> == 24) {
         y->qh[i] = (uint8_t) (number >> 8);
+    }
+    if constexpr (kvt_n_high<block> % 16 == 8) {
+        const int rest = kvt_n_high<block> / 16;
+        uint8_t * half = y->qh + 16 * rest + i % 8;
+        *half          = (uint8_t) (i < 8 ? number >> (8 + 8 * rest) : *half | number >> (8 + 8 * rest) << 4);
     }
 }
 
 template <typename block>
 static inline int kvt_unpack_lane(int i, const block * x) {
-    if constexpr (kvt_n_high<block> == 8) {
-        return x->qs[i] | (x->qh[i % 8] >> (i < 8 ? 0 : 4) & 15) << 8;
-    } else if constexpr (kvt_n_high<block> == 16) {
-        return x->qs[i] | x->qh[i] << 8;
-    } else {
-        return x->qs[i];
+    int number = x->qs[i];
+    if constexpr (kvt_n_high<block> == 16 || kvt_n_high<block> == 24) {
+        number |= x->qh[i] << 8;
     }
+    if constexpr (kvt_n_high<block> % 16 == 8) {
+        const int rest = kvt_n_high<block> / 16;
+        number |= (x->qh[16 * rest + i % 8] >> (i < 8 ? 0 : 4) & 15) << (8 + 8 * rest);
+    }
+    return number;
 }
 
 // a block on a ring, and its first group, if that is not on it: its codes stand for odd multiples of half a step
@@ -124,24 +138,34 @@ struct kvt_codec_ring {
     typedef ring     R;
 
     static const int n_bit = kvt_bits_of_lane<R>, n_first = 4 - R::n_value; // of a lane on the ring; groups that are not
-    static const int bits = (16 + kvt_n_high<block>) / 2 - n_bit, step = 256 >> bits;
+    static const int n_below = n_bit + (R::finer > 0);                      // bits below the first group's code
+    static const int bits = (16 + kvt_n_high<block>) / 2 - n_below, step = 256 >> bits;
 
     static void levels(const block * x, int8_t * l) {
         uint32_t before = kvt_unpack_lane(15, x);
         for (int i = 0; i < 16; i++) {
             const uint32_t own = kvt_unpack_lane(i, x);
             if (n_first > 0) {
-                l[i] = (int8_t) (step * (own >> n_bit) + step / 2 - 128);
+                l[i] = (int8_t) (step * (own >> n_below) + step / 2 - 128);
             }
             kvt_levels_on_ring<R>(before, own & ((1 << n_bit) - 1), l + 16 * n_first + i);
+            if (R::finer > 0) {
+                l[16 * n_first + i] += (int8_t) (own >> n_bit & 1 ? R::finer : -R::finer);
+            }
             before = own;
         }
     }
 
+    // of the codes of a lane, a stride apart
+    template <int stride> KVT_FN int number(const uint8_t * c) {
+        const int first = n_first > 0 ? c[0] << n_below : 0;
+        const int finer = R::finer > 0 ? c[stride * n_first] >> R::bits[0] << n_bit : 0;
+        return first | finer | kvt_bits_on_ring<R, stride>(c + stride * n_first);
+    }
+
     static void pack(const uint8_t * c, block * y) {
         for (int i = 0; i < 16; i++) {
-            const int first = n_first > 0 ? c[i] << n_bit : 0;
-            kvt_pack_lane(i, first | kvt_bits_on_ring<R, 16>(c + 16 * n_first + i), y);
+            kvt_pack_lane(i, number<16>(c + i), y);
         }
     }
 };

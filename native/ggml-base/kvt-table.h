@@ -13,6 +13,7 @@
     X(Q6_32, q6_32, 204, 32, 6) \
     G(Q5_1)   \
     G(Q5_0)   \
+    X(K5_64, k5_64, 211, 64, 5) \
     G(Q4_1)   \
     G(Q4_0)   \
     G(IQ4_NL) \
@@ -28,7 +29,7 @@
     X(K2_64, k2_64, 205, 64, 2)
 
 // types whose quarters of a block have bits of their own: for a K in a basis (kvt-cond.h)
-#define KVT_GROUP_TYPES(X) X(K4_64) X(K3_64) X(K2_64)
+#define KVT_GROUP_TYPES(X) X(K5_64) X(K4_64) X(K3_64) X(K2_64)
 
 // ours alone
 #define KVT_TYPES(X)   KVT_CACHE_TYPES(KVT_NO_ROW, X)
@@ -36,7 +37,7 @@
 
 // in ggml_type, and its count: one more than the largest number
 #define KVT_TYPE_ENUM(NAME, name, number, n, bits) GGML_TYPE_##NAME = (number),
-#define KVT_TYPE_COUNT 211
+#define KVT_TYPE_COUNT 212
 
 // in other lists, switches and parsers
 #define KVT_TYPE_ITEM(NAME, name, number, n, bits)            GGML_TYPE_##NAME,

@@ -38,14 +38,18 @@
     { -38, -22, -8, 28, -18, 16, -32, 8, 24, -54, 14, -28, -6, 50, 2, -10 }, \
     { 20, 56, 20, -38, 14, -18, 2, 42, -4, -56, -34, 26, -28, 6, -8, -16 }, \
     { -4, -20, 22, 14, -42, -2, 38, 26, -16, -54, 6, 54, 56, 20, -34, -2 } }
-#define KVT_LEVELS_K4_LOW { \
-    { -12, 14, -53, 52, -36, -28, 29, -44, -19, -63, 36, 63, 6, 22, -4, 43 }, \
-    { 43, -62, -7, -39, 2, 29, -24, 14, 7, -38, 62, 30, -22, 43, -5, 17 }, \
+#define KVT_LEVELS_G4_LOW  { -12, 14, -53, 52, -36, -28, 29, -44, -19, -63, 36, 63, 6, 22, -4, 43 }
+#define KVT_LEVELS_G4_HIGH { -54, 22, -12, -6, 10, -30, -34, 30, -2, 18, 20, 6, -24, 50, 32, -20 }
+#define KVT_LEVELS_G3_LOW  { 43, -62, -7, -39, 2, 29, -24, 14, 7, -38, 62, 30, -22, 43, -5, 17 }
+#define KVT_LEVELS_G3_HIGH { 54, 38, -6, -8, -38, -42, 12, 4, 24, -52, -26, 12, 0, -2, -16, -22 }
+#define KVT_LEVELS_K4_LOW { KVT_LEVELS_G4_LOW, KVT_LEVELS_G3_LOW, \
     { 20, 50, -38, -4, 35, -48, 6, -23, 39, -51, 10, -12, -28, -9, 14, 38 } }
-#define KVT_LEVELS_K4_HIGH { \
-    { -54, 22, -12, -6, 10, -30, -34, 30, -2, 18, 20, 6, -24, 50, 32, -20 }, \
-    { 54, 38, -6, -8, -38, -42, 12, 4, 24, -52, -26, 12, 0, -2, -16, -22 }, \
+#define KVT_LEVELS_K4_HIGH { KVT_LEVELS_G4_HIGH, KVT_LEVELS_G3_HIGH, \
     { 14, -26, -18, 32, 40, -44, -32, 22, 18, -50, 2, 36, -20, -10, 52, 0 } }
+
+#define KVT_LEVELS_K5_LOW  { KVT_LEVELS_G4_LOW, KVT_LEVELS_G4_LOW, KVT_LEVELS_G3_LOW }
+#define KVT_LEVELS_K5_HIGH { KVT_LEVELS_G4_HIGH, KVT_LEVELS_G4_HIGH, KVT_LEVELS_G3_HIGH }
+#define KVT_FINE_K5        2
 
 #define KVT_LEVELS_IQ4_NL { -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113 }
 
@@ -53,13 +57,15 @@
 // with its own: LOW[window & 15] + HIGH[window >> 4]. So a value has 256 levels, of which its neighbours leave it 4, 8 or 16, and the
 // encoder chooses the way around. The order on the ring is value 0, 16, 32, 48, 1, 17, ...; the first of a value's bits is its highest
 //
-// group types: values 0..15 of a block are its first group, and so on; bits of a code are 4,2,1,1, or 6,3,2,1, or 7,4,3,2. K is such
-// that its channels have one variance and come in order of what they matter, see kvt-cond.h. The groups are on such a ring, but for the
-// first of k3_64 and k4_64, with levels 4*code - 126 and 2*code - 127
+// group types: values 0..15 of a block are its first group, and so on; bits of a code are 4,2,1,1, or 6,3,2,1, or 7,4,3,2, or 8,5,4,3. K
+// is such that its channels have one variance and come in order of what they matter, see kvt-cond.h. The groups are on such a ring, but for
+// the first of k3_64, k4_64 and k5_64, with levels 4*code - 126, 2*code - 127 and code - 128. The fifth bit of the second group of k5_64 is
+// not on the ring either: the level is KVT_FINE_K5 more where it is set, and as much less where it is not
 //
-// bits of values i, i + 16, i + 32, i + 48, of both: those on the ring are a number, and a first group's code that is not on it is above
-// them. The low 8 of its 8, 12 or 16 bits are qs[i]; of 12 bits, the others are in qh, of i below 8 in the low half of byte i, of others
-// in the high half of byte i - 8; of 16 bits, they are qh[i]
+// bits of values i, i + 16, i + 32, i + 48, of both: those on the ring are a number, a fifth bit is above them, and a first group's code
+// that is not on it above that. The low 8 of its 8, 12, 16 or 20 bits are qs[i]; of 12 bits, the others are in qh, of i below 8 in the low
+// half of byte i, of others in the high half of byte i - 8; of 16 bits, they are qh[i]; of 20, the next 8 are qh[i], and the last 4 are in
+// qh[16] and on, as those of 12 are in qh
 //
 // d, a byte: bits 7 to 14 of an f16, which are its exponent and the first three bits of its fraction. No scale is negative
 // qs, 2 bits: bits 2j, 2j+1 of byte i are those of value i + j*sizeof(qs)
@@ -81,6 +87,7 @@ typedef struct { kvt_half d; uint8_t ql[16]; uint8_t qh[8]; } kvt_block_q6_32;
 typedef struct { kvt_e5m3 d; uint8_t qs[16];              } kvt_block_k2_64;
 typedef struct { kvt_e5m3 d; uint8_t qs[16]; uint8_t qh[ 8]; } kvt_block_k3_64;
 typedef struct { kvt_e5m3 d; uint8_t qs[16]; uint8_t qh[16]; } kvt_block_k4_64;
+typedef struct { kvt_e5m3 d; uint8_t qs[16]; uint8_t qh[24]; } kvt_block_k5_64;
 typedef struct { kvt_e5m3 d; uint8_t qs[16];              } kvt_block_t2_64;
 typedef struct { kvt_e5m3 d; uint8_t qs[16]; uint8_t qh[ 8]; } kvt_block_t3_64;
 typedef struct { kvt_e5m3 d; uint8_t qs[16]; uint8_t qh[16]; } kvt_block_t4_64;

@@ -49,6 +49,13 @@ template <typename R, int p> struct kvt_phase {
     static constexpr uint64_t high_0 = kvt_bytes(high.v, 0), high_8 = kvt_bytes(high.v, 8);
     static const int          bits = R::bits[p], next = R::bits[(p + 1) % R::n_phase], shift = R::shift[p];
 
+    // of a window, as the block's levels are
+    KVT_FN int level(int window) {
+        constexpr uint64_t l0 = kvt_bytes(R::low[p], 0), l8 = kvt_bytes(R::low[p], 8), h0 = kvt_bytes(R::high[p], 0), h8 = kvt_bytes(R::high[p], 8);
+        const int          i = window & 15, j = window >> 4;
+        return (int8_t) ((i < 8 ? l0 : l8) >> 8 * (i % 8)) + (int8_t) ((j < 8 ? h0 : h8) >> 8 * (j % 8));
+    }
+
     KVT_FN int of_low(int i) {
         return (int8_t) ((i < 8 ? low_0 : low_8) >> 8 * (i % 8));
     }

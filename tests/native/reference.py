@@ -3,7 +3,7 @@ be."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -23,6 +23,7 @@ class Ring:
     low high  levels of each group by half a window of 8 bits
     kept    of a normal value's energy    sigma        levels of a standard deviation
     fine shift  of the search: values and levels times fine/64, costs >> shift
+    finer   what a bit off the ring gives the first group on it, more or less; 0 = there is none
     """
 
     bits: tuple[int, ...]
@@ -34,6 +35,7 @@ class Ring:
     shift: tuple[int, ...] = (0, 0, 0, 0)
     first: int = 0
     step: int = 0
+    finer: int = 0
 
     @property
     def n(self) -> int:
@@ -46,6 +48,15 @@ class Ring:
 def _even(bits: int, low: list[int], high: list[int], kept: float) -> Ring:
     return Ring((bits,) * 4, [low] * 4, [high] * 4, (kept,) * 4)
 
+
+G4 = (
+    [-12, 14, -53, 52, -36, -28, 29, -44, -19, -63, 36, 63, 6, 22, -4, 43],
+    [-54, 22, -12, -6, 10, -30, -34, 30, -2, 18, 20, 6, -24, 50, 32, -20],
+)
+G3 = (
+    [43, -62, -7, -39, 2, 29, -24, 14, 7, -38, 62, 30, -22, 43, -5, 17],
+    [54, 38, -6, -8, -38, -42, 12, 4, 24, -52, -26, 12, 0, -2, -16, -22],
+)
 
 RINGS = {
     "t2_64": _even(
@@ -107,13 +118,13 @@ RINGS = {
     "k4_64": Ring(
         (4, 3, 2),
         [
-            [-12, 14, -53, 52, -36, -28, 29, -44, -19, -63, 36, 63, 6, 22, -4, 43],
-            [43, -62, -7, -39, 2, 29, -24, 14, 7, -38, 62, 30, -22, 43, -5, 17],
+            G4[0],
+            G3[0],
             [20, 50, -38, -4, 35, -48, 6, -23, 39, -51, 10, -12, -28, -9, 14, 38],
         ],
         [
-            [-54, 22, -12, -6, 10, -30, -34, 30, -2, 18, 20, 6, -24, 50, 32, -20],
-            [54, 38, -6, -8, -38, -42, 12, 4, 24, -52, -26, 12, 0, -2, -16, -22],
+            G4[1],
+            G3[1],
             [14, -26, -18, 32, 40, -44, -32, 22, 18, -50, 2, 36, -20, -10, 52, 0],
         ],
         (0.9939, 0.9785, 0.9259),
@@ -121,6 +132,18 @@ RINGS = {
         (60, 31, 32),
         (0, 0, 2),
         7,
+        2,
+    ),
+    "k5_64": Ring(
+        (4, 4, 3),
+        [G4[0], G4[0], G3[0]],
+        [G4[1], G4[1], G3[1]],
+        (0.9939, 0.9939, 0.9785),
+        36.0,
+        (60, 52, 52),
+        (0, 0, 2),
+        8,
+        1,
         2,
     ),
 }
@@ -237,11 +260,15 @@ def _groups(x: np.ndarray, ring: Ring) -> tuple[np.ndarray, np.ndarray]:
     groups = np.hsplit(a, 4)[4 - ring.n :]
     on_ring = np.hstack([_searched(of_group, inv * f) for of_group, f in zip(groups, factor)])
     codes = _search(_in_time(np.where(x[:, -16 * ring.n :] < 0, -on_ring, on_ring), ring.n), ring)
+    if ring.finer:
+        signed = np.where(x < 0, -a, a)[:, -16 * ring.n :][:, :16] * inv
+        codes[:, :16] |= (signed > _levels(codes, replace(ring, first=0, finer=0))[:, :16]).astype(np.int64) << ring.bits[0]
     if ring.first:
-        half = 1 << (ring.first - 1)
+        half, mid = 1 << (ring.first - 1), F32(0.5 if ring.step > 1 else 0)  # a step of one has a level of 0
         scaled = a[:, :16] * inv * (F32(1) / F32(ring.step))
-        index = np.rint(np.minimum(scaled, F32(half - 0.5)) - F32(0.5)).astype(np.int64)
-        codes = np.hstack([_signed(x[:, :16], index, half), codes])
+        index = np.rint(np.minimum(scaled, F32(half - 1) + mid) - mid).astype(np.int64)
+        first = np.where(x[:, :16] < 0, half - int(2 * mid) - index, half + index)
+        codes = np.hstack([first, codes])
     return stored, codes
 
 
@@ -322,7 +349,13 @@ def _search(x: np.ndarray, ring: Ring) -> np.ndarray:
 
 def _numbers(codes: np.ndarray, ring: Ring) -> np.ndarray:
     """(n_blocks, 16) bits of each lane's codes on the ring."""
-    return sum(c << ring.after(p) for p, c in enumerate(np.hsplit(codes, 4)[4 - ring.n :]))
+    groups = np.hsplit(codes[:, -16 * ring.n :], ring.n)
+    return sum((c & ((1 << b) - 1)) << ring.after(p) for p, (c, b) in enumerate(zip(groups, ring.bits)))
+
+
+def _finer(codes: np.ndarray, ring: Ring) -> np.ndarray:
+    """(n_blocks, 16) the bits that are not on the ring."""
+    return codes[:, -16 * ring.n :][:, :16] >> ring.bits[0]
 
 
 def _levels(codes: np.ndarray, ring: Ring) -> np.ndarray:
@@ -330,6 +363,8 @@ def _levels(codes: np.ndarray, ring: Ring) -> np.ndarray:
     bits = np.roll(own, 1, axis=1) << sum(ring.bits) | own
     windows = [bits >> ring.after(p) & 255 for p in range(ring.n)]
     levels = [np.array(low)[w & 15] + np.array(high)[w >> 4] for w, low, high in zip(windows, ring.low, ring.high)]
+    if ring.finer:
+        levels[0] = levels[0] + np.where(_finer(codes, ring), ring.finer, -ring.finer)
     if ring.first:
         levels.insert(0, ring.step * codes[:, :16] + ring.step // 2 - (ring.step << (ring.first - 1)))
     return np.hstack(levels).astype(F32)
@@ -338,21 +373,33 @@ def _levels(codes: np.ndarray, ring: Ring) -> np.ndarray:
 def _pack_ring(codes: np.ndarray, ring: Ring) -> np.ndarray:
     number, first = _numbers(codes, ring), codes[:, :16]
     width = sum(ring.bits)
+    if ring.finer:
+        number = number | _finer(codes, ring) << width
+        width += 1
     if ring.first:
         number = number | first << width
         width += ring.first
-    high = number >> 8
-    extra = {8: [], 12: [high[:, :8] | high[:, 8:] << 4], 16: [high]}[width]
-    return np.hstack([number & 255, *extra]).astype(np.uint8)
+    whole, rest = divmod(width, 8)
+    parts = [number >> 8 * i & 255 for i in range(whole)]
+    if rest:
+        high = number >> 8 * whole
+        parts.append(high[:, :8] | high[:, 8:] << 4)
+    return np.hstack(parts).astype(np.uint8)
 
 
 def _unpack_ring(data: np.ndarray, ring: Ring) -> np.ndarray:
-    low, high = np.split(data.astype(np.int64), [16], axis=1)
-    width = ring.first + sum(ring.bits)
-    number = low | (np.hstack([high & 15, high >> 4]) if width == 12 else high if width == 16 else 0) << 8
+    width = sum(ring.bits)
+    whole, rest = divmod(width + ring.first + bool(ring.finer), 8)
+    data, halves = np.split(data.astype(np.int64), [16 * whole], axis=1)
+    number = sum(part << 8 * i for i, part in enumerate(np.hsplit(data, whole)))
+    if rest:
+        number = number | np.hstack([halves & 15, halves >> 4]) << 8 * whole
     codes = [number >> ring.after(p) & ((1 << b) - 1) for p, b in enumerate(ring.bits)]
+    if ring.finer:
+        codes[0] |= (number >> width & 1) << ring.bits[0]
+        width += 1
     if ring.first:
-        codes.insert(0, number >> sum(ring.bits))
+        codes.insert(0, number >> width)
     return np.hstack(codes)
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.native
 
 BLOCKS = ("q8_0", "q6_32", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl", "q3_32", "q3_64", "q2_32", "q2_64",
           "t4_64", "t3_64", "t2_64")  # fmt: skip
-GROUPS = ("k4_64", "k3_64", "k2_64")  # of K
+GROUPS = ("k5_64", "k4_64", "k3_64", "k2_64")  # of K
 TYPES = ("f32", "f16", "bf16", *BLOCKS)
 
 BOUND = 2e-6

@@ -12,7 +12,7 @@ import pytest
 pytestmark = pytest.mark.native
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ["q2_64", "q2_32", "q3_64", "q3_32", "q6_32", "k2_64", "k3_64", "k4_64", "t2_64", "t3_64", "t4_64"]
+OURS = ["q2_64", "q2_32", "q3_64", "q3_32", "q6_32", "k2_64", "k3_64", "k4_64", "k5_64", "t2_64", "t3_64", "t4_64"]
 
 
 def compiled(name: str, folder: Path, *libs: str) -> Path:
