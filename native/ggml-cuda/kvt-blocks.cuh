@@ -248,39 +248,37 @@ KVT_FN uint32_t kvt_halves(const uint8_t * qh, unsigned i) {
     return kvt_load4(qh + 4 * (i % 2)) >> 2 * (i & 2) & 0x0F0F0F0F;
 }
 
-// the number of a thread's lane
 template <typename C>
-KVT_FN void kvt_write_lane(const uint8_t * c, typename C::block_t * y, int j) {
-    constexpr int n_high = kvt_n_high<typename C::block_t>, rest = n_high / 16;
-    const int     number = C::template number<1>(c);
-    y->qs[j]             = number;
-    if constexpr (rest > 0) {
-        y->qh[j] = number >> 8;
-    }
-    if constexpr (n_high % 16 == 8) {
-        const int own  = number >> (8 + 8 * rest);
-        const int next = KVT_SHUFFLE(own, 8); // eight lanes on
-        if (j < 8) {
-            y->qh[16 * rest + j] = own | next << 4;
+struct kvt_cuda_ring : C {
+    // the number of a thread's lane
+    KVT_FN void write(const uint8_t * c, typename C::block_t * y, int j) {
+        constexpr int n_high = kvt_n_high<typename C::block_t>, rest = n_high / 16;
+        const int     number = C::template number<1>(c);
+        y->qs[j]             = number;
+        if constexpr (rest > 0) {
+            y->qh[j] = number >> 8;
+        }
+        if constexpr (n_high % 16 == 8) {
+            const int own  = number >> (8 + 8 * rest);
+            const int next = KVT_SHUFFLE(own, 8); // eight lanes on
+            if (j < 8) {
+                y->qh[16 * rest + j] = own | next << 4;
+            }
         }
     }
-}
+};
 
 template <>
-struct kvt_cuda<kvt_codec_k2_64> : kvt_codec_k2_64 {
+struct kvt_cuda<kvt_codec_k2_64> : kvt_cuda_ring<kvt_codec_k2_64> {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         uint32_t       before;
         const uint32_t own = kvt_own(x.qs, i, &before);
         return kvt_levels_of_windows<R>(kvt_windows(own, before, kvt_shift<R>(i / 4)), i / 4);
     }
-
-    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        kvt_write_lane<kvt_codec_k2_64>(c, y, j);
-    }
 };
 
 template <>
-struct kvt_cuda<kvt_codec_k3_64> : kvt_codec_k3_64 {
+struct kvt_cuda<kvt_codec_k3_64> : kvt_cuda_ring<kvt_codec_k3_64> {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         uint32_t       before;
         const uint32_t own   = kvt_own(x.qs, i, &before);
@@ -288,14 +286,10 @@ struct kvt_cuda<kvt_codec_k3_64> : kvt_codec_k3_64 {
         const uint32_t other = kvt_levels_of_windows<R>(kvt_windows<6>(own, before, kvt_shift<R>(i / 4)), i / 4);
         return i / 4 == 0 ? first : other;
     }
-
-    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        kvt_write_lane<kvt_codec_k3_64>(c, y, j);
-    }
 };
 
 template <>
-struct kvt_cuda<kvt_codec_k4_64> : kvt_codec_k4_64 {
+struct kvt_cuda<kvt_codec_k4_64> : kvt_cuda_ring<kvt_codec_k4_64> {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         uint32_t       before;
         const uint32_t own   = kvt_own(x.qs, i, &before);
@@ -304,27 +298,18 @@ struct kvt_cuda<kvt_codec_k4_64> : kvt_codec_k4_64 {
         const uint32_t other = kvt_levels_of_windows<R>(kvt_windows(own, above, kvt_shift<R>(i / 4)), i / 4);
         return i / 4 == 0 ? (high | 0x01010101) ^ 0x80808080 : other; // 2*code + 1 - 128
     }
-
-    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        kvt_write_lane<kvt_codec_k4_64>(c, y, j);
-    }
 };
 
 template <>
-struct kvt_cuda<kvt_codec_k5_64> : kvt_codec_k5_64 {
+struct kvt_cuda<kvt_codec_k5_64> : kvt_cuda_ring<kvt_codec_k5_64> {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         uint32_t       before;
-        const uint32_t own   = kvt_own(x.qs, i, &before);
-        const uint32_t high  = kvt_load4(x.qh + 4 * (i % 4));
+        const uint32_t high = kvt_load4(x.qh + 4 * (i % 4)), own = kvt_own(x.qs, i, &before);
         const uint32_t first = (high >> 4 & 0x0F0F0F0F) | kvt_halves(x.qh + 16, i) << 4;
         const uint32_t above = (high & 0x07070707) | (before & 0x1F1F1F1F) << 3;
         const uint32_t finer = i / 4 == 1 ? (high >> 3 & 0x01010101) * (2 * R::finer) : 0, less = i / 4 == 1 ? 0x01010101 * R::finer : 0;
         const uint32_t other = kvt_levels_of_windows<R>(kvt_windows(own, above, kvt_shift<R>(i / 4)), i / 4, finer, less);
         return i / 4 == 0 ? first ^ 0x80808080 : other; // code - 128
-    }
-
-    KVT_FN void write(const uint8_t * c, block_t * y, int j) {
-        kvt_write_lane<kvt_codec_k5_64>(c, y, j);
     }
 };
 
@@ -345,17 +330,13 @@ KVT_FN void kvt_ring_above(const kvt_block_t4_64 & x, unsigned i, uint32_t befor
 }
 
 template <typename block, typename ring>
-struct kvt_cuda<kvt_codec_t<block, ring>> : kvt_codec_t<block, ring> {
+struct kvt_cuda<kvt_codec_t<block, ring>> : kvt_cuda_ring<kvt_codec_t<block, ring>> {
     KVT_FN uint32_t levels(const block & x, unsigned i) {
         const unsigned shift = kvt_shift<ring>(i / 4);
         uint32_t       before, above[2];
         const uint32_t own = kvt_own(x.qs, i, &before);
         kvt_ring_above(x, i, before, above);
         return kvt_levels_of_windows<ring>(kvt_windows(shift < 8 ? own : above[0], shift < 8 ? above[0] : above[1], shift % 8), 0);
-    }
-
-    KVT_FN void write(const uint8_t * c, block * y, int j) {
-        kvt_write_lane<kvt_codec_t<block, ring>>(c, y, j);
     }
 };
 

@@ -262,7 +262,9 @@ def _groups(x: np.ndarray, ring: Ring) -> tuple[np.ndarray, np.ndarray]:
     codes = _search(_in_time(np.where(x[:, -16 * ring.n :] < 0, -on_ring, on_ring), ring.n), ring)
     if ring.finer:
         signed = np.where(x < 0, -a, a)[:, -16 * ring.n :][:, :16] * inv
-        codes[:, :16] |= (signed > _levels(codes, replace(ring, first=0, finer=0))[:, :16]).astype(np.int64) << ring.bits[0]
+        codes[:, :16] |= (signed > _levels(codes, replace(ring, first=0, finer=0))[:, :16]).astype(
+            np.int64
+        ) << ring.bits[0]
     if ring.first:
         half, mid = 1 << (ring.first - 1), F32(0.5 if ring.step > 1 else 0)  # a step of one has a level of 0
         scaled = a[:, :16] * inv * (F32(1) / F32(ring.step))

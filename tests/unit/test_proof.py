@@ -127,7 +127,10 @@ def test_types_of_groups_are_shuffled_among_layers_with_a_basis():
 
 
 def test_without_bases_types_of_groups_give_way_to_their_neighbours():
-    pairs = (*map(Pair.parse, ("k5_64/q5_0", "k4_64/q8_0", "k3_64/q3_64", "k2_64/q2_64", "f16/q8_0", "q6_32/f16")), NONE)
+    pairs = (
+        *map(Pair.parse, ("k5_64/q5_0", "k4_64/q8_0", "k3_64/q3_64", "k2_64/q2_64", "f16/q8_0", "q6_32/f16")),
+        NONE,
+    )
     assert [str(p) for p in ungrouped(pairs)] == [
         "q5_0/q5_0",
         "t4_64/q8_0",

@@ -273,7 +273,7 @@ def test_no_uniform_pair_has_a_type_of_groups():
 
 @pytest.mark.parametrize("seed", [318, 899, 1317, 2060])
 def test_scipys_solver_prints_nothing(seed, capfd):
-    """On plans of six layers whose fractions it has to mend: SciPy 1.17 prints a line there, into what --json prints."""
+    """On plans whose fractions it has to mend: SciPy 1.17 prints a line there, into what --json prints."""
     rng, (n_il, n_pair) = np.random.default_rng(seed), (6, 12)
     bits = np.sort(rng.uniform(2, 16, (n_il, n_pair)), 1)
     cost = np.exp(-0.7 * bits) * rng.lognormal(0, 1.5, (n_il, 1)) * rng.lognormal(0, 0.1, (n_il, n_pair))
