@@ -15,11 +15,12 @@ static inline int kvt_code_bits(ggml_type type) {
 }
 
 // steps of the bounds of test-quantize-fns, by their names there. Its data is alike in all channels, and group types are for a K whose
-// channels are not: so theirs are next above what was measured, 0.0096, 0.0075 and 0.0036; 0.073 in a dot product with k3_64
+// channels are not: so theirs are next above what was measured, 0.0096, 0.0075, 0.0036 and 0.0020; 0.073 in a dot product with k3_64
 #define KVT_MAX_TOTAL_ERROR(type)                                        \
     (type) == GGML_TYPE_K2_64 ? MAX_QUANTIZATION_TOTAL_ERROR_TERNARY :   \
     (type) == GGML_TYPE_K3_64 ? MAX_QUANTIZATION_TOTAL_ERROR_2BITS :     \
     (type) == GGML_TYPE_K4_64 ? MAX_QUANTIZATION_TOTAL_ERROR_3BITS :     \
+    (type) == GGML_TYPE_K5_64 ? MAX_QUANTIZATION_TOTAL_ERROR_FP4 :       \
     kvt_code_bits(type) == 2 ? MAX_QUANTIZATION_TOTAL_ERROR_2BITS :      \
     kvt_code_bits(type) == 3 ? MAX_QUANTIZATION_TOTAL_ERROR_3BITS :
 #define KVT_MAX_DOT_ERROR(type) \
