@@ -47,13 +47,14 @@ template <typename R, int p> struct kvt_phase {
     static constexpr kvt_row  high  = kvt_searched(R::high[p], R::fine[p], 2);
     static constexpr uint64_t low_0 = kvt_bytes(low.v, 0), low_8 = kvt_bytes(low.v, 8);
     static constexpr uint64_t high_0 = kvt_bytes(high.v, 0), high_8 = kvt_bytes(high.v, 8);
+    static constexpr uint64_t own_low_0 = kvt_bytes(R::low[p], 0), own_low_8 = kvt_bytes(R::low[p], 8);
+    static constexpr uint64_t own_high_0 = kvt_bytes(R::high[p], 0), own_high_8 = kvt_bytes(R::high[p], 8);
     static const int          bits = R::bits[p], next = R::bits[(p + 1) % R::n_phase], shift = R::shift[p];
 
     // of a window, as the block's levels are
     KVT_FN int level(int window) {
-        constexpr uint64_t l0 = kvt_bytes(R::low[p], 0), l8 = kvt_bytes(R::low[p], 8), h0 = kvt_bytes(R::high[p], 0), h8 = kvt_bytes(R::high[p], 8);
-        const int          i = window & 15, j = window >> 4;
-        return (int8_t) ((i < 8 ? l0 : l8) >> 8 * (i % 8)) + (int8_t) ((j < 8 ? h0 : h8) >> 8 * (j % 8));
+        const int i = window & 15, j = window >> 4;
+        return (int8_t) ((i < 8 ? own_low_0 : own_low_8) >> 8 * (i % 8)) + (int8_t) ((j < 8 ? own_high_0 : own_high_8) >> 8 * (j % 8));
     }
 
     KVT_FN int of_low(int i) {
