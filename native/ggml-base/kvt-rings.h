@@ -106,26 +106,26 @@ template <typename block> constexpr int kvt_n_high = sizeof(block) - sizeof(bloc
 
 template <typename block>
 static inline void kvt_pack_lane(int i, int number, block * y) {
-    y->qs[i] = (uint8_t) number;
-    if constexpr (kvt_n_high<block> == 16 || kvt_n_high<block> == 24) {
-        y->qh[i] = (uint8_t) (number >> 8);
+    y->qs[i]             = (uint8_t) number;
+    constexpr int n_high = kvt_n_high<block>;
+    if constexpr (n_high > 8) {
+        y->qh[i] = (uint8_t) (number >> (n_high / 2));
     }
-    if constexpr (kvt_n_high<block> % 16 == 8) {
-        const int rest = kvt_n_high<block> / 16;
-        uint8_t * half = y->qh + 16 * rest + i % 8;
-        *half          = (uint8_t) (i < 8 ? number >> (8 + 8 * rest) : *half | number >> (8 + 8 * rest) << 4);
+    if constexpr (n_high % 16 == 8) {
+        uint8_t * half = y->qh + n_high / 16 * 16 + i % 8;
+        *half          = (uint8_t) (i < 8 ? number >> 8 & 15 : *half | (number >> 8 & 15) << 4);
     }
 }
 
 template <typename block>
 static inline int kvt_unpack_lane(int i, const block * x) {
-    int number = x->qs[i];
-    if constexpr (kvt_n_high<block> == 16 || kvt_n_high<block> == 24) {
-        number |= x->qh[i] << 8;
+    constexpr int n_high = kvt_n_high<block>;
+    int           number = x->qs[i];
+    if constexpr (n_high > 8) {
+        number |= x->qh[i] << (n_high / 2);
     }
-    if constexpr (kvt_n_high<block> % 16 == 8) {
-        const int rest = kvt_n_high<block> / 16;
-        number |= (x->qh[16 * rest + i % 8] >> (i < 8 ? 0 : 4) & 15) << (8 + 8 * rest);
+    if constexpr (n_high % 16 == 8) {
+        number |= (x->qh[n_high / 16 * 16 + i % 8] >> (i < 8 ? 0 : 4) & 15) << 8;
     }
     return number;
 }

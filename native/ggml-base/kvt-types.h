@@ -64,8 +64,8 @@
 //
 // bits of values i, i + 16, i + 32, i + 48, of both: those on the ring are a number, a fifth bit is above them, and a first group's code
 // that is not on it above that. The low 8 of its 8, 12, 16 or 20 bits are qs[i]; of 12 bits, the others are in qh, of i below 8 in the low
-// half of byte i, of others in the high half of byte i - 8; of 16 bits, they are qh[i]; of 20, the next 8 are qh[i], and the last 4 are in
-// qh[16] and on, as those of 12 are in qh
+// half of byte i, of others in the high half of byte i - 8; of 16 bits, they are qh[i]; of 20, the next 4 are in qh[16] and on, as those of
+// 12 are in qh, and the last 8 are qh[i]
 //
 // d, a byte: bits 7 to 14 of an f16, which are its exponent and the first three bits of its fraction. No scale is negative
 // qs, 2 bits: bits 2j, 2j+1 of byte i are those of value i + j*sizeof(qs)

@@ -291,13 +291,13 @@ struct kvt_row_k4_64 : kvt_row_block<kvt_block_k4_64, 64> {
 
 struct kvt_row_k5_64 : kvt_row_block<kvt_block_k5_64, 64> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        const vb q = vb_load(KVT_AT(qs), nb), h = vb_load(KVT_AT(qh), nb), first = vb_halves(KVT_AT(qh) + 16, nb);
+        const vb q = vb_load(KVT_AT(qs), nb), h = vb_halves(KVT_AT(qh) + 16, nb);
         const vb above = vb_or(vb_and(vb_shr16(q, 7), vb_set1(1)), vb_and(vb_shl16(h, 1), vb_set1(14))); // bits 7 to 10
         const vb finer = vb_sub(vb_and(vb_shr16(h, 1), vb_set1(2 * KVT_FINE_K5)), vb_set1(KVT_FINE_K5));
         c[3]           = vb_window(kvt_low_k5[2], kvt_high_k5[2], vb_nibble(q, 0), vb_nibble(q, 4));
         c[2]           = vb_window(kvt_low_k5[1], kvt_high_k5[1], vb_nibble(q, 3), above);
         c[1]           = vb_add(vb_window(kvt_low_k5[0], kvt_high_k5[0], above, vb_nibble(vb_before(q), 0)), finer);
-        c[0]           = vb_sub(vb_or(vb_nibble(h, 4), vb_shl16(first, 4)), vb_set1(-128));
+        c[0]           = vb_sub(vb_load(KVT_AT(qh), nb), vb_set1(-128));
     }
 };
 KVT_STATIC_ASSERT(KVT_FINE_K5 == 2, "its bit is where twice this is");

@@ -201,14 +201,14 @@ template <typename R, int p> struct kvt_words {
     }
 };
 
-// more, less: what is added to each byte, and taken from it
+// more: what is added to each byte
 template <typename R>
-KVT_FN uint32_t kvt_levels_of_windows(uint32_t window, unsigned group, uint32_t more = 0, uint32_t less = 0) {
+KVT_FN uint32_t kvt_levels_of_windows(uint32_t window, unsigned group, uint32_t more = 0) {
     uint32_t w[8];
     kvt_words<R, 0>::of(group, w);
     const uint32_t low  = kvt_lookup16(w[0], w[1], w[2], w[3], kvt_nibbles(window & 0x0F0F0F0F));
     const uint32_t high = kvt_lookup16(w[4], w[5], w[6], w[7], kvt_nibbles(window >> 4 & 0x0F0F0F0F));
-    return (low + high + more - less) ^ 0x80808080;
+    return (low + high + more) ^ 0x80808080;
 }
 
 // bits shift .. shift + 7 of four numbers in bytes: of their low n_bit bits, and of those above, of which lo and hi are the low eight each
@@ -256,10 +256,10 @@ struct kvt_cuda_ring : C {
         const int     number = C::template number<1>(c);
         y->qs[j]             = number;
         if constexpr (rest > 0) {
-            y->qh[j] = number >> 8;
+            y->qh[j] = number >> (n_high / 2);
         }
         if constexpr (n_high % 16 == 8) {
-            const int own  = number >> (8 + 8 * rest);
+            const int own  = number >> 8 & 15;
             const int next = KVT_SHUFFLE(own, 8); // eight lanes on
             if (j < 8) {
                 y->qh[16 * rest + j] = own | next << 4;
@@ -304,12 +304,12 @@ template <>
 struct kvt_cuda<kvt_codec_k5_64> : kvt_cuda_ring<kvt_codec_k5_64> {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         uint32_t       before;
-        const uint32_t high = kvt_load4(x.qh + 4 * (i % 4)), own = kvt_own(x.qs, i, &before);
-        const uint32_t first = (high >> 4 & 0x0F0F0F0F) | kvt_halves(x.qh + 16, i) << 4;
-        const uint32_t above = (high & 0x07070707) | (before & 0x1F1F1F1F) << 3;
-        const uint32_t finer = i / 4 == 1 ? (high >> 3 & 0x01010101) * (2 * R::finer) : 0, less = i / 4 == 1 ? 0x01010101 * R::finer : 0;
-        const uint32_t other = kvt_levels_of_windows<R>(kvt_windows(own, above, kvt_shift<R>(i / 4)), i / 4, finer, less);
-        return i / 4 == 0 ? first ^ 0x80808080 : other; // code - 128
+        const uint32_t own = kvt_own(x.qs, i, &before), high = kvt_halves(x.qh + 16, i);
+        const uint32_t above  = (high & 0x07070707) | (before & 0x1F1F1F1F) << 3;
+        const uint32_t second = i / 4 == 1 ? (high >> 3 & 0x01010101) * (2 * R::finer) : 0x01010101 * R::finer;
+        const uint32_t finer  = second - 0x01010101 * R::finer;
+        const uint32_t other  = kvt_levels_of_windows<R>(kvt_windows(own, above, kvt_shift<R>(i / 4)), i / 4, finer);
+        return i / 4 == 0 ? kvt_load4(x.qh + 4 * (i % 4)) ^ 0x80808080 : other; // code - 128
     }
 };
 

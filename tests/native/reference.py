@@ -381,21 +381,24 @@ def _pack_ring(codes: np.ndarray, ring: Ring) -> np.ndarray:
     if ring.first:
         number = number | first << width
         width += ring.first
-    whole, rest = divmod(width, 8)
-    parts = [number >> 8 * i & 255 for i in range(whole)]
-    if rest:
-        high = number >> 8 * whole
-        parts.append(high[:, :8] | high[:, 8:] << 4)
+    parts = [number & 255]
+    if width >= 16:
+        parts.append(number >> (width - 8))
+    if width % 8:
+        halves = number >> 8 & 15
+        parts.append(halves[:, :8] | halves[:, 8:] << 4)
     return np.hstack(parts).astype(np.uint8)
 
 
 def _unpack_ring(data: np.ndarray, ring: Ring) -> np.ndarray:
     width = sum(ring.bits)
-    whole, rest = divmod(width + ring.first + bool(ring.finer), 8)
-    data, halves = np.split(data.astype(np.int64), [16 * whole], axis=1)
-    number = sum(part << 8 * i for i, part in enumerate(np.hsplit(data, whole)))
-    if rest:
-        number = number | np.hstack([halves & 15, halves >> 4]) << 8 * whole
+    n_bit = width + ring.first + bool(ring.finer)
+    low, high, halves = np.split(data.astype(np.int64), [16, n_bit // 8 * 16], axis=1)
+    number = low
+    if n_bit >= 16:
+        number = number | high << (n_bit - 8)
+    if n_bit % 8:
+        number = number | np.hstack([halves & 15, halves >> 4]) << 8
     codes = [number >> ring.after(p) & ((1 << b) - 1) for p, b in enumerate(ring.bits)]
     if ring.finer:
         codes[0] |= (number >> width & 1) << ring.bits[0]
