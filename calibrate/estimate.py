@@ -5,7 +5,6 @@ from __future__ import annotations
 from kvtuner_gguf.calibrate.checks import Plannable
 from kvtuner_gguf.calibrate.methods import n_runs_of
 from kvtuner_gguf.calibrate.options import PAPER_TRIALS, Options
-from kvtuner_gguf.calibrate.progress import OWN_WEIGHTS
 from kvtuner_gguf.runtime import Session
 
 # measured with SmolLM2-135M on two cores; other models and machines come within a third
@@ -45,11 +44,9 @@ def seconds(options: Options, plannable: Plannable, session: Session, own: float
         "search: uniform": _N_UNIFORM * of_search,
         "heldout": of_heldout,
         "prove": _N_PROVED * of_heldout,
-        "own weights: f16": of_own,
-        "own weights: noise": 2 * of_own,
     }
-    if own == searched:
-        found = {name: s for name, s in found.items() if not name.startswith(OWN_WEIGHTS)}
+    if own != searched:
+        found |= {"own weights: f16": of_own, "own weights: noise": 2 * of_own}
     if options.method == "paper":
         return found | {"search: real runs": (options.n_trials or PAPER_TRIALS) * of_search}
     n_price, n_best = n_runs_of(n_il, _N_UNIFORM, options.n_trials)

@@ -82,12 +82,13 @@ def _calibrate(options: Options, plannable: Plannable, store: Store, folder: Pat
     progress.say(f"calibrate {options.model.name}: {begins}")
     how: dict[str, Any] = {"may_copy": plannable.goal.on_copy, "say": progress.say, "timed": None if known else timed}
     with search_session(options.model, store.folder, **threads, **how, scratch=folder) as session:
-        if session.path == options.model:
+        on_copy = session.path != options.model
+        if not on_copy:
             progress.without(OWN_WEIGHTS)
         bench = Bench(session, store, folder, progress)
         measured = measure_model(options, plannable, bench)
         outcome = proved(options, plannable, measured, search(options, plannable, measured, bench), bench)
-        if session.path == options.model:
+        if not on_copy:
             return outcome
     with Session(options.model, **threads) as session:
         return with_own(outcome, options, plannable, measured, replace(bench, session=session))

@@ -305,10 +305,9 @@ struct kvt_cuda<kvt_codec_k5_64> : kvt_cuda_ring<kvt_codec_k5_64> {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         uint32_t       before;
         const uint32_t own = kvt_own(x.qs, i, &before), high = kvt_halves(x.qh + 16, i);
-        const uint32_t above  = (high & 0x07070707) | (before & 0x1F1F1F1F) << 3;
-        const uint32_t second = i / 4 == 1 ? (high >> 3 & 0x01010101) * (2 * R::finer) : 0x01010101 * R::finer;
-        const uint32_t finer  = second - 0x01010101 * R::finer;
-        const uint32_t other  = kvt_levels_of_windows<R>(kvt_windows(own, above, kvt_shift<R>(i / 4)), i / 4, finer);
+        const uint32_t above = (high & 0x07070707) | (before & 0x1F1F1F1F) << 3;
+        const uint32_t finer = i / 4 == 1 ? (high >> 3 & 0x01010101) * (2 * R::finer) - 0x01010101 * R::finer : 0;
+        const uint32_t other = kvt_levels_of_windows<R>(kvt_windows(own, above, kvt_shift<R>(i / 4)), i / 4, finer);
         return i / 4 == 0 ? kvt_load4(x.qh + 4 * (i % 4)) ^ 0x80808080 : other; // code - 128
     }
 };
