@@ -174,7 +174,7 @@ def test_the_first_group_of_a_block_carries_what_matters(load, tiny, name):
         basis = KVectors(basis=rows.tobytes(), basis_scale=tuple(np.tile(row_scale, 2).tolist()))
         return np.square(run(session, uniform(f"{name}/f16", 4), [basis] * 4) - want).mean()
 
-    most = {"k5_64": 0.4, "k4_64": 0.4, "k3_64": 0.5, "k2_64": 0.9}[name]  # measured .30, .40, .81
+    most = {"k5_64": 0.1, "k4_64": 0.2, "k3_64": 0.4, "k2_64": 0.8}[name]  # measured .034, .092, .22, .53
     assert error([*OUTLIER_CHANNELS, *others]) < most * error([*others, *OUTLIER_CHANNELS])
 
 
