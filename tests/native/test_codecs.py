@@ -33,8 +33,8 @@ GROUP_ERROR = {
     "k3_64": (0.001, 0.027, 0.089, 0.33),
     "k2_64": (0.0077, 0.0915, 0.36, 0.34),
 }
-"""Mean squared error of the four groups, of values of variance 1. Measured: .0001 .0023 .0078 .0272, .0003 .0073 .0252 .0870, .0010 .0266 .0879
-.3241, .0075 .0903 .3568 .3371."""
+"""Mean squared error of the four groups, of values of variance 1. Measured: .0001 .0023 .0078 .0272, .0003 .0073 .0252
+.0870, .0010 .0266 .0879 .3241, .0075 .0903 .3568 .3371."""
 LARGEST_ERROR = {"k5_64": 0.06, "k4_64": 0.06, "k3_64": 0.067, "k2_64": 0.13}
 """Of a value far above all others in the first group, relative: rounding the scale may take a sixteenth. Measured:
 .0583, .0583, .0657, .1289."""
