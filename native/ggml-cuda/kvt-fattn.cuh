@@ -39,10 +39,11 @@ constexpr __device__ vec_dot_KQ_t kvt_get_vec_dot_KQ() {
     }
 }
 
-// rows of K or V whose loads are in flight at once: all 32 of them would spill registers at head size 256
+// rows of K or V whose loads are in flight at once: all 32 of them would spill registers at head size 256, as would eight beside k5_64
 template <ggml_type type_k, ggml_type type_v>
 constexpr __host__ __device__ int kvt_unroll(int n_row) {
-    return (kvt_codec<type_k>::n > 0 || kvt_codec<type_v>::n > 0) && n_row > 8 ? 8 : n_row;
+    const int most = type_k == GGML_TYPE_K5_64 ? 4 : 8;
+    return (kvt_codec<type_k>::n > 0 || kvt_codec<type_v>::n > 0) && n_row > most ? most : n_row;
 }
 
 template <ggml_type type, typename T, int ne>
