@@ -10,6 +10,9 @@
 
 static const int KVT_THREADS = 16; // that share a block when it is written
 
+// rows of attention whose loads are in flight at once: more would spill registers at head size 256
+static const int KVT_AHEAD = 8, KVT_AHEAD_RING = 4;
+
 // ggml's, with the scale as bits
 typedef struct {
     kvt_half d;
@@ -132,6 +135,8 @@ template <typename C> struct kvt_cuda;
 
 template <typename block, int N>
 struct kvt_cuda<kvt_codec_q2<block, N>> : kvt_codec_q2<block, N> {
+    static const int n_ahead = KVT_AHEAD;
+
     KVT_FN uint32_t levels(const block & x, unsigned i) {
         return kvt_prmt(kvt_q2_0, 0, kvt_nibbles(kvt_read2<N>(x.qs, i)));
     }
@@ -143,6 +148,8 @@ struct kvt_cuda<kvt_codec_q2<block, N>> : kvt_codec_q2<block, N> {
 
 template <typename block, int N>
 struct kvt_cuda<kvt_codec_q3<block, N>> : kvt_codec_q3<block, N> {
+    static const int n_ahead = KVT_AHEAD;
+
     KVT_FN uint32_t levels(const block & x, unsigned i) {
         const uint32_t high = x.qh[i / 2] >> 4 * (i % 2) & 0x0F;
         return kvt_prmt(kvt_q3_0, kvt_q3_4, kvt_nibbles(kvt_read2<N>(x.qs, i)) | kvt_third_bits(high));
@@ -164,6 +171,8 @@ struct kvt_cuda<kvt_codec_q3<block, N>> : kvt_codec_q3<block, N> {
 
 template <>
 struct kvt_cuda<kvt_codec_q6_32> : kvt_codec_q6_32 {
+    static const int n_ahead = KVT_AHEAD;
+
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         const uint32_t code     = (kvt_load4(x.ql + 4 * (i % 4)) >> 4 * (i / 4) & 0x0F0F0F0F) | kvt_read2<n>(x.qh, i) << 4;
         const uint32_t negative = ~code & 0x20202020; // code - 32 as int8: bits 5, 6 and 7 are the sign
@@ -250,6 +259,8 @@ KVT_FN uint32_t kvt_halves(const uint8_t * qh, unsigned i) {
 
 template <typename C>
 struct kvt_cuda_ring : C {
+    static const int n_ahead = KVT_AHEAD_RING;
+
     // the number of a thread's lane
     KVT_FN void write(const uint8_t * c, typename C::block_t * y, int j) {
         constexpr int n_high = kvt_n_high<typename C::block_t>, rest = n_high / 16;
@@ -341,7 +352,7 @@ struct kvt_cuda<kvt_codec_t<block, ring>> : kvt_cuda_ring<kvt_codec_t<block, rin
 
 // for reading only: ggml has the rest
 struct kvt_cuda_iq4_nl {
-    static const int         n = 32;
+    static const int         n = 32, n_ahead = KVT_AHEAD;
     typedef kvt_block_iq4_nl block_t;
 
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
@@ -352,7 +363,7 @@ struct kvt_cuda_iq4_nl {
 
 template <ggml_type type>
 struct kvt_codec {
-    static const int n = 0; // not ours
+    static const int n = 0, n_ahead = 32; // not ours: all rows
 };
 
 #define KVT_CODEC_CUDA(NAME, name, number, n, bits) \

@@ -39,11 +39,11 @@ constexpr __device__ vec_dot_KQ_t kvt_get_vec_dot_KQ() {
     }
 }
 
-// rows of K or V whose loads are in flight at once: all 32 of them would spill registers at head size 256, as would eight beside k5_64
+// rows of K or V whose loads are in flight at once
 template <ggml_type type_k, ggml_type type_v>
 constexpr __host__ __device__ int kvt_unroll(int n_row) {
-    const int most = type_k == GGML_TYPE_K5_64 ? 4 : 8;
-    return (kvt_codec<type_k>::n > 0 || kvt_codec<type_v>::n > 0) && n_row > most ? most : n_row;
+    const int n_k = kvt_codec<type_k>::n_ahead, n_v = kvt_codec<type_v>::n_ahead, most = n_k < n_v ? n_k : n_v;
+    return n_row < most ? n_row : most;
 }
 
 template <ggml_type type, typename T, int ne>
