@@ -1,21 +1,29 @@
-"""A model -> whether the usual uniform pairs are safe, visible or broken on it, measured until that is clear."""
+"""A model -> whether the usual uniform pairs are safe, visible or broken on it, measured until that is clear, and
+kept."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from kvtuner_gguf.calibrate.evaluate import evaluate
 from kvtuner_gguf.calibrate.progress import Progress
+from kvtuner_gguf.calibrate.records import load_json, save_json
+from kvtuner_gguf.calibrate.store import keyed_dir
+from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.gguf_file import read_plan
-from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.identity import weights_sample
+from kvtuner_gguf.kept import write_about
+from kvtuner_gguf.pair import USUAL, Pair
 from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.quality import Comparison, Grade, Quality
 from kvtuner_gguf.runtime import Session
 
-USUAL = tuple(Pair(*names) for names in (("q8_0", "q8_0"), ("q8_0", "q4_0"), ("q5_1", "q5_1"), ("q4_0", "q4_0")))
 PLAN = "the plan in the file"
 STREAM, N_CHUNK = 1024, 4
+RECORDS = 1  # counted up when grades come to mean something else
+_GRADES = "grades"
 WRITTEN = 256  # tokens of a sequence that the model writes: short, so that many are written at once
 
 
@@ -30,7 +38,7 @@ def verdict(
     n_gpu_layers: int = 0,
 ) -> Comparison:
     """The plan in the file, if it holds one, and the usual pairs, as `evaluate` measures them, each on as many chunks
-    as make its grade clear.
+    as make its grade clear. The pairs' grades are kept, for known_grades.
 
     Raises CalibrationError, NativeError and PlanError as `evaluate`, and for a faulty plan in the file.
     """
@@ -58,7 +66,25 @@ def verdict(
         n_gpu_layers=n_gpu_layers,
         enough=_is_clear,
     )
+    _keep(model, {row.name: Grade.of(row.quality).word for row in found.rows[1:] if row.name != PLAN})
     return replace(found, notes=(*found.notes, *notes))
+
+
+def known_grades(model: Path) -> dict[str, str]:
+    """The word of each pair that the last verdict on these weights graded, by the pair's name; {} if there was none."""
+    with suppress(CalibrationError):
+        return load_json(_place(model) / _GRADES, _GRADES, lambda data: dict(data["words"]))
+    return {}
+
+
+def _keep(model: Path, words: dict[str, str]) -> None:
+    place = _place(model)
+    write_about(place, model)
+    save_json(place / _GRADES, _GRADES, {"words": words})
+
+
+def _place(model: Path) -> Path:
+    return keyed_dir("verdict", RECORDS, weights_sample(model))
 
 
 def _is_clear(quality: Quality) -> bool:

@@ -1,4 +1,4 @@
-"""What the commands do, for a program: calibrate, solve, evaluate, evaluate_tasks, read_plan, write_plan.
+"""What the commands do, for a program: fit, calibrate, solve, evaluate, evaluate_tasks, verdict, read_plan, write_plan.
 
     from kvtuner_gguf.api import Options, WithinBits, calibrate, write_plan
 
@@ -15,12 +15,14 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
+from . import fit as fitting
 from . import gguf_file, output
 from .calibrate.goals import Goal, WithinBits, WithinBytes, WithinKld
 from .calibrate.options import Options, Outcome, Point, Solved
 from .calibrate.progress import Progress, Silent
 from .calibrate.results import Sensitivity
 from .errors import CalibrationError
+from .fit import Fit, FitRow
 from .pair import Pair
 from .plan import Plan
 from .quality import Comparison, Quality, Row
@@ -28,6 +30,8 @@ from .tasks.score import TaskComparison
 
 __all__ = [
     "Comparison",
+    "Fit",
+    "FitRow",
     "Goal",
     "Options",
     "Outcome",
@@ -46,6 +50,8 @@ __all__ = [
     "calibrate",
     "evaluate",
     "evaluate_tasks",
+    "fit",
+    "known_grades",
     "read_plan",
     "solve",
     "verdict",
@@ -53,6 +59,24 @@ __all__ = [
 ]
 
 StrPath = str | os.PathLike[str]
+
+
+def fit(
+    model: StrPath,
+    plan: Plan | StrPath | None = None,
+    *,
+    n_ctx: int = 8192,
+    memory: int | None = None,
+    n_gpu_layers: int = 0,
+) -> Fit:
+    """What a model takes of memory at n_ctx tokens with f16, each usual pair and the plan, and the largest context that
+    fits. Loads no weights.
+
+    plan    instead of the one in the file
+    memory  bytes that weights, cache and buffers may take together; None = what the machine has free
+    Raises NativeError for a model or a context that cannot be had, PlanError for a plan that is not the model's.
+    """
+    return fitting.fit(Path(model), plan, n_ctx=n_ctx, memory=memory, n_gpu_layers=n_gpu_layers)
 
 
 def calibrate(options: Options, progress: Progress | None = None) -> Outcome:
@@ -148,6 +172,14 @@ def verdict(
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
     )
+
+
+def known_grades(model: StrPath) -> dict[str, str]:
+    """What the last `verdict` on these weights called each usual pair, by the pair's name: 'safe', 'visible' or
+    'broken'; {} if there was none."""
+    from .calibrate import verdict as stage
+
+    return stage.known_grades(Path(model))
 
 
 def evaluate_tasks(

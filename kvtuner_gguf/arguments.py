@@ -28,6 +28,17 @@ class FiniteFloat(click.FloatRange):
         return number
 
 
+class Tokens(click.IntRange):
+    """A number of tokens: 32768, or 32k, whose k is 1024."""
+
+    name = "tokens"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if match := re.fullmatch(r"(\d+)k", str(value), re.IGNORECASE):
+            value = 1024 * int(match[1])
+        return super().convert(value, param, ctx)
+
+
 class Memory(click.ParamType):  # type: ignore[type-arg] # generic in click 8.5 alone
     """Bytes: 96M, 1.5GiB, 300000000. K, M and G are powers of 1024."""
 
@@ -56,8 +67,8 @@ def shared(*names: str) -> Callable[[Command], Command]:
             "n_ctx",
             default=8192,
             show_default=True,
-            type=click.IntRange(64),
-            help="Context at which bytes are counted, in tokens.",
+            type=Tokens(64),
+            help="Context at which bytes are counted, in tokens: 32768, or 32k.",
         ),
         "f": click.option(
             "-f",

@@ -1,4 +1,4 @@
-"""The commands that measure: calibrate, solve, evaluate, verdict."""
+"""The commands that measure: fit, calibrate, solve, evaluate, verdict."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .arguments import FILE, MODEL, shared
+from .arguments import FILE, MODEL, Memory, shared
 from .cli_files import plan_in, written_to
 from .pair import Pair
 from .plan import Plan
@@ -18,6 +18,27 @@ from .terminal import Terminal, note, print_json, show
 
 if TYPE_CHECKING:
     from .api import Options
+
+
+@click.command()
+@click.argument("model", type=MODEL)
+@click.option("--plan", "plan_file", type=MODEL, help="A sidecar to count, instead of the plan in the file.")
+@click.option(
+    "--memory", type=Memory(), help="What weights, cache and buffers may take together. [default: what is free]"
+)
+@shared("c", "ngl", "json")
+def fit(model: Path, plan_file: Path | None, memory: int | None, n_ctx: int, n_gpu_layers: int, as_json: bool) -> None:
+    """Tell what MODEL takes of memory with each usual cache, and how much context fits. Loads no weights, and needs no
+    plan."""
+    from . import api
+    from .report import fit_json, fit_text
+
+    found = api.fit(model, plan_file, n_ctx=n_ctx, memory=memory, n_gpu_layers=n_gpu_layers)
+    grades = api.known_grades(model)
+    if as_json:
+        print_json(fit_json(found, grades))
+    else:
+        show(fit_text(found, grades, model))
 
 
 @click.command()

@@ -12,7 +12,7 @@ from pathlib import Path
 from .cache import cache_dir, lock
 from .printable import printable
 
-KINDS = ("calibrate", "tasks")  # folders of folders of records, one for each model, text and sizes
+KINDS = ("calibrate", "tasks", "verdict")  # folders of folders of records, one for each model, text and sizes
 ABOUT = "about.txt"  # in each of those: what it is of
 
 
@@ -20,7 +20,7 @@ ABOUT = "about.txt"  # in each of those: what it is of
 class Kept:
     """What is kept, at a path.
 
-    kind     calibrate, tasks, or model, of a fetched one
+    kind     one of KINDS, or model, of a fetched one
     about    the model it is of; "" where that is not known
     age_s    seconds since something was last written there
     """

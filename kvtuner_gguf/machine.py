@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
-import os
+import psutil
 
 from .errors import NativeError
 
 
-def total_memory() -> float:
-    """Bytes of the machine's memory; infinite where the system does not tell."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+def total_memory() -> int:
+    """Bytes of the machine's memory."""
+    return psutil.virtual_memory().total
+
+
+def available_memory() -> int:
+    """Bytes that a program can have without others being swapped out."""
+    return psutil.virtual_memory().available
 
 
 def check_memory(n_bytes: int, n_ctx: int) -> None:

@@ -106,6 +106,12 @@ class LayerStruct(ctypes.Structure):
     ]
 
 
+class MemoryStruct(ctypes.Structure):
+    """struct kvt_memory: a Memory in C."""
+
+    _fields_ = [("weights", ctypes.c_uint64), ("cache", ctypes.c_uint64), ("compute", ctypes.c_uint64)]
+
+
 TapCallback = ctypes.CFUNCTYPE(None, ctypes.POINTER(TapNode), ctypes.c_void_p)
 
 _ptr, _str, _i32, _i64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
@@ -136,6 +142,7 @@ _SIGNATURES = {
     "kvt_ctx_k_cond": (_i32, [_ptr, _i32]),
     "kvt_ctx_holds": (_i32, [_ptr, _i32, _i32]),
     "kvt_ctx_buffer_bytes": (ctypes.c_uint64, [_ptr]),
+    "kvt_ctx_memory": (_i32, [_ptr, ctypes.POINTER(MemoryStruct)]),
     "kvt_ctx_notes": (_i32, [_ptr, _ptr, _i32]),
     "kvt_tap_new": (_ptr, [TapCallback, _ptr, _i32]),
     "kvt_tap_free": (None, [_ptr]),
@@ -298,6 +305,24 @@ class LayerCache:
     k_basis: bool = False
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a context, on all devices.
+
+    weights  of its model
+    cache    K and V with the vectors of K in force, and the states of recurrent layers
+    compute  buffers that it computes in
+    """
+
+    weights: int
+    cache: int
+    compute: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.compute
+
+
 def n_layer(model: int) -> int:
     """Layers that a plan of this model has."""
     return check(library().kvt_model_n_layer(model))
@@ -409,6 +434,13 @@ def ctx_holds(ctx: int, seq_id: int, pos: int) -> bool:
 def ctx_buffer_bytes(ctx: int) -> int:
     """Bytes of the buffers behind the context's attention caches."""
     return library().kvt_ctx_buffer_bytes(ctx)
+
+
+def ctx_memory(ctx: int) -> Memory:
+    """What the context takes; of a model without tensors, what it would take."""
+    found = MemoryStruct()
+    check(library().kvt_ctx_memory(ctx, ctypes.byref(found)))
+    return Memory(found.weights, found.cache, found.compute)
 
 
 def ctx_notes(ctx: int) -> list[str]:

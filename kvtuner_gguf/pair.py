@@ -37,6 +37,7 @@ class Pair:
 
 
 Pairs = tuple[Pair, ...]  # one for each layer of a model
+USUAL = tuple(map(Pair.parse, ("q8_0/q8_0", "q8_0/q4_0", "q5_1/q5_1", "q4_0/q4_0")))  # what people set for all layers
 
 
 def allocated_pairs(layers: Iterable[Any], n_layer: int) -> tuple[Pair, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from .quality import Comparison, Grade, Quality, Row
 
 if TYPE_CHECKING:
     from .calibrate.options import Outcome, Solved
+    from .fit import Fit
     from .kept import Kept
     from .shown import Shown
     from .tasks.score import Accuracy, TaskComparison
@@ -171,6 +172,55 @@ def tasks_json(c: TaskComparison) -> dict[str, Any]:
             }
         )
     return {"tasks": c.tasks, "n_ctx": c.n_ctx, "rows": rows, "notes": list(c.notes)}
+
+
+def fit_text(found: Fit, grades: Mapping[str, str], model: Path) -> str:
+    """What each cache takes, how much context fits, and what to do next.
+
+    grades  of a verdict on the model, by the names of pairs
+    """
+    rows = [
+        (
+            row.name,
+            f"{row.bits_per_value:.2f}",
+            f"{row.memory.cache / found.n_ctx / 1024:.1f}",
+            f"{row.memory.cache / MIB:.1f}",
+            f"{row.memory.total / MIB:.1f}",
+            f"{row.most_ctx}" if row.most_ctx else "none",
+            grades.get(row.name, ""),
+        )
+        for row in found.rows
+    ]
+    head = ("cache", "bits", "KiB a token", f"MiB at {found.n_ctx}", "with the model", "context that fits", "verdict")
+    of_f16 = found.rows[0].memory
+    parts = [
+        f"weights {of_f16.weights / MIB:.1f} MiB, buffers {of_f16.compute / MIB:.1f} MiB; "
+        f"{found.available / MIB:.0f} MiB may be taken; trained for {found.n_ctx_train} tokens",
+        table(head if grades else head[:-1], rows if grades else [row[:-1] for row in rows]),
+        _left_text(found, printable(model)),
+    ]
+    if not grades:
+        parts.append(f"Which of them this model bears: kvtuner-gguf verdict {printable(model)}")
+    return "\n\n".join([*parts, *(f"note: {printable(note)}" for note in found.notes)])
+
+
+def _left_text(found: Fit, model: str) -> str:
+    at = f"At {found.n_ctx} tokens"
+    if found.left <= 0:
+        return f"{at} the weights and buffers alone do not fit."
+    if found.left >= found.rows[0].memory.cache:
+        return f"{at} all of them fit."
+    left = found.left // MIB
+    return (
+        f"{at} {left} MiB are left for K and V, {found.left_bits:.2f} bits per value. A plan of that: "
+        f"kvtuner-gguf calibrate {model} --memory {left}M -c {found.n_ctx}"
+    )
+
+
+def fit_json(found: Fit, grades: Mapping[str, str]) -> dict[str, Any]:
+    """The same for a program, in bytes."""
+    rows = [{**row, "verdict": grades.get(row["name"])} for row in asdict(found)["rows"]]
+    return {**asdict(found), "rows": rows}
 
 
 def layers_text(pairs: Sequence[Pair]) -> str:

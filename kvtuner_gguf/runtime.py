@@ -337,6 +337,10 @@ class Context:
         """Every fallback from the plan."""
         return native.ctx_notes(self.ctx)
 
+    def memory(self) -> native.Memory:
+        """Bytes that it takes, with the model's weights."""
+        return native.ctx_memory(self.ctx)
+
     def clear(self) -> None:
         """Forget all tokens."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self.ctx), False)

@@ -30,7 +30,7 @@ FLOORS = (
     "calibrate.estimate calibrate.evaluate calibrate.runs",
     "calibrate.checks calibrate.methods calibrate.store calibrate.write",
     "calibrate.condition calibrate.error calibrate.options",
-    "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.text output",
+    "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.text fit output",
     "calibrate.hidden calibrate.kld calibrate.moments calibrate.prices calibrate.solve calibrate.weights identity "
     "llama shown tasks.ask",
     "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples "

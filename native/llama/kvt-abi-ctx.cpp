@@ -4,6 +4,7 @@
 #include "kvt-error.h"
 #include "kvt-text.h"
 
+#include "llama-ext.h"
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
 #include "llama-kv-cache-iswa.h"
@@ -180,6 +181,19 @@ uint64_t kvt_ctx_buffer_bytes(const llama_context * ctx) {
         res += kvt_query::total_size(*kv);
     }
     return res;
+}
+
+int32_t kvt_ctx_memory(const llama_context * ctx, kvt_memory * memory) {
+    if (!ctx || !memory) {
+        return kvt_error(KVT_E_ARG, "kvt_ctx_memory: ctx or memory is null");
+    }
+    *memory = {};
+    for (const auto & [buft, of_type] : llama_get_memory_breakdown(ctx)) {
+        memory->weights += of_type.model;
+        memory->cache += of_type.context;
+        memory->compute += of_type.compute;
+    }
+    return 0;
 }
 
 int32_t kvt_ctx_notes(const llama_context * ctx, char * buf, int32_t size) {

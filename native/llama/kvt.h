@@ -123,6 +123,16 @@ LLAMA_API int32_t kvt_ctx_holds(const struct llama_context * ctx, llama_seq_id s
 // bytes of the buffers behind all attention caches of the context (with the buffers' padding; 0 with no_alloc)
 LLAMA_API uint64_t kvt_ctx_buffer_bytes(const struct llama_context * ctx);
 
+// bytes of a context, on all devices: of its model's weights, of its caches (also of recurrent layers, with the vectors of K that are in
+// force), and of the buffers that it computes in. With no_alloc, what it would allocate
+struct kvt_memory {
+    uint64_t weights;
+    uint64_t cache;
+    uint64_t compute;
+};
+
+LLAMA_API int32_t kvt_ctx_memory(const struct llama_context * ctx, struct kvt_memory * memory);
+
 // every fallback from the plan: one line each, in buf; returns the length needed without the 0 (as snprintf)
 LLAMA_API int32_t kvt_ctx_notes(const struct llama_context * ctx, char * buf, int32_t size);
 

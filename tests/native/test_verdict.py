@@ -86,6 +86,17 @@ def test_each_usual_pair_has_a_grade_that_its_figures_bear_out(tiny, text, tmp_p
     assert "Fewest bits that are safe: " in out and f"kvtuner-gguf calibrate {model}" in out
 
 
+def test_what_was_graded_stands_beside_what_fits(tiny, text):
+    model = tiny("llama", seed=7)
+    assert [row["verdict"] for row in json.loads(run("fit", model, "--json").stdout)["rows"]] == [None] * 5
+    rows = json.loads(run("verdict", model, "-f", text, "-t", 1, "--json").stdout)["rows"][1:]
+    beside = {row["name"]: row["verdict"] for row in json.loads(run("fit", model, "--json").stdout)["rows"]}
+    assert beside == {"f16": None, **{row["name"]: row["grade"] for row in rows}}
+    assert "kvtuner-gguf verdict" not in run("fit", model).stdout
+    run("cache", "--clear", "verdict")
+    assert "kvtuner-gguf verdict" in run("fit", model).stdout
+
+
 def test_a_pair_that_the_model_cannot_take_is_named(tiny, text):
     found = json.loads(run("verdict", tiny("llama", head_dim=80), "-f", text, "-t", 1, "--json").stdout)
     assert len(found["rows"]) == 1 and found["safe"] is None
