@@ -215,6 +215,38 @@ def tiny_gemma2(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extr
     return w.save(extra)
 
 
+def tiny_gemma4(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extra = ()) -> Path:
+    """gemma4, whose last layers attend over the K and V of layers before: 3 and 4 over layer 1's, 5 over layer 2's.
+
+    Sliding window of n_swa tokens in layers 0 1 3 4, full attention in layers 2 5; Q and K norms. Layers 0 1 2 have K and
+    V of their own, of 2 heads * 64.
+    """
+    n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim = 6, 128, 128, 4, 2, 64
+    keys = (
+        _base_keys(n_layer=n_layer, n_embd=n_embd, n_ff=n_ff, n_head=n_head)
+        | _head_keys(n_head_kv, head_dim)
+        | {
+            "attention.key_length_swa": head_dim,
+            "attention.value_length_swa": head_dim,
+            "attention.shared_kv_layers": 3,
+            "attention.sliding_window": n_swa,
+            "attention.sliding_window_pattern": [True, True, False, True, True, False],
+            "embedding_length_per_layer_input": 0,
+        }
+    )
+    w = _Writer(path, "gemma4", seed, keys)
+    w.ends(n_embd, embd_std=n_embd**-0.5)  # the graph multiplies by sqrt(n_embd)
+    w.tensor("rope_freqs.weight", np.ones(head_dim // 2, dtype=np.float32))
+    for il in range(n_layer):
+        w.attention(f"blk.{il}.", n_embd, n_head * head_dim, n_head_kv * head_dim)
+        w.tensor(f"blk.{il}.attn_q_norm.weight", np.full(head_dim, head_dim**-0.5, dtype=np.float32))  # the scale
+        w.norm(f"blk.{il}.attn_k_norm", head_dim)
+        w.norm(f"blk.{il}.post_attention_norm", n_embd)
+        w.ffn(f"blk.{il}.", n_embd, n_ff)
+        w.norm(f"blk.{il}.post_ffw_norm", n_embd)
+    return w.save(extra)
+
+
 def tiny_gpt_oss(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extra = ()) -> Path:
     """gpt-oss: every head has a sink, a logit that competes with the tokens'; two experts, both used.
 

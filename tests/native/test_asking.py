@@ -27,7 +27,7 @@ def test_prompts_with_a_long_start_in_common_are_together():
     assert shared.n_ctx == 512 and single.n_ctx == 256
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "hybrid"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gemma4", "hybrid"])
 @pytest.mark.parametrize("planned", [False, True])
 def test_answers_are_those_of_one_prompt_at_a_time(load, tiny, kind, planned):
     """Five prompts of unlike length and end, in two sequences at once and a third that holds their start."""

@@ -62,7 +62,7 @@ def tensor_bytes(path: Path) -> list[bytes]:
     return [data[t.offset : t.offset + t.n_bytes] for t in header.tensors]
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "hybrid", "mla"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma4", "hybrid", "mla"])
 def test_calibrate_writes_a_plan_that_the_run_time_obeys(arch, tiny, tmp_path, text):
     model = copy_of(tiny(arch), tmp_path)
     before = tensor_bytes(model)

@@ -28,6 +28,7 @@ MODELS = {
     "RoPE on half of a head": ("llama", {"rope_dim": 32}, (2, 64)),
     "RoPE of far pairs": ("qwen2", {}, (2, 64)),
     "sliding window": ("gemma3", {}, (2, 64)),
+    "shared KV": ("gemma4", {}, (2, 64)),
     "hybrid": ("hybrid", {}, (1, 64)),
     "ALiBi": ("refact", {}, (2, 64)),
 }

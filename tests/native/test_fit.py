@@ -33,7 +33,7 @@ NAMED = {F16: Pair(F16, F16), **{str(pair): pair for pair in USUAL}}
 
 @pytest.mark.parametrize("arch", PLANS)
 def test_each_row_is_what_is_allocated(load, tiny, arch):
-    """Plain, sliding windows, recurrent layers, MLA."""
+    """Plain, sliding windows, recurrent layers, shared KV, MLA."""
     pairs, _ = PLANS[arch]
     path = tiny(arch, extra=metadata(pairs))
     found = fit(path, n_ctx=768)

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.native
 ARCHS = [
     "gemma2",
     "gemma3",
+    "gemma4",
     "gpt_oss",
     "hybrid",
     "mamba",

@@ -45,6 +45,19 @@ def test_the_run_is_the_same(load, tiny, tmp_path, arch):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_run_is_whole_where_a_later_layer_reads_the_cache_of_one_below(load, tiny, tmp_path):
+    """In gemma4 layers 3 and 4 attend over layer 1's K and V, layer 5 over layer 2's: a run may start with layer 1."""
+    session, text = load(tiny("gemma4")), chunks()
+    hidden = hidden_of(session, text.tokens.size, tmp_path / "hidden")
+    whole = make_reference(session, text, tmp_path / "a")
+    kept = make_reference(session, text, tmp_path / "b", hidden=hidden)
+    for il, taken in ((0, 0), (1, text.tokens.size), (2, 0)):
+        plan = [Pair("", "") if i > 2 else Q4 if i == il else F16 for i in range(6)]
+        have = measure(session, plan, kept)
+        assert have == measure(session, plan, whole) and have.kld_mean > 0
+        assert hidden.taken == taken
+
+
 @pytest.mark.parametrize("il", [0, 2])
 def test_a_part_of_the_text_is_measured_as_a_text_of_its_own(load, tiny, tmp_path, il):
     session, text = load(tiny("llama")), chunks()

@@ -18,6 +18,7 @@ PLANS = {
     "llama": (mixture(4), dict.fromkeys(range(4), (128, 128))),
     "gemma3": (mixture(6), dict.fromkeys(range(6), (128, 128))),
     "hybrid": ([NONE, NONE, Pair.parse("q8_0/q4_0"), NONE, Pair.parse("f16/q5_1"), NONE], {2: (64, 64), 4: (64, 64)}),
+    "gemma4": ([*mixture(3), NONE, NONE, NONE], dict.fromkeys(range(3), (128, 128))),
     "mla": ([Pair.parse(name) for name in ("q8_0", "f16", "q4_0")], dict.fromkeys(range(3), (192, 0))),
 }
 every_arch = pytest.mark.parametrize("arch", PLANS)
@@ -245,7 +246,7 @@ def test_without_flash_attention_a_quantized_v_is_f16(load, tiny):
         assert feed(ctx, prompt(8)).std() > 0.1
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "hybrid", "mla"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma4", "hybrid", "mla"])
 def test_flash_attention_left_to_llama_cpp_is_on_for_a_plan(load, tiny, arch):
     session = load(tiny(arch, extra=metadata(PLANS[arch][0])))
     from llama_cpp import llama_cpp

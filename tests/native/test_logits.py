@@ -9,7 +9,7 @@ from kvtuner_gguf.pair import Pair
 
 pytestmark = pytest.mark.native
 
-every_arch = pytest.mark.parametrize("arch", ["llama", "gemma3", "hybrid", "mla"])
+every_arch = pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma4", "hybrid", "mla"])
 
 
 @every_arch

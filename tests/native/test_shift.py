@@ -17,6 +17,7 @@ MODELS = {
     "RoPE on half of a head": ("llama", {"rope_dim": 32}),
     "RoPE of far pairs": ("qwen2", {}),
     "sliding window": ("gemma3", {}),
+    "shared KV": ("gemma4", {}),
     "hybrid": ("hybrid", {}),
 }
 every_model = pytest.mark.parametrize("model", MODELS)

@@ -8,7 +8,7 @@ from running import feed, mixture, prompt, uniform
 
 pytestmark = pytest.mark.native
 
-every_arch = pytest.mark.parametrize("arch", ["llama", "gemma3", "hybrid", "mla"])
+every_arch = pytest.mark.parametrize("arch", ["llama", "gemma3", "gemma4", "hybrid", "mla"])
 every_kind = pytest.mark.parametrize("kind", ["whole", "sequence"])
 N_TOKENS = (
     40  # inside gemma3's window: past it a whole state may put the next token into another cell, also without a plan
