@@ -218,8 +218,8 @@ def tiny_gemma2(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extr
 def tiny_gemma4(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extra = ()) -> Path:
     """gemma4, whose last layers attend over the K and V of layers before: 3 and 4 over layer 1's, 5 over layer 2's.
 
-    Sliding window of n_swa tokens in layers 0 1 3 4, full attention in layers 2 5; Q and K norms. Layers 0 1 2 have K and
-    V of their own, of 2 heads * 64.
+    Sliding window of n_swa tokens in layers 0 1 3 4, full attention in layers 2 5; Q and K norms. Layers 0 1 2 have K
+    and V of their own, of 2 heads * 64.
     """
     n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim = 6, 128, 128, 4, 2, 64
     keys = (
