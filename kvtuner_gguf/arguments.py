@@ -57,10 +57,36 @@ class Memory(click.ParamType):  # type: ignore[type-arg] # generic in click 8.5 
         return n_bytes
 
 
+class ModelFirst(click.Command):
+    """A command whose first argument is MODEL, which may be given as -m MODEL as well, wherever that stands."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(click.Option(["-m", "--model", "as_option"], expose_value=False, help="The same as MODEL."))
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if found := self._as_option(args):
+            where, model = found
+            args = [*args[: where.start], *args[where.stop :]]
+            args.insert(0, f"./{model}" if model.startswith("-") else model)
+        return super().parse_args(ctx, args)
+
+    def _as_option(self, args: list[str]) -> tuple[range, str] | None:
+        """Where -m MODEL stands, and MODEL; None if it does not."""
+        with_value = {name for p in self.params if isinstance(p, click.Option) and not p.is_flag for name in p.opts}
+        at = 0
+        while at < len(args) and args[at] != "--":
+            if args[at] in ("-m", "--model") and at + 1 < len(args):
+                return range(at, at + 2), args[at + 1]
+            if joined := re.fullmatch("(?:-m|--model=)(.+)", args[at], re.DOTALL):
+                return range(at, at + 1), joined[1]
+            at += 2 if args[at] in with_value else 1  # what an option is given is not looked at
+        return None
+
+
 def shared(*names: str) -> Callable[[Command], Command]:
     """The options of these names, in this order."""
     options = {
-        "m": click.option("-m", "--model", required=True, type=MODEL, help="GGUF model."),
         "c": click.option(
             "-c",
             "--ctx-size",

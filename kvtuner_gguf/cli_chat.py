@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .arguments import FILE, MODEL, FiniteFloat, shared
+from .arguments import FILE, MODEL, FiniteFloat, ModelFirst, shared
 from .cli_files import written_to
 from .cli_measure import options_of, told_what_is_kept
 from .errors import KvtunerError
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .llama import Llama
 
 
-@click.command()
+@click.command(cls=ModelFirst)
+@click.argument("model", type=MODEL)
 @click.option("-p", "--prompt", help="Answer this and exit.")
 @click.option("--system", help="System message.")
 @click.option("--plan", "plan_file", type=MODEL, help="A sidecar to use instead of the plan in the file.")
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
     type=FiniteFloat(0),
     help="Temperature; 0 takes the likeliest token.",
 )
-@shared("m", "c", "t", "ngl")
+@shared("c", "t", "ngl")
 def chat(prompt: str | None, system: str | None, max_tokens: int | None, temperature: float, **given: Any) -> None:
-    """Chat with a model under its plan. /reset forgets the conversation, /exit ends it."""
+    """Chat with MODEL under its plan. /reset forgets the conversation, /exit ends it."""
     from .chat import answer, chat_loop, utf8
 
     system = system and utf8(system)

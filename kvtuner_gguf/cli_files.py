@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .arguments import FILE, MODEL, shared
+from .arguments import FILE, MODEL, ModelFirst, shared
 from .errors import PlanError
 from .kept import KINDS
 from .plan import Plan
@@ -34,7 +34,7 @@ def plan_in(model: Path) -> Plan:
     return plan
 
 
-@click.command("show")
+@click.command("show", cls=ModelFirst)
 @click.argument("model", type=MODEL)
 @click.option(
     "--plan", "plan_file", type=MODEL, help="A sidecar to show on this model, instead of the plan in the file."
@@ -52,7 +52,7 @@ def show_plan(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int
         show(shown_text(found))
 
 
-@click.command()
+@click.command(cls=ModelFirst)
 @click.argument("model", type=MODEL)
 @click.argument("plan_file", type=MODEL)
 @click.option("-o", "--output", type=FILE, help="Write a new GGUF. Default: into MODEL itself.")
@@ -65,7 +65,7 @@ def apply(model: Path, plan_file: Path, output: Path | None, force: bool) -> Non
     show(f"Written to {written_to(gguf(model, output, reads=[plan_file], force=force), plan)}")
 
 
-@click.command()
+@click.command(cls=ModelFirst)
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=FILE, help="Write a new GGUF. Default: change MODEL itself.")
 @shared("force")
@@ -76,7 +76,7 @@ def strip(model: Path, output: Path | None, force: bool) -> None:
     show(f"Written to {written_to(gguf(model, output, force=force), None)}")
 
 
-@click.command()
+@click.command(cls=ModelFirst)
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=FILE, help="Sidecar to write. Default: standard output.")
 @shared("force")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .arguments import FILE, MODEL, Memory, shared
+from .arguments import FILE, MODEL, Memory, ModelFirst, shared
 from .cli_files import plan_in, written_to
 from .pair import Pair
 from .plan import Plan
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .api import Options
 
 
-@click.command()
+@click.command(cls=ModelFirst)
 @click.argument("model", type=MODEL)
 @click.option("--plan", "plan_file", type=MODEL, help="A sidecar to count, instead of the plan in the file.")
 @click.option(
@@ -41,7 +41,7 @@ def fit(model: Path, plan_file: Path | None, memory: int | None, n_ctx: int, n_g
         show(fit_text(found, grades, model))
 
 
-@click.command()
+@click.command(cls=ModelFirst)
 @click.argument("model", type=MODEL)
 @click.option(
     "-o", "--output", type=FILE, help="Write a new GGUF, or with .json a sidecar. Default: into MODEL itself."
@@ -87,7 +87,7 @@ def calibrate(
         show(outcome_text(outcome, written))
 
 
-@click.command()
+@click.command(cls=ModelFirst)
 @click.argument("model", type=MODEL)
 @click.option(
     "-o", "--output", type=FILE, help="Write the plan: a new GGUF, or with .json a sidecar. Default: show it only."
@@ -164,7 +164,8 @@ def _recovery(ctx: click.Context) -> str:
     return f"What was measured is kept: this writes the plan elsewhere without measuring again: {command}"
 
 
-@click.command()
+@click.command(cls=ModelFirst)
+@click.argument("model", type=MODEL)
 @click.argument("plans", nargs=-1, required=True)
 @click.option("-ctk", "--cache-type-k", "type_k", help="One more row: this K type for all layers ...")
 @click.option("-ctv", "--cache-type-v", "type_v", help="... with this V type.")
@@ -173,7 +174,7 @@ def _recovery(ctx: click.Context) -> str:
     help="Ask these tasks instead: JSON Lines of prompts with expected answers, or a set of ours: short, or long:N "
     "with N tokens in each prompt.",
 )
-@shared("fresh", "m", "c", "f", "chunks", "seed", "t", "ngl", "json")
+@shared("fresh", "c", "f", "chunks", "seed", "t", "ngl", "json")
 @click.pass_context
 def evaluate(
     ctx: click.Context,
@@ -186,7 +187,7 @@ def evaluate(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Measure the KLD of PLANS against an f16 cache, or, with --tasks, how many tasks they answer right.
+    """Measure the KLD of PLANS on MODEL against an f16 cache, or, with --tasks, how many tasks they answer right.
 
     Each of PLANS is 'file' (the plan in the model), a sidecar (.json), another GGUF's plan, or a uniform pair such as
     q8_0/q4_0.
@@ -221,7 +222,7 @@ def evaluate(
         show(comparison_text(comparison))
 
 
-@click.command()
+@click.command(cls=ModelFirst)
 @click.argument("model", type=MODEL)
 @shared("c", "f", "seed", "t", "ngl", "json")
 def verdict(model: Path, threads: int | None, as_json: bool, **given: Any) -> None:

@@ -36,6 +36,25 @@ def test_all_commands_are_there():
     assert {"calibrate", "show", "evaluate", "verdict", "apply", "strip", "export", "chat", "demo"} <= set(COMMANDS)
 
 
+MODEL_FIRST = [name for name in COMMANDS if "model" in {p.name for p in main.commands[name].params}]
+
+
+@pytest.mark.parametrize("name", MODEL_FIRST)
+@pytest.mark.parametrize("form", ["M", "-m M", "--model M", "--model=M", "-mM", "-c 64 -m M"])
+def test_the_model_is_an_argument_or_an_option(name, form, tmp_path, monkeypatch):
+    """A file that is there, wherever it stands: what is wrong with it is said, and nothing of the command line."""
+    (tmp_path / "M").write_text("no model")
+    (tmp_path / "P.json").write_text("no plan")
+    monkeypatch.chdir(tmp_path)
+    others = {"apply": ["P.json"], "evaluate": ["q8_0"], "chat": ["-p", "-mX"]}.get(name, [])
+    if "-c" in form and "n_ctx" not in {p.name for p in main.commands[name].params}:
+        form = "-m M"
+    result = run(name, *others, *form.split()) if "-" in form else run(name, form, *others)
+    assert result.exit_code == 1 and "Usage" not in result.output, result.output
+    assert run(name, *others, "M", "-m", "M").exit_code == 2 or name == "evaluate"
+    assert "Missing argument 'MODEL'" in run(name).output
+
+
 @pytest.mark.parametrize(
     ("text", "n_bytes"), [("96M", 96 << 20), ("1.5GiB", 3 << 29), ("300000000", 300_000_000), ("2 kB", 2048)]
 )
