@@ -8,13 +8,19 @@ there.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from . import native
 from .errors import KvtunerError, NativeError, StateError
+from .log import heard
+from .session_file import SavedSession, load_session, save_session
 
 native.library()  # before the first import of llama_cpp
 
@@ -107,6 +113,40 @@ class HeldLlama(llama_cpp.Llama):
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
+    def save_session(self, path: str | os.PathLike[str]) -> None:
+        """Write what was read, tokens and cache, to a file, in one step and for its owner alone. It is as large as the
+        cells in use: unlike a LlamaState it has no logits. Raises StateError if it cannot be written."""
+        tokens = self.input_ids[: self.n_tokens].astype(np.int32)
+        save_session(Path(path), SavedSession(self._identity, tokens, self._n_read, self._cells()))
+
+    def load_session(self, path: str | os.PathLike[str]) -> None:
+        """Go on where the session was saved: nothing is read again but the last token of a prompt. Raises StateError,
+        which says why it was refused, and after which this object is as after reset()."""
+        with self._or_reset("session"):
+            saved = load_session(Path(path))
+            n_tokens = len(saved.tokens)
+            self._check("session", saved.identity, n_tokens)
+            self.reset()
+            self._set_cells(saved.cells)
+            self.input_ids[:n_tokens] = saved.tokens
+            self.n_tokens, self._n_read = n_tokens, saved.n_read
+
+    def _cells(self) -> bytes:
+        """Those of what was read, as llama.cpp writes them."""
+        ctx = self._ctx.ctx
+        size = llama_cpp.llama_state_seq_get_size(ctx, 0)
+        buf = (ctypes.c_uint8 * size)()
+        if llama_cpp.llama_state_seq_get_data(ctx, buf, size, 0) != size:
+            raise StateError("session: llama.cpp did not write its cells.")
+        return bytes(buf)
+
+    def _set_cells(self, cells: bytes) -> None:
+        """In place of all that there are."""
+        self._ctx.kv_cache_clear()
+        buf = (ctypes.c_uint8 * len(cells)).from_buffer_copy(cells)
+        if llama_cpp.llama_state_seq_set_data(self._ctx.ctx, buf, len(cells), 0) != len(cells):
+            raise RuntimeError("llama.cpp did not take its cells")
+
     def save_state(self) -> LlamaState:
         state: Any = super().save_state()
         state.identity, state.n_read = self._identity, self._n_read
@@ -114,27 +154,40 @@ class HeldLlama(llama_cpp.Llama):
 
     def load_state(self, state: LlamaState) -> None:
         """Go on where the state was saved. Raises StateError, after which this object is as after reset()."""
-        try:
+        with self._or_reset("state"):
             self._take(state)
-        except Exception as error:
-            self.reset()
-            self._ctx.kv_cache_clear()
-            if isinstance(error, KvtunerError):
-                raise
+
+    @contextmanager
+    def _or_reset(self, what: str) -> Iterator[None]:
+        """The block ends well, or this object is as after reset() and a StateError says why."""
+        with heard() as log:
+            try:
+                yield
+            except Exception as error:
+                self.reset()
+                self._ctx.kv_cache_clear()
+                if isinstance(error, KvtunerError):
+                    raise
+                said = log.lines[0].partition(": ")[2] if log.lines else ""  # after the name of a function
+                reason = said or f"{error}: it is damaged, or was saved under another plan"
+                raise StateError(f"{what}: refused ({reason}). Give the prompt again.") from error
+
+    def _check(self, what: str, identity: str | None, n_tokens: int) -> None:
+        """Raises StateError for what was saved by another model, or does not fit."""
+        if identity != self._identity:
             raise StateError(
-                f"state: refused ({error}): it is damaged, or was saved under another plan. Give the prompt again."
-            ) from error
+                f"{what}: was saved with other weights or settings, or not by kvtuner_gguf.Llama. Give the prompt "
+                "again."
+            )
+        n_ctx = len(self.input_ids)
+        if not 0 <= n_tokens <= n_ctx:
+            raise StateError(
+                f"{what}: has {n_tokens} tokens, this context {n_ctx}. Give the prompt again, or use a larger n_ctx."
+            )
 
     def _take(self, state: Any) -> None:
         n_tokens, n_ctx = state.n_tokens, len(self.input_ids)
-        if getattr(state, "identity", None) != self._identity:
-            raise StateError(
-                "state: was saved with other weights or settings, or not by kvtuner_gguf.Llama. Give the prompt again."
-            )
-        if not 0 <= n_tokens <= n_ctx:
-            raise StateError(
-                f"state: has {n_tokens} tokens, this context {n_ctx}. Give the prompt again, or use a larger n_ctx."
-            )
+        self._check("state", getattr(state, "identity", None), n_tokens)
         input_ids, scores = np.zeros(n_ctx, np.intc), np.zeros((len(self.scores[:n_tokens]), self._n_vocab), np.single)
         input_ids[:n_tokens] = state.input_ids[:n_tokens]
         kept = state.scores[: len(scores)]  # fewer where it was saved without the logits of all tokens

@@ -6,7 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from types import EllipsisType
 from typing import Any
@@ -18,42 +18,15 @@ from .errors import KvtunerError, NativeError
 from .geometry import Geometry
 from .hidden import Hidden
 from .in_force import put_in_force, put_pairs_in_force
-from .interrupts import called_from_c
 from .kvectors import KVectors
+from .log import process_log
 from .pair import Pair
 from .plan import Plan
-from .printable import printable
 from .tap import Tap
 from .template import ChatTemplate, Messages
 from .threads import checked_threads, default_threads
 from .uses import check_context, check_positions, check_writes_text
 from .words import cut_long_words
-
-
-class _Log:
-    """Takes llama.cpp's log, for the whole process. Keeps the last warnings and errors, so that a failure can be
-    explained."""
-
-    def __init__(self) -> None:
-        from llama_cpp import llama_cpp
-
-        self.lines: list[str] = []
-        self._callback = llama_cpp.llama_log_callback(self._add)
-        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
-
-    @called_from_c
-    def _add(self, level: int, text: bytes, _user: object) -> None:
-        if level in (3, 4):  # warning, error
-            self.lines = [*self.lines[-19:], printable(text.decode(errors="replace").strip())]
-
-    def reason(self) -> str:
-        """What llama.cpp said last, for the end of an error message."""
-        return " | ".join(self.lines[-3:]) or "llama.cpp gave no reason"
-
-
-@cache
-def _log() -> _Log:
-    return _Log()  # never freed: llama.cpp keeps a pointer to its callback
 
 
 class Session:
@@ -80,7 +53,7 @@ class Session:
         self.n_threads = checked_threads(n_threads or default_threads())
         if not self.path.exists():
             raise NativeError(f"model '{path}' does not exist. Check the path.")
-        self._log = _log()
+        self._log = process_log()
         llama_cpp.llama_backend_init()
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers

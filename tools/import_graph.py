@@ -36,9 +36,9 @@ FLOORS = (
     "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples "
     "gguf_file runtime",
     "calibrate.results gguf_header in_force report",
-    "geometry plan tasks.made",
-    "calibrate.corpus held hidden kvectors tap tasks.task uses",
-    "arguments calibrate.records chat default_model kept native pair quality target tasks.answer",
+    "geometry held plan tasks.made",
+    "calibrate.corpus hidden kvectors log tap tasks.task uses",
+    "arguments calibrate.records chat default_model kept native pair quality session_file target tasks.answer",
     "cache codecs machine reading room template terminal threads values",
     "errors",
     "atomic calibrate calibrate.layers calibrate.progress calibrate.sizes interrupts printable tasks tasks.score words",
