@@ -9,7 +9,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from .errors import KvtunerError
+from .errors import KvtunerError, StoppedError
 from .template import TEMPLATE_ERRORS, Messages, folded, template_error
 
 
@@ -123,9 +123,12 @@ class _Chat:
         """One answer, written as it comes. What was said when it ends, however that is, is kept."""
         pieces: list[str] = []
         with _Interruption() as interruption:
+            self.llm.should_stop = lambda: interruption.asked
             try:
                 self._speak(question, pieces, interruption)
                 end = "(stopped)\n" if interruption.asked else ""
+            except StoppedError:
+                end = "(stopped)\n"
             except TooLongError as error:
                 end = f"({error})\n"
             except KvtunerError as error:
@@ -134,6 +137,8 @@ class _Chat:
             except KeyboardInterrupt:
                 end = "(stopped)\n"
                 self.llm.reset()  # it may have come between the cache and what is known of it
+            finally:
+                self.llm.should_stop = None
         self.write(("\n" if pieces or not end else "") + end)
         if pieces:
             self.turns.append((question, {"role": "assistant", "content": "".join(pieces)}))
@@ -141,7 +146,6 @@ class _Chat:
     def _speak(self, question: dict[str, str], pieces: list[str], interruption: _Interruption) -> None:
         stream = self._opened(question)
         while (piece := next(stream, None)) is not None:
-            interruption.is_held = True
             pieces.append(piece)
             self.write(piece)
             if interruption.asked:
@@ -171,11 +175,11 @@ class _Chat:
 
 
 class _Interruption:
-    """Ctrl-C within the block. While it is held it is only noted, so that an answer ends between two tokens; twice is
-    not held."""
+    """Ctrl-C within the block. It is noted, so that an answer ends between two tokens, and a prompt between two steps;
+    twice is not."""
 
     def __init__(self) -> None:
-        self.asked = self.is_held = False
+        self.asked = False
 
     def __enter__(self) -> _Interruption:
         self._before = signal.getsignal(signal.SIGINT)
@@ -190,6 +194,6 @@ class _Interruption:
             signal.signal(signal.SIGINT, self._before)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if (self.asked or not self.is_held) and callable(self._before):
+        if self.asked and callable(self._before):
             self._before(number, frame)
         self.asked = True

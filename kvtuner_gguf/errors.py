@@ -35,6 +35,10 @@ class NativeError(KvtunerError):
     """The native library is missing, does not match, or refused a call."""
 
 
+class StoppedError(NativeError):
+    """The reading of a prompt ended because the program that asked for it said so."""
+
+
 class StateError(NativeError, KeyError):
     """A saved state is of another plan or model, or damaged. A KeyError as well: a cache of prompts takes it as a
     miss."""

@@ -11,14 +11,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from . import native
-from .errors import KvtunerError, NativeError, StateError
+from .errors import KvtunerError, NativeError, StateError, StoppedError
+from .interrupts import called_from_c
 from .log import heard
 from .session_file import SavedSession, load_session, save_session
 
@@ -39,13 +40,36 @@ class HeldContext(LlamaContext):
         return removed and (p1 >= 0 or native.ctx_holds(self.ctx, max(seq_id, 0), max(p0, 0)))
 
 
+class _Stop:
+    """Whether a computation is to end, for llama.cpp to ask."""
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self.should_stop, self.is_asked = should_stop, False
+        self._raised: BaseException | None = None
+        self.callback = llama_cpp.ggml_abort_callback(self.asked)
+
+    @called_from_c
+    def asked(self, _data: object) -> bool:
+        try:
+            self.is_asked = self.is_asked or bool(self.should_stop())
+        except BaseException as error:  # C would lose it
+            self.is_asked, self._raised = True, error
+        return self.is_asked
+
+    def error(self) -> BaseException:
+        return self._raised or StoppedError("the prompt: was not read to its end, as should_stop said so. Give it again.")
+
+
 class HeldLlama(llama_cpp.Llama):
     """llama_cpp.Llama whose answers are those of a fresh object, whatever it read before.
 
-    _n_read    how many of input_ids were read by eval, from the start on; an image is not
-    _identity  of the weights and all that K and V are computed with; a state tells by it whose it is
+    should_stop  asked before each batch, and while one of several tokens is computed, at every step of the CPU's: True
+                 ends the call that reads with a StoppedError, after which this object holds the batches before
+    _n_read      how many of input_ids were read by eval, from the start on; an image is not
+    _identity    of the weights and all that K and V are computed with; a state tells by it whose it is
     """
 
+    should_stop: Callable[[], bool] | None = None
     _n_read = 0
 
     @property
@@ -81,10 +105,33 @@ class HeldLlama(llama_cpp.Llama):
                 self.eval(before)  # apart: sampling counts the logits of a draft from the end of its batch
         start = self.n_tokens
         try:
-            super().eval(tokens)
+            with self._stoppable(len(tokens)):
+                super().eval(tokens)
         finally:
             if start <= self._n_read:
                 self._n_read = self.n_tokens
+
+    @contextmanager
+    def _stoppable(self, n_tokens: int) -> Iterator[None]:
+        """Raises StoppedError out of the block when should_stop says so, and what that raises."""
+        if self.should_stop is None:
+            yield
+            return
+        stop = _Stop(self.should_stop)
+        if stop.asked(None):
+            raise stop.error()
+        if n_tokens == 1:  # soon over
+            yield
+            return
+        llama_cpp.llama_set_abort_callback(self._ctx.ctx, stop.callback, None)
+        try:
+            yield
+        except RuntimeError:
+            if stop.is_asked:
+                raise stop.error() from None
+            raise
+        finally:
+            llama_cpp.llama_set_abort_callback(self._ctx.ctx, llama_cpp.ggml_abort_callback(), None)
 
     def _forget_all(self) -> list[int]:
         """Empty the cache. -> the tokens that were read so far."""

@@ -11,7 +11,7 @@ import pytest
 from running import feed, mixture, prompt, vectors
 
 from kvtuner_gguf import native
-from kvtuner_gguf.errors import KvtunerError, NativeError, StateError
+from kvtuner_gguf.errors import KvtunerError, NativeError, StateError, StoppedError
 from kvtuner_gguf.gguf_file import write_plan
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
@@ -387,6 +387,51 @@ def test_a_state_of_stock_is_refused(llama, tiny):
     with pytest.raises(StateError, match="not by kvtuner_gguf"):
         llama("llama").load_state(stock.save_state())
     stock.close()
+
+
+# ---- stopped
+
+
+@every_arch
+@pytest.mark.parametrize("n_asked", [0, 1, 40, 400])
+def test_a_prompt_that_was_stopped_can_be_read_again(llama, arch, n_asked):
+    """At the first of its batches, between two, and between two steps of one."""
+    llm, asked = llama(arch), []
+    llm.should_stop = lambda: len(asked.append(1) or asked) > n_asked
+    with pytest.raises(StoppedError, match="the prompt: was not read to its end"):
+        answer(llm, LONG)
+    assert len(asked) == n_asked + 1 and llm.n_tokens % 64 == 0 and llm.n_tokens < len(LONG)
+    llm.should_stop = None
+    assert answer(llm, LONG) == answer(llama(arch), LONG)
+    llm.should_stop = lambda: False
+    assert answer(llm, [*LONG, *SHORT]) == answer(llama(arch), [*LONG, *SHORT])
+
+
+@pytest.mark.parametrize("n_asked", [0, 100])
+def test_what_the_question_raises_is_raised(llama, n_asked):
+    llm, asked = llama("llama"), []
+
+    def should_stop() -> bool:
+        asked.append(1)
+        if len(asked) > n_asked:
+            raise KeyboardInterrupt
+        return False
+
+    llm.should_stop = should_stop
+    with pytest.raises(KeyboardInterrupt):
+        answer(llm, LONG)
+    llm.should_stop = None
+    assert answer(llm, SHORT) == answer(llama("llama"), SHORT)
+
+
+def test_an_answer_is_stopped_between_two_tokens(llama):
+    llm, said = llama("llama"), []
+    want = answer(llama("llama"), SHORT)
+    llm.should_stop = lambda: len(said) == 5
+    with pytest.raises(StoppedError):
+        for token in llm.generate(list(SHORT), temp=0.0):
+            said.append(token)
+    assert said == want[:5]
 
 
 # ---- sessions

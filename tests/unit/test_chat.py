@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from kvtuner_gguf.chat import answer, chat_loop, utf8
-from kvtuner_gguf.errors import KvtunerError
+from kvtuner_gguf.errors import KvtunerError, StoppedError
 
 pytestmark = pytest.mark.usefixtures("signals_as_at_start")
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("signals_as_at_start")
 class FakeLlama:
     """Answers with what it was asked; a word is a token. A message may name the fault that answering it has."""
 
-    model_path = "m.gguf"
+    model_path, should_stop = "m.gguf", None
 
     def __init__(self, n_ctx: int = 1000, takes_system: bool = True) -> None:
         self.n, self.takes_system, self.seen, self.n_reset = n_ctx, takes_system, [], 0
@@ -39,8 +39,10 @@ class FakeLlama:
             raise ValueError(f"Requested tokens ({n_tokens}) exceed context window of {self.n}")
         self.seen.append([m["content"] for m in messages])
         last = messages[-1]["content"]
-        if "slow" in last:
+        for _ in range(last.count("slow")):
             signal.raise_signal(signal.SIGINT)
+        if self.should_stop and self.should_stop():
+            raise StoppedError("the prompt was not read")
         for piece in ("", "echo ", *last.partition(" ")):
             yield {"choices": [{"delta": {"content": piece}}]}
             if "stop" in last and piece:
@@ -113,10 +115,11 @@ def test_an_interrupted_answer_keeps_what_was_said_and_the_chat():
     assert llm.n_reset == 0  # it ended between two tokens: what the model has read is known
 
 
-def test_an_interruption_while_the_prompt_is_read_forgets_what_may_be_half_read():
+@pytest.mark.parametrize(("line", "n_reset"), [("slow", 0), ("slow slow", 1)])
+def test_an_interruption_while_the_prompt_is_read_keeps_what_the_model_holds_twice_does_not(line, n_reset):
     llm = FakeLlama()
-    out = talk(llm, "one", "slow", "two")
-    assert "(stopped)" in out and llm.seen[-1] == ["one", "echo one", "two"] and llm.n_reset == 1
+    out = talk(llm, "one", line, "two")
+    assert out.count("(stopped)") == 1 and llm.seen[-1] == ["one", "echo one", "two"] and llm.n_reset == n_reset
 
 
 def test_an_interruption_at_the_prompt_ends_the_chat_and_the_handler_is_as_before():
