@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
@@ -12,24 +15,22 @@ from typing import Any
 from .errors import KvtunerError, StoppedError
 from .template import TEMPLATE_ERRORS, Messages, folded, template_error
 
+_QUOTES = '"""'
+
 
 class TooLongError(KvtunerError):
     """The messages do not fit into the context."""
 
 
 def answer(
-    llm: Any,
-    messages: Messages,
-    *,
-    max_tokens: int | None,
-    temperature: float,
-    say: Callable[[str], None] = lambda text: None,
+    llm: Any, messages: Messages, *, say: Callable[[str], None] = lambda text: None, **sampling: Any
 ) -> Iterator[str]:
-    """The pieces of the model's answer to the messages, as they come. say gets what the user should know.
+    """The pieces of the model's answer to the messages, as they come. say gets what the user should know; sampling is
+    llama_cpp's: max_tokens, temperature, top_k and so on.
 
     Raises TooLongError before the first piece, KvtunerError for a template that fails, or a run that does.
     """
-    create = partial(llm.create_chat_completion, stream=True, max_tokens=max_tokens, temperature=temperature)
+    create = partial(llm.create_chat_completion, stream=True, **sampling)
     # nothing is run before the first piece is asked for
     stream = _formatted(create, messages, f"model '{llm.model_path}'", say)
     try:
@@ -71,26 +72,38 @@ def chat_loop(
     write: Callable[[str], None],
     *,
     system: str | None = None,
-    max_tokens: int | None = None,
-    temperature: float = 0.7,
+    **sampling: Any,
 ) -> None:
-    """Read, answer, repeat, until /exit, Ctrl-C at the prompt, or the end of the input. /reset forgets the
-    conversation.
+    """Read, answer, repeat, until /exit, Ctrl-C at the prompt, or the end of the input. /help lists the commands.
 
     read   the user's next line, None at the end of the input
     write  prints a piece of text as it is
     Ctrl-C stops an answer. The oldest turns are dropped when the context is full, and the user is told.
     """
-    chat = _Chat(llm, write, system, max_tokens=max_tokens, temperature=temperature)
-    while (line := _read(read, write)) is not None:
+    chat = _Chat(llm, write, system, **sampling)
+    while (line := _read_all(read, write)) is not None:
         line = utf8(line).strip()
-        if line == "/exit":
+        name, _, rest = line.partition(" ")
+        if name == "/exit":
             return
-        if line == "/reset":
-            chat.turns = []
-            write("(forgotten)\n")
+        if re.fullmatch("/[a-z?]+", name):
+            chat.command(name, rest.strip())
         elif line:
-            chat.turn({"role": "user", "content": line})
+            chat.ask(line)
+
+
+def _read_all(read: Callable[[], str | None], write: Callable[[str], None]) -> str | None:
+    """The next line, or all of them between two lines that begin and end with three quotes."""
+    line = _read(read, write)
+    if line is None or not line.strip().startswith(_QUOTES):
+        return line
+    text = line.strip()[len(_QUOTES) :]
+    while not text.endswith(_QUOTES):
+        line = _read(read, write)
+        if line is None:
+            return text
+        text += "\n" + line.rstrip()
+    return text[: -len(_QUOTES)]
 
 
 def _read(read: Callable[[], str | None], write: Callable[[str], None]) -> str | None:
@@ -109,9 +122,79 @@ class _Chat:
 
     def __init__(self, llm: Any, write: Callable[[str], None], system: str | None, **sampling: Any) -> None:
         self.llm, self.write, self.sampling = llm, write, sampling
-        self.start = [{"role": "system", "content": system}] if system else []
+        self.system = system or ""
         self.turns: list[tuple[dict[str, str], dict[str, str]]] = []
         self.told: set[str] = set()
+        self.last = "no answer yet"  # how fast the last one was
+        self.commands: dict[str, tuple[Callable[[str], str], str]] = {
+            "/help": (self._help, "this list"),
+            "/reset": (self._reset, "forget the conversation"),
+            "/regen": (self._regen, "answer the last question again"),
+            "/system": (self._system, "TEXT: the system message from now on; none without a text"),
+            "/stats": (self._stats, "context in use, speed of the last answer, memory"),
+            "/plan": (self._plan, "the K and V types of each layer"),
+            "/save": (self._save, "FILE: the conversation and its cache"),
+            "/load": (self._load, "FILE: go on there, without reading it again"),
+        }
+
+    def command(self, name: str, rest: str) -> None:
+        """Do what a line that starts with / says."""
+        do, _ = self.commands.get(name, (lambda _: f"({name} is no command; /help lists them)\n", ""))
+        self.write(do(rest))
+
+    def _help(self, _: str) -> str:
+        lines = {**{name: text for name, (_, text) in self.commands.items()}, "/exit": "end the chat"}
+        told = "".join(f"{name:8} {text}\n" for name, text in lines.items())
+        return f"{told}{_QUOTES} begins and ends a message of several lines; Ctrl-C stops an answer\n"
+
+    def _reset(self, _: str) -> str:
+        self.turns = []
+        return "(forgotten)\n"
+
+    def _regen(self, _: str) -> str:
+        if not self.turns:
+            return "(there is no answer yet)\n"
+        question, _answer = self.turns.pop()
+        self.ask(question["content"])
+        return ""
+
+    def _system(self, text: str) -> str:
+        self.system = text
+        return "(the system message is changed)\n" if text else "(no system message)\n"
+
+    def _stats(self, _: str) -> str:
+        used = f"{self.llm.n_tokens} of {self.llm.n_ctx()} tokens of context"
+        return f"{used}; {self.last}; K/V cache {self.llm.kv_bytes / 2**20:.1f} MiB\n"
+
+    def _plan(self, _: str) -> str:
+        runs = ((f"{first}-{last}", pair) for first, last, pair in self.llm.plan.runs())
+        return "".join(f"{il:>7} {pair if pair.type_k else 'none of its own'}\n" for il, pair in runs)
+
+    def _save(self, path: str) -> str:
+        about = json.dumps({"system": self.system, "turns": self.turns})
+        return self._with_file(path, lambda: self.llm.save_session(path, about), "saved")
+
+    def _load(self, path: str) -> str:
+        def load() -> None:
+            kept = self.llm.load_session(path)
+            try:
+                about = json.loads(kept)
+                system, turns = str(about["system"]), [(dict(q), dict(a)) for q, a in about["turns"]]
+            except (ValueError, KeyError, TypeError):
+                raise KvtunerError(f"'{path}' holds no conversation of a chat.") from None
+            self.system, self.turns = system, turns
+
+        return self._with_file(path, load, "loaded")
+
+    @staticmethod
+    def _with_file(path: str, do: Callable[[], None], done: str) -> str:
+        if not path:
+            return "(which file?)\n"
+        try:
+            do()
+        except KvtunerError as error:
+            return f"({error})\n"
+        return f"({done})\n"
 
     def say(self, text: str) -> None:
         """Tells the user, once."""
@@ -119,8 +202,9 @@ class _Chat:
             self.told.add(text)
             self.write(f"({text})\n")
 
-    def turn(self, question: dict[str, str]) -> None:
+    def ask(self, text: str) -> None:
         """One answer, written as it comes. What was said when it ends, however that is, is kept."""
+        question = {"role": "user", "content": text}
         pieces: list[str] = []
         with _Interruption() as interruption:
             self.llm.should_stop = lambda: interruption.asked
@@ -144,18 +228,24 @@ class _Chat:
             self.turns.append((question, {"role": "assistant", "content": "".join(pieces)}))
 
     def _speak(self, question: dict[str, str], pieces: list[str], interruption: _Interruption) -> None:
-        stream = self._opened(question)
+        stream, start = self._opened(question), time.monotonic()
         while (piece := next(stream, None)) is not None:
+            if not pieces:
+                first = time.monotonic()
             pieces.append(piece)
             self.write(piece)
+            if len(pieces) > 1:
+                rate = (len(pieces) - 1) / max(time.monotonic() - first, 1e-9)
+                self.last = f"the last answer began after {first - start:.1f} s, {rate:.1f} tokens/s"
             if interruption.asked:
                 return
 
     def _opened(self, question: dict[str, str]) -> Iterator[str]:
         """The answer's pieces, with as many of the latest turns before the question as the context holds."""
+        start = [{"role": "system", "content": self.system}] if self.system else []
         for n_dropped in range(len(self.turns) + 1):
             earlier = [message for turn in self.turns[n_dropped:] for message in turn]
-            stream = answer(self.llm, [*self.start, *earlier, question], say=self.say, **self.sampling)
+            stream = answer(self.llm, [*start, *earlier, question], say=self.say, **self.sampling)
             try:
                 first = next(stream, None)
             except TooLongError:

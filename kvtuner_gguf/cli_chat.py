@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,10 +39,18 @@ if TYPE_CHECKING:
     type=FiniteFloat(0),
     help="Temperature; 0 takes the likeliest token.",
 )
+@click.option("--top-k", default=40, show_default=True, type=click.IntRange(0), help="Of so many tokens; 0 = of all.")
+@click.option("--top-p", default=0.95, show_default=True, type=FiniteFloat(0, 1), help="Of so much probability.")
+@click.option("--min-p", default=0.05, show_default=True, type=FiniteFloat(0, 1), help="Beside the likeliest one's.")
+@click.option("--repeat-penalty", default=1.0, show_default=True, type=FiniteFloat(0), help="1 is none.")
+@click.option("-s", "--seed", type=click.IntRange(0, 2**32 - 1), help="Of what is drawn. Default: another each time.")
 @shared("c", "t", "ngl")
-def chat(prompt: str | None, system: str | None, max_tokens: int | None, temperature: float, **given: Any) -> None:
-    """Chat with MODEL under its plan. /reset forgets the conversation, /exit ends it."""
+def chat(prompt: str | None, system: str | None, **given: Any) -> None:
+    """Chat with MODEL under its plan. /help lists what can be said beside questions; Ctrl-C stops an answer."""
     from .chat import answer, chat_loop, utf8
+
+    names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")
+    sampling = {name: given.pop(name) for name in names}
 
     system = system and utf8(system)
     llm = _open_llama(**given)
@@ -55,16 +64,17 @@ def chat(prompt: str | None, system: str | None, max_tokens: int | None, tempera
         for piece in answer(
             llm,
             [*messages, {"role": "user", "content": utf8(prompt)}],
-            max_tokens=max_tokens,
-            temperature=temperature,
             say=note,
+            **sampling,
         ):
             write(piece)
         show("")
     else:
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 is no reason to end
-        chat_loop(llm, _read_line, write, system=system, max_tokens=max_tokens, temperature=temperature)
+        with suppress(ImportError):
+            import readline  # noqa: F401 # input() then has a history, and lines can be edited
+        chat_loop(llm, _read_line, write, system=system, **sampling)
     llm.close()
 
 
@@ -114,7 +124,7 @@ def _memory_line(llm: Llama) -> str:
 
 def _read_line() -> str | None:
     try:
-        return input("> ")
+        return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
 

@@ -57,7 +57,9 @@ class _Stop:
         return self.is_asked
 
     def error(self) -> BaseException:
-        return self._raised or StoppedError("the prompt: was not read to its end, as should_stop said so. Give it again.")
+        return self._raised or StoppedError(
+            "the prompt: was not read to its end, as should_stop said so. Give it again."
+        )
 
 
 class HeldLlama(llama_cpp.Llama):
@@ -160,15 +162,18 @@ class HeldLlama(llama_cpp.Llama):
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
-    def save_session(self, path: str | os.PathLike[str]) -> None:
+    def save_session(self, path: str | os.PathLike[str], about: str = "") -> None:
         """Write what was read, tokens and cache, to a file, in one step and for its owner alone. It is as large as the
-        cells in use: unlike a LlamaState it has no logits. Raises StateError if it cannot be written."""
-        tokens = self.input_ids[: self.n_tokens].astype(np.int32)
-        save_session(Path(path), SavedSession(self._identity, tokens, self._n_read, self._cells()))
+        cells in use: unlike a LlamaState it has no logits. Raises StateError if it cannot be written.
 
-    def load_session(self, path: str | os.PathLike[str]) -> None:
-        """Go on where the session was saved: nothing is read again but the last token of a prompt. Raises StateError,
-        which says why it was refused, and after which this object is as after reset()."""
+        about  what load_session is to return: the conversation, for example
+        """
+        tokens = self.input_ids[: self.n_tokens].astype(np.int32)
+        save_session(Path(path), SavedSession(self._identity, tokens, self._n_read, self._cells(), about))
+
+    def load_session(self, path: str | os.PathLike[str]) -> str:
+        """Go on where the session was saved: nothing is read again but the last token of a prompt. -> what it was saved
+        with. Raises StateError, which says why it was refused, and after which this object is as after reset()."""
         with self._or_reset("session"):
             saved = load_session(Path(path))
             n_tokens = len(saved.tokens)
@@ -177,6 +182,7 @@ class HeldLlama(llama_cpp.Llama):
             self._set_cells(saved.cells)
             self.input_ids[:n_tokens] = saved.tokens
             self.n_tokens, self._n_read = n_tokens, saved.n_read
+        return saved.about
 
     def _cells(self) -> bytes:
         """Those of what was read, as llama.cpp writes them."""

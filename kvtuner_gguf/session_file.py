@@ -26,12 +26,14 @@ class SavedSession:
     tokens    (n,) int32, in their order
     n_read    how many of them, from the start on, were read as tokens; an image is not
     cells     as llama.cpp writes those of a sequence
+    about     what the program that saved it keeps with it
     """
 
     identity: str
     tokens: np.ndarray
     n_read: int
     cells: bytes
+    about: str = ""
 
 
 def save_session(path: Path, session: SavedSession) -> None:
@@ -56,7 +58,8 @@ def load_session(path: Path) -> SavedSession:
             if int(file["format"]) != _FORMAT:
                 raise StateError(f"session '{path}': is of another version of kvtuner-gguf. Give the prompt again.")
             tokens = file["tokens"].astype(np.int32, casting="same_kind")
-            found = SavedSession(str(file["identity"]), tokens, int(file["n_read"]), file["cells"].tobytes())
+            identity, about = str(file["identity"]), str(file["about"])
+            found = SavedSession(identity, tokens, int(file["n_read"]), file["cells"].tobytes(), about)
     except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise StateError(f"session '{path}': is none, or is damaged ({error}). Give the prompt again.") from None
     if found.tokens.ndim != 1 or not 0 <= found.n_read <= len(found.tokens):

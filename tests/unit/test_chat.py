@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
 
 from kvtuner_gguf.chat import answer, chat_loop, utf8
-from kvtuner_gguf.errors import KvtunerError, StoppedError
+from kvtuner_gguf.errors import KvtunerError, StateError, StoppedError
+from kvtuner_gguf.pair import Pair
+from kvtuner_gguf.plan import Plan
 
 pytestmark = pytest.mark.usefixtures("signals_as_at_start")
 
@@ -19,12 +22,24 @@ class FakeLlama:
 
     def __init__(self, n_ctx: int = 1000, takes_system: bool = True) -> None:
         self.n, self.takes_system, self.seen, self.n_reset = n_ctx, takes_system, [], 0
+        self.n_tokens, self.kv_bytes, self.files = 0, 3 << 19, {}
+        self.plan = Plan((Pair("q8_0", "q4_0"), Pair("q8_0", "q4_0"), Pair("", "")))
 
     def n_ctx(self) -> int:
         return self.n
 
     def reset(self) -> None:
         self.n_reset += 1
+
+    def save_session(self, path: str, about: str) -> None:
+        if "/no/" in path:
+            raise StateError(f"session '{path}': cannot be written")
+        self.files[path] = about
+
+    def load_session(self, path: str) -> str:
+        if path not in self.files:
+            raise StateError(f"session '{path}': cannot be read")
+        return self.files[path]
 
     def create_chat_completion(self, messages, **_):
         if messages[0]["role"] == "system" and not self.takes_system:
@@ -38,6 +53,7 @@ class FakeLlama:
         if n_tokens >= self.n:
             raise ValueError(f"Requested tokens ({n_tokens}) exceed context window of {self.n}")
         self.seen.append([m["content"] for m in messages])
+        self.n_tokens = n_tokens
         last = messages[-1]["content"]
         for _ in range(last.count("slow")):
             signal.raise_signal(signal.SIGINT)
@@ -77,6 +93,70 @@ def test_reset_keeps_the_system_message():
     llm = FakeLlama()
     talk(llm, "one", "/reset", "two", system="be brief")
     assert llm.seen == [["be brief", "one"], ["be brief", "two"]]
+
+
+def test_an_answer_is_made_again_for_the_same_question():
+    llm = FakeLlama()
+    assert talk(llm, "/regen", "one", "two", "/regen", "three").startswith("(there is no answer yet)\n")
+    assert llm.seen[2] == ["one", "echo one", "two"] == llm.seen[1]
+    assert llm.seen[3] == ["one", "echo one", "two", "echo two", "three"]
+
+
+def test_the_system_message_changes():
+    llm = FakeLlama()
+    talk(llm, "one", "/system  be brief ", "two", "/system", "three", system="first")
+    assert [seen[0] for seen in llm.seen] == ["first", "be brief", "one"]
+
+
+def test_what_can_be_said_is_listed_and_anything_else_is_no_question():
+    llm = FakeLlama()
+    told = talk(llm, "/help")
+    names = [line.split()[0] for line in told.splitlines()[:-1]]
+    assert names == ["/help", "/reset", "/regen", "/system", "/stats", "/plan", "/save", "/load", "/exit"]
+    assert talk(llm, "/hlep me") == "(/hlep is no command; /help lists them)\n"
+    assert llm.seen == []
+    talk(llm, "/usr/bin is what?")
+    assert llm.seen == [["/usr/bin is what?"]]
+
+
+def test_the_state_of_things():
+    llm = FakeLlama()
+    out = talk(llm, "/stats", "one two", "/stats", "/plan").splitlines()
+    assert out[0] == "0 of 1000 tokens of context; no answer yet; K/V cache 1.5 MiB"
+    assert re.fullmatch(
+        r"2 of 1000 tokens of context; the last answer began after [\d.]+ s, [\d.]+ tokens/s; K/V cache 1.5 MiB", out[2]
+    )
+    assert [line.split() for line in out[3:]] == [["0-1", "q8_0/q4_0"], ["2-2", "none", "of", "its", "own"]]
+
+
+def test_a_conversation_is_saved_and_gone_on_with():
+    llm = FakeLlama()
+    assert talk(llm, "one", "/save a file", system="s").endswith("(saved)\n")
+    out = talk(llm, "other", "/load a file", "two")
+    assert "(loaded)\n" in out and llm.seen[-1] == ["s", "one", "echo one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("/save", "which file?"),
+        ("/load", "which file?"),
+        ("/save /no/folder", "session '/no/folder': cannot be written"),
+        ("/load none", "session 'none': cannot be read"),
+        ("/load other", "'other' holds no conversation"),
+    ],
+)
+def test_a_file_that_is_none_costs_no_conversation(line, told):
+    llm = FakeLlama()
+    llm.files["other"] = "[]"
+    assert told in talk(llm, "one", line, "two")
+    assert llm.seen[-1] == ["one", "echo one", "two"]
+
+
+def test_a_message_of_several_lines():
+    llm = FakeLlama()
+    talk(llm, '"""one', "two", 'three"""', '"""four"""', '"""five')
+    assert llm.seen[0] == ["one\ntwo\nthree"] and llm.seen[1][-1] == "four" and llm.seen[2][-1] == "five"
 
 
 def test_the_oldest_turns_make_room():
