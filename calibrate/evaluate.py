@@ -11,7 +11,6 @@ from kvtuner_gguf.calibrate.corpus import readable
 from kvtuner_gguf.calibrate.kld import Chunks, make_reference, measure
 from kvtuner_gguf.calibrate.progress import Progress
 from kvtuner_gguf.calibrate.proof import floor_row, row_of
-from kvtuner_gguf.calibrate.sizes import written_of
 from kvtuner_gguf.calibrate.text import Text, chunks_of, source_text
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.geometry import Geometry
@@ -39,7 +38,7 @@ def evaluate(
     """Each plan or pair measured on n_chunk chunks of `stream` tokens, or of as many as the model can read, beside the
     f16 noise floor.
 
-    written  tokens of a sequence that the model writes; None = as in a calibration
+    written  tokens of a sequence that the model writes; None = as many as a chunk's, as in a calibration
     text     a file or a pipe; None: the model writes its own
     n_ctx    context at which bytes are counted
     enough   whether what the chunks so far say of a plan will do, so that the others are not run; None = all are
@@ -53,7 +52,7 @@ def evaluate(
         check_text(path, n_chunk * stream)
         with Session(model, n_threads=n_threads, n_gpu_layers=n_gpu_layers) as session:
             check_room(tmp, 2 * n_vocab * n_chunk * (stream - stream // 2))
-            of_sequence = min(stream, written or written_of(stream))
+            of_sequence = min(stream, written or stream)
             source = source_text(session, path, 0, n_chunk * stream, stream=of_sequence, seed=seed, progress=progress)
             chunks = chunks_of(source.heldout, stream, n_chunk, "text")
             return _measured(session, plans, source, chunks, geometry, tmp, progress, enough)

@@ -103,7 +103,7 @@ def text_of(options: Options, plannable: Plannable, bench: Bench) -> Text:
         options.text,
         sizes.n_calibration,
         sizes.n_heldout,
-        stream=sizes.written,
+        stream=sizes.stream,
         seed=options.seed,
         progress=bench.progress,
         unfinished=bench.store.folder / "unfinished.json",

@@ -16,7 +16,7 @@ from kvtuner_gguf.calibrate.results import ErrorTable, Evaluate, Trial
 from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.pair import Pairs
 
-N_REFINE = 10  # runs of the default method around the goal, once the layers are priced
+N_REFINE = 6  # runs of the default method around the goal, once the layers are priced
 
 
 def n_runs_of(n_il: int, n_uniform: int, n_trials: int | None) -> tuple[int, int]:

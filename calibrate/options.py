@@ -47,7 +47,7 @@ class Options:
     text          a file or a pipe to measure on, .txt or .jsonl; None = the model writes its own
     n_chunk       pieces of text, which all stages scale with
     seed          of the text and of the search
-    n_trials      real runs of the search; None = two per layer and about 24 more, or PAPER_TRIALS
+    n_trials      real runs of the search; None = two per layer and about 20 more, or PAPER_TRIALS
     n_threads     None = the processors that this process may use
     n_gpu_layers  layers of the model that are on the GPU
     fresh         forget what was measured before, instead of going on with it

@@ -40,11 +40,6 @@ class Sizes:
         return self.n_chunk * self.stream
 
     @property
-    def written(self) -> int:
-        """Tokens of a sequence that the model writes."""
-        return written_of(self.stream)
-
-    @property
     def n_vectors(self) -> int:
         """Chunks that K's vectors are made from: a basis of a large head needs many tokens."""
         return self.n_chunk
@@ -79,9 +74,3 @@ class Sizes:
     def n_scored(self) -> int:
         """Positions of the larger of the two references."""
         return max(self.n_scored_search, self.n_scored_heldout)
-
-
-def written_of(stream: int) -> int:
-    """Tokens of a sequence that the model writes for chunks of stream tokens: half of one, as more sequences at once
-    cost little more."""
-    return stream // 2 if stream >= 512 else stream

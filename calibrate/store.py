@@ -17,7 +17,7 @@ from kvtuner_gguf.errors import CalibrationError, KvtunerError
 from kvtuner_gguf.pair import Pair, Pairs
 from kvtuner_gguf.quality import Quality
 
-RECORDS = 6  # counted up when runs of the same options come to mean something else, so that old records are left alone
+RECORDS = 7  # counted up when runs of the same options come to mean something else, so that old records are left alone
 
 
 class _Record(Protocol):

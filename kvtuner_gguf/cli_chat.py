@@ -135,7 +135,7 @@ def _read_line() -> str | None:
     "n_trials",
     default=None,
     type=click.IntRange(8, 10000),
-    help="Real runs of the search. [default: two per layer and about 24 more]",
+    help="Real runs of the search. [default: two per layer and about 20 more]",
 )
 @click.option(
     "-o", "--output", type=FILE, default="SmolLM2-135M-Instruct.kvtuner.gguf", show_default=True, help="GGUF to write."

@@ -58,7 +58,7 @@ def fit(model: Path, plan_file: Path | None, memory: int | None, n_ctx: int, n_g
     "--trials",
     "n_trials",
     type=click.IntRange(8, 10000),
-    help="Real runs of the search. [default: two per layer and about 24 more; paper 100]",
+    help="Real runs of the search. [default: two per layer and about 20 more; paper 100]",
 )
 @shared("types", "mean", "scale", "basis")
 @shared("fresh", "c", "f", "chunks", "seed", "t", "ngl", "force", "json")
