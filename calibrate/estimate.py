@@ -8,7 +8,7 @@ from kvtuner_gguf.calibrate.options import PAPER_TRIALS, Options
 from kvtuner_gguf.runtime import Session
 
 # measured with SmolLM2-135M on two cores; other models and machines come within a third
-_WRITTEN = 2.7  # times of a prompt's token, for one that the model writes beside others
+_WRITTEN = 3.2  # times of a prompt's token, for one that the model writes beside others
 _CAPTURED = 2.3  # of a token whose Q, K and V are kept
 _OF_PRICE = 0.5  # a run that prices a layer, on half of the text, starts with it
 # of one thread, to condition a layer's K, and to see its errors, for each channel of the model
