@@ -97,7 +97,8 @@ def export(model: Path, output: Path | None, force: bool) -> None:
 )
 @shared("json")
 def cache(clear: str | None, as_json: bool) -> None:
-    """List what is kept: measurements of calibrations, answers to tasks, the fetched default model."""
+    """List what is kept: measurements of calibrations, answers to tasks, grades of verdicts, the fetched default
+    model."""
     from . import kept
     from .report import kept_json, kept_text
 

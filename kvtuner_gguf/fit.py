@@ -112,11 +112,10 @@ def largest(n_bytes: Callable[[int], int], limit: int, most: int) -> int:
     """
     if (of_most := n_bytes(most)) <= limit:
         return most
-    low, high = 0, -(-most // STEP)  # in steps: fits, does not
+    low, high = 1, -(-most // STEP)  # in steps: fits, does not
     of_low, of_high = n_bytes(STEP), of_most
-    if high < 2 or of_low > limit:
+    if high == low or of_low > limit:
         return 0
-    low = 1
     while high - low > 1:
         step = low + (limit - of_low) * (high - low) // max(1, of_high - of_low)
         step = min(max(step, low + 1), high - 1)

@@ -65,8 +65,8 @@ class _Stop:
 class HeldLlama(llama_cpp.Llama):
     """llama_cpp.Llama whose answers are those of a fresh object, whatever it read before.
 
-    should_stop  asked before each batch, and while one of several tokens is computed, at every step of the CPU's: True
-                 ends the call that reads with a StoppedError, after which this object holds the batches before
+    should_stop  asked before tokens are read, and, of several, between any two steps of the CPU's: True ends the call
+                 that reads with a StoppedError, after which this object holds the batches before
     _n_read      how many of input_ids were read by eval, from the start on; an image is not
     _identity    of the weights and all that K and V are computed with; a state tells by it whose it is
     """
