@@ -105,6 +105,20 @@ class _Writer:
             self.attention(f"blk.{il}.", n_embd, n_q, n_kv)
             self.ffn(f"blk.{il}.", n_embd, n_ff)
 
+    def normed_layers(
+        self, n_layer: int, n_embd: int, n_ff: int, n_head: int, n_head_kv: int, head_dim: int, *, q_norm: float = 1.0
+    ) -> None:
+        """The same with norms of each head's Q, whose weights are q_norm, and K, and behind both blocks, as gemma 3 has
+        them."""
+        for il in range(n_layer):
+            at = f"blk.{il}."
+            self.attention(at, n_embd, n_head * head_dim, n_head_kv * head_dim)
+            self.tensor(f"{at}attn_q_norm.weight", np.full(head_dim, q_norm, dtype=np.float32))
+            self.norm(f"{at}attn_k_norm", head_dim)
+            self.norm(f"{at}post_attention_norm", n_embd)
+            self.ffn(at, n_embd, n_ff)
+            self.norm(f"{at}post_ffw_norm", n_embd)
+
     def save(self, extra: Extra) -> Path:
         for key, value_type, value in extra:
             self._gguf.add_key_value(key, value, value_type)
@@ -179,13 +193,7 @@ def tiny_gemma3(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extr
     )
     w = _Writer(path, "gemma3", seed, keys)
     w.ends(n_embd, embd_std=n_embd**-0.5)  # the graph multiplies by sqrt(n_embd)
-    for il in range(n_layer):
-        w.attention(f"blk.{il}.", n_embd, n_head * head_dim, n_head_kv * head_dim)
-        w.norm(f"blk.{il}.attn_q_norm", head_dim)
-        w.norm(f"blk.{il}.attn_k_norm", head_dim)
-        w.norm(f"blk.{il}.post_attention_norm", n_embd)
-        w.ffn(f"blk.{il}.", n_embd, n_ff)
-        w.norm(f"blk.{il}.post_ffw_norm", n_embd)
+    w.normed_layers(n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim)
     return w.save(extra)
 
 
@@ -237,13 +245,7 @@ def tiny_gemma4(path: Path | str, *, n_swa: int = 64, seed: int = 0, extra: Extr
     w = _Writer(path, "gemma4", seed, keys)
     w.ends(n_embd, embd_std=n_embd**-0.5)  # the graph multiplies by sqrt(n_embd)
     w.tensor("rope_freqs.weight", np.ones(head_dim // 2, dtype=np.float32))
-    for il in range(n_layer):
-        w.attention(f"blk.{il}.", n_embd, n_head * head_dim, n_head_kv * head_dim)
-        w.tensor(f"blk.{il}.attn_q_norm.weight", np.full(head_dim, head_dim**-0.5, dtype=np.float32))  # the scale
-        w.norm(f"blk.{il}.attn_k_norm", head_dim)
-        w.norm(f"blk.{il}.post_attention_norm", n_embd)
-        w.ffn(f"blk.{il}.", n_embd, n_ff)
-        w.norm(f"blk.{il}.post_ffw_norm", n_embd)
+    w.normed_layers(n_layer, n_embd, n_ff, n_head, n_head_kv, head_dim, q_norm=head_dim**-0.5)  # attention scales by 1
     return w.save(extra)
 
 
