@@ -154,8 +154,9 @@ class _Chat:
     def _regen(self, _: str) -> str:
         if not self.turns:
             return "(there is no answer yet)\n"
-        question, _answer = self.turns.pop()
-        self.ask(question["content"])
+        last = self.turns.pop()
+        if not self.ask(last[0]["content"]):
+            self.turns.append(last)
         return ""
 
     def _system(self, text: str) -> str:
@@ -202,8 +203,9 @@ class _Chat:
             self.told.add(text)
             self.write(f"({text})\n")
 
-    def ask(self, text: str) -> None:
-        """One answer, written as it comes. What was said when it ends, however that is, is kept."""
+    def ask(self, text: str) -> bool:
+        """One answer, written as it comes. What was said when it ends, however that is, is kept. -> whether anything
+        was"""
         question = {"role": "user", "content": text}
         pieces: list[str] = []
         with _Interruption() as interruption:
@@ -226,6 +228,7 @@ class _Chat:
         self.write(("\n" if pieces or not end else "") + end)
         if pieces:
             self.turns.append((question, {"role": "assistant", "content": "".join(pieces)}))
+        return bool(pieces)
 
     def _speak(self, question: dict[str, str], pieces: list[str], interruption: _Interruption) -> None:
         stream, start = self._opened(question), time.monotonic()

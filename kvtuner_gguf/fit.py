@@ -76,29 +76,30 @@ def fit(
     with Session(model, no_alloc=True, n_gpu_layers=n_gpu_layers) as session:
         n_ctx_train = session.fitting(session.n_ctx_train or n_ctx)
 
-        def row(name: str, n_bytes: int) -> FitRow:
+        def row(name: str, n_bytes: int, memory: Memory) -> FitRow:
             """Of what is in force, whose K and V take so many bytes."""
 
-            def memory_at(n: int) -> Memory:
+            def total(n: int) -> int:
                 with session.context(n) as ctx:
-                    return ctx.memory()
+                    return ctx.memory().total
 
-            most = largest(lambda n: memory_at(n).total, limit, n_ctx_train)
-            return FitRow(name, of_plan.geometry.bits_of(n_bytes), memory_at(n_ctx), most)
+            return FitRow(name, of_plan.geometry.bits_of(n_bytes), memory, largest(total, limit, n_ctx_train))
 
         planned = []
         if of_plan.source != "none":
             session.put_in_force(asked_plan(plan))
-            planned.append(row(PLAN, of_plan.geometry.bytes(of_plan.pairs) + of_plan.vector_bytes))
+            with session.context(n_ctx) as ctx:
+                of_it = ctx.memory()
+            planned.append(row(PLAN, of_plan.geometry.bytes(of_plan.pairs) + of_plan.vector_bytes, of_it))
         rows = []
         for pair in (Pair(F16, F16), *USUAL):
             session.set_plan([pair] * session.n_layer)
             with session.context(n_ctx) as ctx:
-                pairs, fallbacks = allocated_pairs(ctx.layers(), session.n_layer), ctx.notes()
+                pairs, of_it, fallbacks = allocated_pairs(ctx.layers(), session.n_layer), ctx.memory(), ctx.notes()
             if fallbacks:
                 notes.append(f"{pair}: left out, as not every layer of this model can take it")
             else:
-                rows.append(row(F16 if pair.type_k == F16 else str(pair), of_plan.geometry.bytes(pairs)))
+                rows.append(row(F16 if pair.type_k == F16 else str(pair), of_plan.geometry.bytes(pairs), of_it))
     n_f16 = 2 * of_plan.geometry.n_values
     left = limit - (rows[0].memory.total - n_f16)  # f16's is the first
     left_bits = of_plan.geometry.bits_of(left)

@@ -102,6 +102,19 @@ def test_an_answer_is_made_again_for_the_same_question():
     assert llm.seen[3] == ["one", "echo one", "two", "echo two", "three"]
 
 
+def test_an_answer_that_is_not_made_again_stays():
+    class Fails(FakeLlama):
+        def _stream(self, messages):
+            if len(self.seen) == 1:
+                self.seen.append("failed")
+                raise RuntimeError("llama_decode returned -3")
+            yield from super()._stream(messages)
+
+    llm = Fails()
+    assert "ended early" in talk(llm, "one", "/regen", "two")
+    assert llm.seen[-1] == ["one", "echo one", "two"]
+
+
 def test_the_system_message_changes():
     llm = FakeLlama()
     talk(llm, "one", "/system  be brief ", "two", "/system", "three", system="first")
