@@ -11,7 +11,7 @@ All raise KvtunerError, whose text says what was got, what is needed, and what t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -135,10 +135,9 @@ def evaluate(
         Path(model),
         plans,
         progress or Silent(),
-        stream=STREAM,
+        stage.Passage(STREAM, n_chunk),
         n_ctx=n_ctx,
         text=text if text is None else Path(text),
-        n_chunk=n_chunk,
         seed=seed,
         n_threads=n_threads,
         n_gpu_layers=n_gpu_layers,
@@ -149,16 +148,19 @@ def verdict(
     model: StrPath,
     progress: Progress | None = None,
     *,
+    pairs: Sequence[Pair] = (),
     n_ctx: int = 8192,
     text: StrPath | None = None,
     seed: int = 0,
     n_threads: int | None = None,
     n_gpu_layers: int = 0,
 ) -> Comparison:
-    """The usual uniform pairs, and the plan in the file if it holds one, each measured until it is clear whether it is
-    safe, visible or broken (`quality.Grade`), on at most four chunks of 1024 tokens.
+    """Uniform pairs, each measured until it is clear whether it is safe, visible or broken (`quality.Grade`), on at
+    most four chunks of 1024 tokens.
 
-    Pairs that no layer can take whole are left out, with a note. Else as `evaluate`.
+    pairs  () = the plan in the file, if it holds one, and the usual pairs, those left out, with a note, that not every
+           layer can take
+    Else as `evaluate`.
     """
     check_packages()
     from .calibrate import verdict as stage
@@ -166,6 +168,7 @@ def verdict(
     return stage.verdict(
         Path(model),
         progress or Silent(),
+        pairs=pairs,
         n_ctx=n_ctx,
         text=text if text is None else Path(text),
         seed=seed,
@@ -175,7 +178,7 @@ def verdict(
 
 
 def known_grades(model: StrPath) -> dict[str, str]:
-    """What the last `verdict` on these weights called each usual pair, by the pair's name: 'safe', 'visible' or
+    """What the last `verdict` on these weights called each pair, by the pair's name: 'safe', 'visible' or
     'broken'; {} if there was none."""
     from .calibrate import verdict as stage
 

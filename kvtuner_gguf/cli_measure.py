@@ -224,17 +224,19 @@ def evaluate(
 
 @click.command(cls=ModelFirst)
 @click.argument("model", type=MODEL)
+@click.argument("pairs", nargs=-1)
 @shared("c", "f", "seed", "t", "ngl", "json")
-def verdict(model: Path, threads: int | None, as_json: bool, **given: Any) -> None:
-    """Tell in a minute or two which usual cache types MODEL bears: safe, visible or broken.
+def verdict(model: Path, pairs: tuple[str, ...], threads: int | None, as_json: bool, **given: Any) -> None:
+    """Tell in a minute or two which cache types MODEL bears: safe, visible or broken.
 
-    Measured is the KLD of q8_0/q8_0, q8_0/q4_0, q5_1/q5_1, q4_0/q4_0 and of the plan in the file, each until it is
-    clear.
+    Measured is the KLD of PAIRS such as q4_0/q4_0, each until it is clear; without any of q8_0/q8_0, q8_0/q4_0,
+    q5_1/q5_1, q4_0/q4_0 and of the plan in the file.
     """
     from . import api
     from .report import verdict_json, verdict_text
 
-    found = api.verdict(model, Terminal(), n_threads=threads, **given)
+    asked = [Pair.parse(name) for name in pairs]
+    found = api.verdict(model, Terminal(), pairs=asked, n_threads=threads, **given)
     if as_json:
         print_json(verdict_json(found))
     else:

@@ -9,10 +9,12 @@ import pytest
 from click.testing import CliRunner
 from running import prompt
 
+from kvtuner_gguf import quality
+from kvtuner_gguf.calibrate import verdict
 from kvtuner_gguf.calibrate.kld import Chunks, log_softmax, make_reference, measure
 from kvtuner_gguf.calibrate.runs import Runs
 from kvtuner_gguf.calibrate.store import Store
-from kvtuner_gguf.calibrate.verdict import PLAN, USUAL
+from kvtuner_gguf.calibrate.verdict import PLAN, USUAL, known_grades
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.gguf_file import write_plan
 from kvtuner_gguf.pair import Pair
@@ -101,3 +103,37 @@ def test_a_pair_that_the_model_cannot_take_is_named(tiny, text):
     found = json.loads(run("verdict", tiny("llama", head_dim=80), "-f", text, "-t", 1, "--json").stdout)
     assert len(found["rows"]) == 1 and found["safe"] is None
     assert found["notes"] == [f"{pair}: not every layer of this model can take it" for pair in USUAL]
+
+
+def test_pairs_that_are_named_are_graded_alone_and_the_others_grades_stay(tiny, text, tmp_path):
+    planned = tmp_path / "planned.gguf"
+    write_plan(tiny("llama", seed=8), Plan((Pair("f16", "f16"),) * 4), planned)
+    everything = json.loads(run("verdict", planned, "-f", text, "-t", 1, "--json").stdout)["rows"]
+    rows = json.loads(run("verdict", planned, "q4_0", "f16/q8_0", "-f", text, "-t", 1, "--json").stdout)["rows"]
+    assert [row["name"] for row in rows] == ["f16 (noise floor)", "q4_0/q4_0", "f16/q8_0"]
+    assert rows[1]["kld_mean"] == next(row["kld_mean"] for row in everything if row["name"] == "q4_0/q4_0")
+    grades = known_grades(planned)
+    assert set(grades) == {"f16/q8_0", *map(str, USUAL)} and grades["q4_0/q4_0"] == rows[1]["grade"]
+    result = run("verdict", tiny("llama", head_dim=80), "q8_0", "q4_0/f16", "-f", text, code=1)
+    assert "q8_0/q8_0: not every layer of this model can take it" in result.output
+
+
+def test_what_a_glance_shows_to_be_broken_is_said_at_once_and_not_measured_further(tiny, text, monkeypatch):
+    """By a bound that lies between what this model loses by two pairs; what is below it is measured as ever."""
+    model = tiny("llama", seed=9)
+    whole = {
+        row["name"]: row for row in json.loads(run("verdict", model, "-f", text, "-t", 1, "--json").stdout)["rows"]
+    }
+    bound = (whole["q8_0/q4_0"]["kld_mean"] + whole["q4_0/q4_0"]["kld_mean"]) / 2
+    assert whole["q8_0/q4_0"]["kld_mean"] < bound < whole["q4_0/q4_0"]["kld_mean"]
+    for module in (quality, verdict):
+        monkeypatch.setattr(module, "BROKEN", bound)
+    monkeypatch.setattr(verdict, "_BEYOND_DOUBT", 0)
+    result = run("verdict", model, "-f", text, "-t", 1, "--json")
+    rows = {row["name"]: row for row in json.loads(result.stdout)["rows"]}
+    assert list(rows) == list(whole)
+    assert "q4_0/q4_0: broken (" in result.stderr and "q8_0/q8_0: broken" not in result.stderr
+    assert rows["q4_0/q4_0"]["n_positions"] == 256 and rows["q4_0/q4_0"]["grade"] == "broken"
+    assert rows["q8_0/q8_0"]["kld_mean"] == whole["q8_0/q8_0"]["kld_mean"]
+    alone = json.loads(run("verdict", model, "q4_0", "-f", text, "-t", 1, "--json").stdout)
+    assert alone["n_positions"] == 256 and alone["rows"][1] == rows["q4_0/q4_0"]

@@ -51,7 +51,7 @@ def test_the_model_is_an_argument_or_an_option(name, form, tmp_path, monkeypatch
         form = "-m M"
     result = run(name, *others, *form.split()) if "-" in form else run(name, form, *others)
     assert result.exit_code == 1 and "Usage" not in result.output, result.output
-    assert run(name, *others, "M", "-m", "M").exit_code == 2 or name == "evaluate"
+    assert run(name, *others, "M", "-m", "M").exit_code == 2 or name in ("evaluate", "verdict")
     assert "Missing argument 'MODEL'" in run(name).output
 
 
