@@ -1,20 +1,24 @@
 """K/V cache types per layer for GGUF models: calibrate once, run anywhere llama.cpp runs.
 
-Importing this package makes llama_cpp use the patched library, so that `llama_cpp.Llama` obeys a plan in the file, too.
+Where it is installed, llama_cpp uses the patched library, so that `llama_cpp.Llama` obeys a plan in the file, too: see
+import_hook.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from importlib import import_module
 
-from .errors import CalibrationError, CodecError, KvtunerError, NativeError, PlanError
-from .geometry import Geometry
-from .pair import Pair
-from .plan import Plan
-from .quality import Quality
+from . import import_hook
 
+TYPE_CHECKING = False  # typing's is not worth its import
 if TYPE_CHECKING:
+    from .errors import CalibrationError, CodecError, KvtunerError, NativeError, PlanError
+    from .geometry import Geometry
     from .llama import Llama
+    from .pair import Pair
+    from .plan import Plan
+    from .quality import Quality
 
 __version__ = "0.1.0"
 
@@ -31,24 +35,20 @@ __all__ = [
     "Quality",
 ]
 
-
-def _prepare_library() -> None:
-    """Point llama_cpp at our library; a package without one (built for its Python part alone) can still read plans."""
-    from . import native
-
-    try:
-        native.lib_dir()
-    except NativeError:
-        return
-    native.use_our_library()
+_WHERE = {name: name.lower() for name in __all__ if not name.endswith("Error")}
 
 
 def __getattr__(name: str) -> object:
-    if name == "Llama":  # imports llama_cpp, which takes a moment
-        from .llama import Llama
+    """Imports what is asked for: the package itself is imported at every start of Python."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_WHERE.get(name, 'errors')}", __name__), name)
 
-        return Llama
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
-_prepare_library()
+import_hook.install()
+if "llama_cpp" in sys.modules:
+    import_module(".native", __name__).check_our_library()

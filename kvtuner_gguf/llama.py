@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from . import native
 from .errors import KvtunerError
 from .held import HeldLlama
+from .import_hook import AS_ASKED
 from .in_force import Asked, asked_plan, put_in_force
 from .machine import check_memory, total_memory
 from .pair import allocated_pairs
@@ -93,6 +94,7 @@ class Llama(HeldLlama):
         if n_ctx:  # 0: as many as the model was trained for
             check_context(model.model, n_ctx)
         put_in_force(model.model, self._asked)
+        setattr(model, AS_ASKED, True)
         self._check_memory(model, n_ctx or model.n_ctx_train())
 
     def _check_memory(self, model: Any, n_ctx: int) -> None:

@@ -1,4 +1,4 @@
-"""The one file that talks to C: finds the patched libllama, puts it in llama_cpp's path, and mirrors kvt.h."""
+"""The one file that talks to C: finds the patched libllama, and mirrors kvt.h."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import numpy as np
 from .errors import CodecError, NativeError
 from .printable import printable
 from .reading import is_regular
-from .threads import wait_briefly
 
+VARIABLE = "LLAMA_CPP_LIB_PATH"  # llama-cpp-python's own
 LLAMA_CPP_COMMIT = "0c1e57098"  # of the pinned source
 
 _KVT_E_TYPE, _KVT_E_NONE = -2, -3
@@ -38,7 +38,7 @@ def lib_dir() -> Path:
 
     LLAMA_CPP_LIB_PATH, llama-cpp-python's own variable, names another build of it.
     """
-    folder = os.environ.get("LLAMA_CPP_LIB_PATH")
+    folder = os.environ.get(VARIABLE)
     found = Path(folder) if folder else _package_lib_dir()
     if found is None:
         raise NativeError(
@@ -47,18 +47,16 @@ def lib_dir() -> Path:
     return found
 
 
-def use_our_library() -> None:
-    """Make `import llama_cpp` load the patched library. Raises NativeError if another one is loaded already."""
-    folder = lib_dir()
-    if "llama_cpp" in sys.modules:
-        loaded = Path(sys.modules["llama_cpp.llama_cpp"]._lib._name).resolve().parent
-        if loaded != folder.resolve():
-            raise NativeError(
-                f"llama_cpp was imported first and loaded the library in {loaded}, the plan needs the one in {folder}. "
-                "Import kvtuner_gguf before llama_cpp."
-            )
-    wait_briefly()
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(folder)
+def check_our_library() -> None:
+    """Raises NativeError if llama_cpp has loaded another library than ours, which import_hook has it load."""
+    if "llama_cpp.llama_cpp" not in sys.modules:
+        return
+    folder, loaded = lib_dir(), Path(sys.modules["llama_cpp.llama_cpp"]._lib._name).resolve().parent
+    if loaded != folder.resolve():
+        raise NativeError(
+            f"llama_cpp was imported first and loaded the library in {loaded}, the plan needs the one in {folder}. "
+            "Import kvtuner_gguf before llama_cpp."
+        )
 
 
 class FileName(str):
@@ -163,7 +161,7 @@ def library() -> ctypes.CDLL:
 
     Raises NativeError if the library that llama_cpp loaded is not the patched one, or is of another series.
     """
-    use_our_library()
+    check_our_library()
     from llama_cpp import llama_cpp
 
     lib = llama_cpp._lib

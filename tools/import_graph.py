@@ -37,7 +37,7 @@ FLOORS = (
     "gguf_file runtime",
     "calibrate.results gguf_header in_force report",
     "geometry held plan tasks.made",
-    "calibrate.corpus hidden kvectors log tap tasks.task uses",
+    "calibrate.corpus hidden import_hook kvectors log tap tasks.task uses",
     "arguments calibrate.records chat default_model kept native pair quality session_file target tasks.answer",
     "cache codecs machine reading room template terminal threads values",
     "errors",
