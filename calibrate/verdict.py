@@ -15,13 +15,14 @@ from kvtuner_gguf.calibrate.store import keyed_dir
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.gguf_file import read_plan
 from kvtuner_gguf.identity import weights_sample
+from kvtuner_gguf.in_force import plan_beside
 from kvtuner_gguf.kept import write_about
 from kvtuner_gguf.pair import USUAL, Pair
 from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.quality import BROKEN, Comparison, Grade, Quality, Row
 from kvtuner_gguf.runtime import Session
 
-PLAN = "the plan in the file"
+PLAN = "the plan"
 TEXT = Passage(stream=1024, n_chunk=4, written=256)  # short sequences, so that many are written at once
 GLANCE = Passage(stream=512, n_chunk=1, written=128)  # which shows what is broken beyond doubt
 _BEYOND_DOUBT = 4  # standard errors, as few blocks tell little of their own spread
@@ -43,11 +44,11 @@ def verdict(
     """Pairs, as `evaluate` measures them, each on as many chunks as make its grade clear: those that a glance shows to
     be broken on a few hundred tokens. Their grades are kept, for known_grades.
 
-    pairs  () = the plan in the file, if it holds one, and the usual pairs
+    pairs  () = the plan in the file or beside it, if there is one, and the usual pairs
     Raises CalibrationError, NativeError and PlanError as `evaluate`, and for a faulty plan in the file, or a pair that
     the model cannot take.
     """
-    plan = None if pairs else read_plan(model)
+    plan = None if pairs else read_plan(model) or plan_beside(model)
     taken, refused = _taken(model, pairs or USUAL)
     if pairs and refused:
         raise CalibrationError(f"{refused[0]}. Ask for others.")

@@ -158,8 +158,8 @@ def verdict(
     """Uniform pairs, each measured until it is clear whether it is safe, visible or broken (`quality.Grade`), on at
     most four chunks of 1024 tokens.
 
-    pairs  () = the plan in the file, if it holds one, and the usual pairs, those left out, with a note, that not every
-           layer can take
+    pairs  () = the plan in the file or beside it, if there is one, and the usual pairs; those are left out, with a
+           note, that not every layer can take
     Else as `evaluate`.
     """
     check_packages()

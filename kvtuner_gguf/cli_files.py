@@ -26,9 +26,11 @@ def written_to(to: Output, plan: Plan | None, recovery: str = "") -> Path:
 
 
 def plan_in(model: Path) -> Plan:
+    """In the file, or beside it."""
     from .gguf_file import read_plan
+    from .in_force import plan_beside
 
-    plan = read_plan(model)
+    plan = read_plan(model) or plan_beside(model)
     if plan is None:
         raise PlanError(f"{model}: holds no plan. Make one with: kvtuner-gguf calibrate {model}")
     return plan
@@ -59,9 +61,13 @@ def show_plan(model: Path, plan_file: Path | None, n_ctx: int, n_gpu_layers: int
 @shared("force")
 def apply(model: Path, plan_file: Path, output: Path | None, force: bool) -> None:
     """Write the plan of a sidecar, PLAN_FILE, into MODEL."""
+    from .gguf_file import weights_hash
     from .output import gguf
 
     plan = Plan.load(plan_file)
+    made_on = plan.calibration.get("weights")
+    if made_on and made_on != (have := weights_hash(model)):
+        note(f"note: {plan_file} was calibrated on other weights ({made_on}, {model} has {have}): calibrate again")
     show(f"Written to {written_to(gguf(model, output, reads=[plan_file], force=force), plan)}")
 
 
@@ -79,12 +85,21 @@ def strip(model: Path, output: Path | None, force: bool) -> None:
 @click.command(cls=ModelFirst)
 @click.argument("model", type=MODEL)
 @click.option("-o", "--output", type=FILE, help="Sidecar to write. Default: standard output.")
-@shared("force")
-def export(model: Path, output: Path | None, force: bool) -> None:
-    """Copy the plan of MODEL into a sidecar."""
+@click.option("--card", is_flag=True, help="Print a page about the plan instead, in Markdown, to publish it with.")
+@shared("c", "ngl", "force")
+def export(model: Path, output: Path | None, card: bool, n_ctx: int, n_gpu_layers: int, force: bool) -> None:
+    """Copy the plan of MODEL into a sidecar. A sidecar named MODEL.kvtuner.json, beside MODEL, is found by itself."""
     from .output import sidecar
 
     plan = plan_in(model)
+    if card:
+        from .card import card_text
+        from .shown import shown
+
+        if output is not None:
+            raise click.UsageError("--card is printed: kvtuner-gguf export MODEL --card > README.md")
+        show(card_text(shown(model, plan, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers), plan, model.name))
+        return
     if output is None:
         show_json(plan.to_json())
     else:

@@ -230,7 +230,7 @@ def verdict(model: Path, pairs: tuple[str, ...], threads: int | None, as_json: b
     """Tell in a minute or two which cache types MODEL bears: safe, visible or broken.
 
     Measured is the KLD of PAIRS such as q4_0/q4_0, each until it is clear; without any of q8_0/q8_0, q8_0/q4_0,
-    q5_1/q5_1, q4_0/q4_0 and of the plan in the file.
+    q5_1/q5_1, q4_0/q4_0 and of the plan in the file or beside it.
     """
     from . import api
     from .report import verdict_json, verdict_text

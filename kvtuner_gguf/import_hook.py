@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-AS_ASKED = "flash_attn_as_asked"  # attribute of llama_cpp's model, where the caller's word on flash attention holds
+AS_ASKED = "as_asked_of_kvtuner"  # attribute of llama_cpp's model: plan and flash attention are as its caller said
 _NAME, _DISTRIBUTION = "llama_cpp", "llama-cpp-python"
 
 
@@ -66,7 +66,7 @@ def _load_with_our_library(loader: Any) -> None:
                 del os.environ[VARIABLE]
             else:
                 os.environ[VARIABLE] = before
-        _ask_for_flash_attention(module)
+        _obey_plans(module)
 
     loader.exec_module = exec_module
 
@@ -105,19 +105,33 @@ def _versions() -> tuple[str, str]:
     return have, pins[0] if pins else have
 
 
-def _ask_for_flash_attention(llama_cpp: Any) -> None:
-    """llama_cpp.Llama leaves flash attention off if it is not told, and no cache can have a quantized V then: that
-    becomes llama.cpp's own default, 'auto', where a plan in force quantizes V."""
+def _obey_plans(llama_cpp: Any) -> None:
+    """A context of llama_cpp.Llama has the plan beside the model's file, if that holds none, and flash attention.
+    Llama leaves that off if it is not told, and no cache can have a quantized V then: it becomes llama.cpp's own
+    default, 'auto', where a plan in force quantizes V."""
     context = llama_cpp._internals.LlamaContext
     init = context.__init__
 
-    def with_flash_attention(self: Any, *, model: Any, params: Any, **kwargs: Any) -> None:
-        is_off = params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if is_off and not getattr(model, AS_ASKED, False) and _quantizes_v(model.model):
-            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
+    def with_plan(self: Any, *, model: Any, params: Any, **kwargs: Any) -> None:
+        if not getattr(model, AS_ASKED, False):
+            _put_plan_beside_in_force(model)
+            is_off = params.flash_attn_type == llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            if is_off and _quantizes_v(model.model):
+                params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO
         init(self, model=model, params=params, **kwargs)
 
-    context.__init__ = with_flash_attention
+    context.__init__ = with_plan
+
+
+def _put_plan_beside_in_force(model: Any) -> None:
+    """A stranger's model loads, whatever lies beside it."""
+    from .errors import KvtunerError
+    from .in_force import put_in_force
+
+    try:
+        put_in_force(model.model, None, None if model.params.kv_overrides else model.path_model)
+    except KvtunerError as error:
+        print(f"kvtuner-gguf: {error} The plan is not used.", file=sys.stderr)
 
 
 def _quantizes_v(model: int) -> bool:

@@ -31,8 +31,8 @@ _F32_BYTES = 4  # of a cached value, the largest that there is
 class Llama(HeldLlama):
     """llama_cpp.Llama with K/V types per layer.
 
-    plan  None obeys the plan in the file; a Plan, or the path of its sidecar, is used instead of it, wholly; False = no
-          plan
+    plan  None obeys the plan in the file, or else that of a sidecar beside it, model.gguf.kvtuner.json; a Plan, or the
+          path of its sidecar, is used instead of it, wholly; False = no plan
     All other arguments are llama_cpp.Llama's. Two defaults differ: flash_attn is True, which a quantized V cache needs,
     and swa_full is False, which keeps sliding-window layers at their window: a prompt that goes back before it is read
     again. type_k and type_v also take names ("q8_0"); one that is not f16 makes its side uniform, whatever the plan
@@ -60,6 +60,7 @@ class Llama(HeldLlama):
         **kwargs: Any,
     ) -> None:
         self._asked, self._n_ctx_asked = asked_plan(plan, kv_overrides), kwargs.get("n_ctx")
+        self._is_overridden = any(key.startswith(PREFIX) for key in kv_overrides or ())
         self._cache_bytes = partial(
             _cache_bytes, model_path, self._asked, (type_k, type_v), kv_overrides or {}, swa_full=bool(swa_full)
         )
@@ -93,7 +94,7 @@ class Llama(HeldLlama):
         n_ctx = N_CTX if self._n_ctx_asked is None else self._n_ctx_asked
         if n_ctx:  # 0: as many as the model was trained for
             check_context(model.model, n_ctx)
-        put_in_force(model.model, self._asked)
+        put_in_force(model.model, self._asked, None if self._is_overridden else self.model_path)
         setattr(model, AS_ASKED, True)
         self._check_memory(model, n_ctx or model.n_ctx_train())
 

@@ -45,13 +45,11 @@ def comparison_text(c: Comparison) -> str:
             r.name,
             f"{r.bits_per_value:.2f}",
             f"{r.n_bytes / MIB:.1f}",
-            _kld(r.quality),
-            f"{r.quality.kld_p999:.3f}",
-            f"{100 * r.quality.same_top:.1f} +-{100 * r.quality.same_top_se:.1f} %",
+            *figures(r.quality),
         )
         for r in (*c.rows, *c.own)
     ]
-    head = ("cache", "bits", f"MiB at {c.n_ctx}", "mean KLD", "99.9 % KLD", "same top token")
+    head = ("cache", "bits", f"MiB at {c.n_ctx}", *FIGURES)
     in_part = [r.name for r in c.rows if 0 < r.quality.n_positions < c.n_positions]
     fewer = f" (fewer of {', '.join(in_part)}, as that was clear sooner)" if in_part else ""
     own = f"; weights in {c.weights}, in the last rows the model's own, on a part of the text" if c.own else ""
@@ -60,6 +58,15 @@ def comparison_text(c: Comparison) -> str:
         f"chunks of {c.chunk_ctx} tokens{fewer}{own}; +-: standard error."
     )
     return "\n".join((table(head, rows), note, *(f"note: {printable(n)}" for n in c.notes)))
+
+
+FIGURES = ("mean KLD", "99.9 % KLD", "same top token")
+
+
+def figures(quality: Quality) -> tuple[str, str, str]:
+    """What a table shows of a quality, under the heads FIGURES."""
+    se = f" +-{100 * quality.same_top_se:.1f}" if quality.same_top_se else ""
+    return _kld(quality), f"{quality.kld_p999:.3f}", f"{100 * quality.same_top:.1f}{se} %"
 
 
 def _kld(quality: Quality) -> str:
@@ -225,11 +232,18 @@ def fit_json(found: Fit, grades: Mapping[str, str]) -> dict[str, Any]:
 
 def layers_text(pairs: Sequence[Pair]) -> str:
     """One line per run of equal layers."""
-    rows = []
-    for first, last, pair in Plan(tuple(pairs)).runs():
-        layers = f"{first}" if first == last else f"{first}-{last}"
-        rows.append((layers, pair.type_k or "none of its own", pair.type_v))
-    return table(("layers", "K", "V"), rows)
+    return table(LAYERS, layer_rows(pairs))
+
+
+LAYERS = ("layers", "K", "V")
+
+
+def layer_rows(pairs: Sequence[Pair]) -> list[tuple[str, str, str]]:
+    """A row for each run of equal layers, under the heads LAYERS."""
+    return [
+        (f"{first}" if first == last else f"{first}-{last}", pair.type_k or "none of its own", pair.type_v)
+        for first, last, pair in Plan(tuple(pairs)).runs()
+    ]
 
 
 def conditions_text(layers: Sequence[tuple[int, bool, bool, bool]]) -> str:

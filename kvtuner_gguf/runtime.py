@@ -60,8 +60,8 @@ class Session:
         params.no_alloc = no_alloc
         if no_alloc:
             params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-        if overrides:
-            self._overrides = _override_array(llama_cpp, overrides)
+        self._overrides = _override_array(llama_cpp, overrides) if overrides else None
+        if self._overrides:
             params.kv_overrides = self._overrides
         self.model = llama_cpp.llama_model_load_from_file(native.model_file(path).encode(), params)
         if not self.model:
@@ -89,9 +89,9 @@ class Session:
         """The plan in force from now on, and how its K is conditioned; None = all f16."""
         put_pairs_in_force(self.model, pairs, k_vectors)
 
-    def put_in_force(self, plan: Plan | bool | None) -> None:
+    def put_in_force(self, plan: Plan | bool | None) -> Plan | None:
         """A plan as a user asks for it, in force from now on: see in_force.put_in_force."""
-        put_in_force(self.model, plan)
+        return put_in_force(self.model, plan, None if self._overrides else self.path)
 
     @property
     def plan_source(self) -> str:

@@ -41,10 +41,11 @@ class Shown:
 def shown(
     model: Path, plan: Plan | str | os.PathLike[str] | None = None, *, n_ctx: int, n_gpu_layers: int = 0
 ) -> Shown:
-    """The plan in the model's file, or the one given instead of it. Raises PlanError, NativeError."""
-    given = asked_plan(plan)
+    """The plan in the model's file, or in the sidecar beside it, or the one given instead. Raises PlanError,
+    NativeError."""
+    given: Plan | bool | None = asked_plan(plan)
     with Session(model, no_alloc=True, n_gpu_layers=n_gpu_layers) as session:
-        session.put_in_force(given)
+        given = session.put_in_force(given)
         source = "sidecar" if given else session.plan_source
         notes = session.plan_notes
         with session.context(n_ctx) as ctx:

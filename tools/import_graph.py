@@ -30,14 +30,14 @@ FLOORS = (
     "calibrate.estimate calibrate.evaluate calibrate.runs",
     "calibrate.checks calibrate.methods calibrate.store calibrate.write",
     "calibrate.condition calibrate.error calibrate.options",
-    "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.text fit output",
+    "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.text card fit output",
     "calibrate.hidden calibrate.kld calibrate.moments calibrate.prices calibrate.solve calibrate.weights identity "
     "llama shown tasks.ask",
     "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples "
-    "gguf_file runtime",
+    "gguf_file import_hook runtime",
     "calibrate.results gguf_header in_force report",
     "geometry held plan tasks.made",
-    "calibrate.corpus hidden import_hook kvectors log tap tasks.task uses",
+    "calibrate.corpus hidden kvectors log tap tasks.task uses",
     "arguments calibrate.records chat default_model kept native pair quality session_file target tasks.answer",
     "cache codecs machine reading room template terminal threads values",
     "errors",

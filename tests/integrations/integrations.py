@@ -70,7 +70,7 @@ def of_llm(python: Path, model: Path, folder: Path) -> tuple[str, dict[str, list
     return of_program(python, "llm", "-m", "gguf/planned", "Say hello in three words.", env=env)
 
 
-def of_server(python: Path, model: Path) -> tuple[str, dict[str, list[str]]]:
+def of_server(python: Path, model: Path, folder: Path) -> tuple[str, dict[str, list[str]]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,7 +85,9 @@ def of_server(python: Path, model: Path) -> tuple[str, dict[str, list[str]]]:
         "--port",
         str(port),
     ]
-    server = subprocess.Popen([str(x) for x in command], stderr=subprocess.PIPE, text=True)
+    log = folder.with_suffix(".log")
+    with open(log, "w") as stderr:
+        server = subprocess.Popen([str(x) for x in command], stderr=stderr)
     try:
         for _ in range(120):
             with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/v1/models") as answer:
@@ -97,8 +99,8 @@ def of_server(python: Path, model: Path) -> tuple[str, dict[str, list[str]]]:
         assert answer.returncode == 0, answer.stderr
     finally:
         server.terminate()
-        _, stderr = server.communicate()
-    return answer.stdout.strip(), told(stderr)
+        server.wait()
+    return answer.stdout.strip(), told(log.read_text())
 
 
 def runs(python: Path, model: Path, folder: Path) -> dict[str, Callable[[], tuple[str, dict[str, list[str]]]]]:
@@ -107,7 +109,7 @@ def runs(python: Path, model: Path, folder: Path) -> dict[str, Callable[[], tupl
         "llm, llm-gguf": lambda: of_llm(python, model, folder),
         "LangChain": lambda: of_program(python, HERE / "with_langchain.py", model),
         "LlamaIndex": lambda: of_program(python, HERE / "with_llama_index.py", model),
-        "llama_cpp.server": lambda: of_server(python, model),
+        "llama_cpp.server": lambda: of_server(python, model, folder),
     }
 
 
