@@ -61,10 +61,18 @@ def fit(model: Path, plan_file: Path | None, memory: int | None, n_ctx: int, n_g
     help="Real runs of the search. [default: two per layer and about 20 more; paper 100]",
 )
 @shared("types", "mean", "scale", "basis")
+@click.option("--report", type=FILE, help="Write a page of HTML about it, too: what was measured, in pictures.")
 @shared("fresh", "c", "f", "chunks", "seed", "t", "ngl", "force", "json")
 @click.pass_context
 def calibrate(
-    ctx: click.Context, /, model: Path, output: Path | None, force: bool, as_json: bool, **given: Any
+    ctx: click.Context,
+    /,
+    model: Path,
+    output: Path | None,
+    report: Path | None,
+    force: bool,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Measure MODEL, find its plan, prove it on held-out text, and write it into the file.
 
@@ -78,9 +86,20 @@ def calibrate(
     api.check_packages()
     options = options_of(model, **given)
     to = place(model, output, reads=_texts(options), force=force)
+    if report:
+        from .output import page
+        from .page import check_plotly
+
+        check_plotly()
+        page(report, reads=[model, *_texts(options), *([output] if output else [])], force=force)
     with told_what_is_kept():
         outcome = api.calibrate(options, Terminal())
     written = written_to(to, outcome.plan, _recovery(ctx))
+    if report:
+        from .page import save_page
+
+        save_page(report, model, outcome, api.solve(options))
+        note(f"report: {report}")
     if as_json:
         print_json(outcome_json(outcome, written))
     else:

@@ -21,6 +21,8 @@ from .room import write_errors
 from .target import check_folder, check_place, check_writable
 
 _SPARE_BYTES = 1 << 20  # for a plan
+_PAGE_BYTES = 8 << 20  # of a report, with the library that draws in it
+PAGE_MARK = '<meta name="generator" content="kvtuner-gguf">'  # near the start of each
 _NO_FORCE = "Choose another name with -o, or replace it with --force."
 
 
@@ -106,6 +108,18 @@ def output(model: Path, path: Path | None, *, reads: Iterable[Path] = (), force:
     return gguf(model, path, reads=reads, force=force)
 
 
+def page(path: Path, *, reads: Iterable[Path] = (), force: bool = False) -> Path:
+    """A page about a calibration. Raises PlanError if it must not or cannot be written there."""
+    with write_errors(path, _PAGE_BYTES, "Choose another place with --report."):
+        _check_new(path, reads)
+        if _is_there(path):
+            check_writable(path)
+            if not force and not _is_page(path):
+                raise PlanError(f"{path}: exists, and is no report. Choose another name, or replace it with --force.")
+        check_folder(path, _PAGE_BYTES)
+    return path
+
+
 def _check_new(path: Path, reads: Iterable[Path]) -> None:
     """Raises PlanError if something stands at path that no write may replace, OSError if its folder is none."""
     os.stat(path.parent)
@@ -134,6 +148,11 @@ def _is_sidecar(path: Path) -> bool:
     except PlanError:
         return False
     return True
+
+
+def _is_page(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return PAGE_MARK.encode() in file.read(1 << 10)
 
 
 def _check_shards(model: Path, path: Path, header: Header) -> None:

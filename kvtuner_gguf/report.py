@@ -40,24 +40,28 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def comparison_text(c: Comparison) -> str:
     """The KLD table."""
+    notes = (f"note: {printable(note)}" for note in c.notes)
+    return "\n".join((table(*comparison_table(c)), comparison_note(c), *notes))
+
+
+def comparison_table(c: Comparison) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    """Its head, and its rows."""
     rows = [
-        (
-            r.name,
-            f"{r.bits_per_value:.2f}",
-            f"{r.n_bytes / MIB:.1f}",
-            *figures(r.quality),
-        )
-        for r in (*c.rows, *c.own)
+        (row.name, f"{row.bits_per_value:.2f}", f"{row.n_bytes / MIB:.1f}", *figures(row.quality))
+        for row in (*c.rows, *c.own)
     ]
-    head = ("cache", "bits", f"MiB at {c.n_ctx}", *FIGURES)
+    return ("cache", "bits", f"MiB at {c.n_ctx}", *FIGURES), rows
+
+
+def comparison_note(c: Comparison) -> str:
+    """What its figures are."""
     in_part = [r.name for r in c.rows if 0 < r.quality.n_positions < c.n_positions]
     fewer = f" (fewer of {', '.join(in_part)}, as that was clear sooner)" if in_part else ""
     own = f"; weights in {c.weights}, in the last rows the model's own, on a part of the text" if c.own else ""
-    note = (
+    return (
         f"KLD against an f16 cache, in nats; text {printable(c.text)}, {c.n_positions} scored positions in "
         f"chunks of {c.chunk_ctx} tokens{fewer}{own}; +-: standard error."
     )
-    return "\n".join((table(head, rows), note, *(f"note: {printable(n)}" for n in c.notes)))
 
 
 FIGURES = ("mean KLD", "99.9 % KLD", "same top token")
@@ -294,12 +298,12 @@ def outcome_text(outcome: Outcome, written: Path) -> str:
         + _conditions_line([(il, bool(v.mean), bool(v.scale), bool(v.basis)) for il, v in enumerate(plan.k_vectors)]),
         memory_text(plan.pairs, outcome.geometry, plan.vector_bytes),
         comparison_text(outcome.comparison),
-        f"{_verdict_line(outcome)}\nWritten to {written}",
+        f"{verdict_line(outcome)}\nWritten to {written}",
     )
     return "\n\n".join(parts)
 
 
-def _verdict_line(outcome: Outcome) -> str:
+def verdict_line(outcome: Outcome) -> str:
     beside = outcome.beside
     if beside is None:
         return "No uniform pair is within the goal."
@@ -308,9 +312,10 @@ def _verdict_line(outcome: Outcome) -> str:
         "tie": "no difference within two standard errors; the plan is kept.",
         "lost": f"the plan lost, and {outcome.plan.rival} was written instead.",
     }
+    digits = 2 if beside.ratio >= 0.1 else 4
     return (
-        f"{beside.ratio:.2f} +-{beside.ratio_se:.2f} of the KLD of the best uniform pair of as many bytes or fewer: "
-        f"{ends[outcome.verdict]}"
+        f"{beside.ratio:.{digits}f} +-{beside.ratio_se:.{digits}f} of the KLD of the best uniform pair of as many "
+        f"bytes or fewer: {ends[outcome.verdict]}"
     )
 
 

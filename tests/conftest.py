@@ -85,6 +85,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def short_chunks(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A calibration of texts that a tiny model reads in moments, with this test's cache folder."""
+    from kvtuner_gguf.calibrate import pipeline
+
+    monkeypatch.setattr(pipeline, "STREAM", 256)
+    monkeypatch.setattr(pipeline, "SEARCH_CTX", 128)
+
+
+@pytest.fixture
 def signals_as_at_start() -> Iterator[None]:
     """SIGHUP and SIGINT as a program in the foreground has them: under nohup, and in the background of a script, they
     are ignored, which children inherit."""

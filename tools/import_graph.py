@@ -29,7 +29,7 @@ FLOORS = (
     "calibrate.measured calibrate.verdict tasks.evaluate",
     "calibrate.estimate calibrate.evaluate calibrate.runs",
     "calibrate.checks calibrate.methods calibrate.store calibrate.write",
-    "calibrate.condition calibrate.error calibrate.options",
+    "calibrate.condition calibrate.error calibrate.options page",
     "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.text card fit output",
     "calibrate.hidden calibrate.kld calibrate.moments calibrate.prices calibrate.solve calibrate.weights identity "
     "llama shown tasks.ask",

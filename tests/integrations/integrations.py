@@ -87,7 +87,7 @@ def of_server(python: Path, model: Path, folder: Path) -> tuple[str, dict[str, l
     ]
     log = folder.with_suffix(".log")
     with open(log, "w") as stderr:
-        server = subprocess.Popen([str(x) for x in command], stderr=stderr)
+        server = subprocess.Popen([str(x) for x in command], stdout=stderr, stderr=stderr)
     try:
         for _ in range(120):
             with suppress(OSError), urlopen(f"http://127.0.0.1:{port}/v1/models") as answer:

@@ -23,17 +23,7 @@ from kvtuner_gguf.cli import main
 from kvtuner_gguf.gguf_file import read_plan
 from kvtuner_gguf.gguf_header import read_header
 
-pytestmark = pytest.mark.native
-
-
-@pytest.fixture(autouse=True)
-def short_chunks_and_own_cache(tmp_path, monkeypatch):
-    from kvtuner_gguf.calibrate import pipeline
-
-    monkeypatch.setattr(pipeline, "STREAM", 256)
-    monkeypatch.setattr(pipeline, "SEARCH_CTX", 128)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
+pytestmark = [pytest.mark.native, pytest.mark.usefixtures("short_chunks")]
 
 
 @pytest.fixture
@@ -292,7 +282,7 @@ def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkey
 
 
 @pytest.mark.parametrize("goal", [("--bits", 6.0), ("--max-kld", 0.02)])
-def test_what_is_found_on_a_copy_is_shown_on_the_model_too(tiny, tmp_path, text, monkeypatch, goal):
+def test_what_is_found_on_a_copy_is_shown_on_the_model_too(tiny, tmp_path, own_cache, text, monkeypatch, goal):
     """A KLD that is asked for is searched on the model itself, whose noise floor is its own."""
     from kvtuner_gguf.calibrate import measured, weights
     from kvtuner_gguf.runtime import Session
@@ -327,7 +317,7 @@ def test_what_is_found_on_a_copy_is_shown_on_the_model_too(tiny, tmp_path, text,
         assert of_own[1]["kld_mean"] != plan["kld_mean"] > 0 and of_own[0]["kld_mean"] != floor["kld_mean"]
     solved = json.loads(run("solve", model, "--chunks", 2, "-c", 1024, "-f", text, "--bits", 5.5, "--json").stdout)
     assert solved["plan"]["bits_per_value"] <= 5.5
-    assert not list((tmp_path / "cache").rglob("*.gguf"))
+    assert own_cache.is_dir() and not list(own_cache.rglob("*.gguf"))
 
 
 def test_a_killed_run_leaves_the_old_file(tiny, tmp_path, text):
