@@ -10,21 +10,19 @@ Some minutes, and 900 MB in the folder for temporary files.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
-import venv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.request import urlopen
 
-from kvtuner_gguf.gguf_file import read_plan
+from environment import asked, installed
 
 HERE = Path(__file__).resolve().parent
 PROGRAMS = (
@@ -35,17 +33,6 @@ PROGRAMS = (
     "llama-index-llms-llama-cpp",
     "openai",
 )
-WITHOUT_LIBRARY = {"CMAKE_ARGS": "-DLLAMA_BUILD=OFF -DLLAVA_BUILD=OFF"}
-
-
-def installed(folder: Path, *rounds: Sequence[str]) -> Path:
-    """The Python of a new environment into which these were installed, one round after the other."""
-    venv.create(folder, with_pip=True)
-    python = folder / "bin" / "python"
-    for packages in rounds:
-        command = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", *packages]
-        subprocess.run(command, check=True, env=os.environ | WITHOUT_LIBRARY)
-    return python
 
 
 def told(stderr: str) -> dict[str, list[str]]:
@@ -114,19 +101,14 @@ def runs(python: Path, model: Path, folder: Path) -> dict[str, Callable[[], tupl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("wheel", type=Path)
-    parser.add_argument("model", type=Path)
-    options = parser.parse_args()
-    plan = read_plan(options.model)
-    assert plan and any(pair.type_v not in ("", "f16") for pair in plan.pairs), "MODEL: needs a plan that quantizes V"
+    wheel, model, plan = asked(__doc__)
     want = {"layers": [str(pair) for pair in plan.pairs if pair.type_k], "notes": []}
     failed = False
     with TemporaryDirectory() as tmp:
-        folder, wheel = Path(tmp), str(options.wheel.resolve())
-        for order, rounds in {"before us": (PROGRAMS, (wheel,)), "after us": ((wheel,), PROGRAMS)}.items():
+        folder = Path(tmp)
+        for order, rounds in {"before us": (PROGRAMS, (str(wheel),)), "after us": ((str(wheel),), PROGRAMS)}.items():
             python = installed(folder / order.replace(" ", "-"), *rounds)
-            for name, run in runs(python, options.model, folder / order).items():
+            for name, run in runs(python, model, folder / order).items():
                 answer, have = run()
                 failed |= have != want
                 how = "plan in force" if have == want else f"NOT AS PLANNED: {have}"
