@@ -13,6 +13,9 @@ PAGE = Path(__file__).resolve().parents[1] / "docs/cli.md"
 HEAD = """# Commands
 
 Written by `python tools/cli_docs.py` from what `--help` says; do not edit.
+
+Commands, options and files complete with the tab key after `eval "$(_KVTUNER_GGUF_COMPLETE=bash_source kvtuner-gguf)"`
+in `~/.bashrc` (`zsh_source` in `~/.zshrc`; fish: `_KVTUNER_GGUF_COMPLETE=fish_source kvtuner-gguf | source`).
 """
 
 

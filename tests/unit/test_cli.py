@@ -172,3 +172,13 @@ def test_a_sidecar_of_many_levels_is_an_error():
     for depth in (*range(300, 1000, 7), 10**5):
         with pytest.raises(PlanError, match="type_k: got|not JSON"):  # either too deep to show, or to read
             Plan.from_json('{"schema_version": 1, "type_k": ' + "[" * depth + "]" * depth + ', "type_v": ["f16"]}')
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"), [("cal", "calibrate"), ("fit --me", "--memory"), ("calibrate --me", "--method")]
+)
+def test_the_shell_completes_commands_and_options(typed, offered):
+    words = f"kvtuner-gguf {typed}"
+    env = {"_KVTUNER_GGUF_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    result = CliRunner().invoke(main, prog_name="kvtuner-gguf", env=env)
+    assert f"plain,{offered}" in result.stdout.splitlines()
