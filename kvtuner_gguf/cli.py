@@ -11,6 +11,7 @@ from .errors import MOST_CHARACTERS, KvtunerError
 from .interrupts import orderly
 from .printable import printable
 from .room import NO_ROOM
+from .terminal import show
 
 
 class Commands(click.Group):
@@ -41,8 +42,18 @@ class Commands(click.Group):
             ) from None
 
 
+def _show_version(ctx: click.Context, _option: click.Parameter, is_asked: bool) -> None:
+    if is_asked and not ctx.resilient_parsing:
+        from .native import LLAMA_CPP_COMMIT
+
+        show(f"kvtuner-gguf {__version__}, llama.cpp {LLAMA_CPP_COMMIT}")
+        ctx.exit()
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(__version__, prog_name="kvtuner-gguf")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show versions."
+)
 def main() -> None:
     """Choose a K and a V cache type for each layer of a GGUF model, by measuring it, and run it with that plan."""
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import kvtuner_gguf
+from kvtuner_gguf import native
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTICES = ["LICENSE", "LICENSE_THIRD_PARTY", "licenses/libgomp.txt"]
@@ -51,7 +52,7 @@ def test_the_version_is_the_packages(built):
 def test_the_package_runs_as_a_module():
     command = [sys.executable, "-m", "kvtuner_gguf", "--version"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert kvtuner_gguf.__version__ in run.stdout
+    assert run.stdout == f"kvtuner-gguf {kvtuner_gguf.__version__}, llama.cpp {native.LLAMA_CPP_COMMIT}\n"
 
 
 @pytest.mark.parametrize("holder", ["The ggml authors", "Mozilla Foundation", "Jeffrey Quesnelle", "Andrei Betlen"])
