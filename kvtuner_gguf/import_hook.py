@@ -50,7 +50,7 @@ def _load_with_our_library(loader: Any) -> None:
     """The loader stays what it is, for who asks it for source or data."""
     load = loader.exec_module
 
-    def exec_module(module: ModuleType) -> None:
+    def exec_module(module: Any) -> None:
         folder = _our_library()
         if folder is None:
             load(module)
@@ -66,7 +66,8 @@ def _load_with_our_library(loader: Any) -> None:
                 del os.environ[VARIABLE]
             else:
                 os.environ[VARIABLE] = before
-        _obey_plans(module)
+        if hasattr(module.llama_cpp._lib, "kvt_build_id"):  # the variable may name a stock build
+            _obey_plans(module)
 
     loader.exec_module = exec_module
 
