@@ -87,11 +87,11 @@ def calibrate(
     options = options_of(model, **given)
     to = place(model, output, reads=_texts(options), force=force)
     if report:
-        from .output import page
+        from .output import check_page
         from .page import check_plotly
 
         check_plotly()
-        page(report, reads=[model, *_texts(options), *([output] if output else [])], force=force)
+        check_page(report, reads=[model, *_texts(options), *([output] if output else [])], force=force)
     with told_what_is_kept():
         outcome = api.calibrate(options, Terminal())
     written = written_to(to, outcome.plan, _recovery(ctx))

@@ -47,7 +47,8 @@ def put_in_force(model: int, plan: Plan | bool | None, path: str | os.PathLike[s
     Raises PlanError if it has not the model's number of layers, NativeError or CodecError if the run time refuses it:
     its types, and what was in force stays; its vectors, and no plan is in force. PlanError for a fault in the sidecar.
     """
-    if plan is None and path is not None and native.plan_source(model) == "none":
+    has_layers = native.n_layer(model) > 0  # a vocabulary that is loaded alone has none
+    if plan is None and path is not None and has_layers and native.plan_source(model) == "none":
         plan = plan_beside(path)
     if plan is None:
         return None

@@ -108,7 +108,7 @@ def output(model: Path, path: Path | None, *, reads: Iterable[Path] = (), force:
     return gguf(model, path, reads=reads, force=force)
 
 
-def page(path: Path, *, reads: Iterable[Path] = (), force: bool = False) -> Path:
+def check_page(path: Path, *, reads: Iterable[Path] = (), force: bool = False) -> None:
     """A page about a calibration. Raises PlanError if it must not or cannot be written there."""
     with write_errors(path, _PAGE_BYTES, "Choose another place with --report."):
         _check_new(path, reads)
@@ -117,7 +117,6 @@ def page(path: Path, *, reads: Iterable[Path] = (), force: bool = False) -> Path
             if not force and not _is_page(path):
                 raise PlanError(f"{path}: exists, and is no report. Choose another name, or replace it with --force.")
         check_folder(path, _PAGE_BYTES)
-    return path
 
 
 def _check_new(path: Path, reads: Iterable[Path]) -> None:

@@ -145,9 +145,8 @@ def sensitivity(rows: Sequence[Sensitivity]) -> go.Figure:
 
     at = {(_row_name(row), row.il): row.kld for row in rows}
     layers = sorted({row.il for row in rows})
-    names = list(
-        dict.fromkeys(_row_name(row) for row in sorted(rows, key=lambda r: (r.side, r.bits_per_value, r.type)))
-    )
+    by_bits = sorted(rows, key=lambda row: (row.side, row.bits_per_value, row.type))
+    names = list(dict.fromkeys(map(_row_name, by_bits)))
     klds = [[at.get((name, il), math.nan) for il in layers] for name in names]
     figure, powers = go.Figure(), list(range(-9, 3))
     figure.add_heatmap(

@@ -43,15 +43,15 @@ def shown(
 ) -> Shown:
     """The plan in the model's file, or in the sidecar beside it, or the one given instead. Raises PlanError,
     NativeError."""
-    given: Plan | bool | None = asked_plan(plan)
+    asked = asked_plan(plan)
     with Session(model, no_alloc=True, n_gpu_layers=n_gpu_layers) as session:
-        given = session.put_in_force(given)
+        given = session.put_in_force(asked)
         source = "sidecar" if given else session.plan_source
         notes = session.plan_notes
         with session.context(n_ctx) as ctx:
             layers = ctx.layers()
             notes += ctx.notes()
-        found = given if isinstance(given, Plan) else _sound_plan(model) if source == "file" else None
+        found = _sound_plan(model) if source == "file" else given
         vector_bytes = sum(_vector_bytes(layer, found) for layer in layers)
         pairs, geometry = allocated_pairs(layers, session.n_layer), session.geometry(n_ctx)
     return Shown(source, pairs, tuple(layers), geometry, vector_bytes, found, tuple(notes))

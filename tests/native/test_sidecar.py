@@ -72,6 +72,15 @@ def test_a_plan_beside_a_model_is_obeyed_by_every_way_in(model, beside):
     assert faulty.stdout.split() == ["f16/f16"] * 4 and f"kvtuner-gguf: {beside}" in faulty.stderr
 
 
+def test_a_vocabulary_that_is_loaded_alone_looks_for_no_plan(model, beside):
+    code = (
+        "import sys, llama_cpp\nllm = llama_cpp.Llama(sys.argv[1], vocab_only=True, verbose=False)\n"
+        "print(len(llm.tokenize(b'a word')) > 0)\nllm.close()"
+    )
+    alone = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=True)
+    assert alone.stdout == "True\n" and "kvtuner-gguf:" not in alone.stderr
+
+
 def test_what_is_nearer_comes_first(model, beside, tmp_path):
     """Word of the caller, then the file, then what lies beside it."""
     given, in_file = (Plan((Pair(name, "q8_0"),) * 4) for name in ("q4_0", "q5_1"))
