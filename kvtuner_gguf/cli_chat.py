@@ -1,4 +1,4 @@
-"""The commands that run a model: chat, demo."""
+"""The commands that run a model: chat, serve, demo."""
 
 from __future__ import annotations
 
@@ -76,6 +76,49 @@ def chat(prompt: str | None, system: str | None, **given: Any) -> None:
             import readline  # noqa: F401 # input() then has a history, and lines can be edited
         chat_loop(llm, _read_line, write, system=system, **sampling)
     llm.close()
+
+
+@click.command(cls=ModelFirst)
+@click.argument("model", type=MODEL)
+@click.argument("extra", nargs=-1, metavar="[-- LLAMA_SERVER_OPTIONS]")
+@click.option("--plan", "plan_file", type=MODEL, help="A sidecar to use instead of the plan in the file.")
+@click.option("--no-plan", is_flag=True, help="Run without a plan, on an f16 cache.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others than this need a key.")
+@click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: one that is free.")
+@click.option(
+    "--api-key", envvar="LLAMA_API_KEY", show_envvar=True, help="Key that requests must bring, as OpenAI's clients do."
+)
+@click.option(
+    "-np",
+    "--parallel",
+    "n_parallel",
+    default=4,
+    show_default=True,
+    type=click.IntRange(1, 256),
+    help="Requests that are answered at once; they share the context.",
+)
+@click.option(
+    "--slot-save-path",
+    "slots",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder that slots are saved to and restored from (POST /slots/0?action=save).",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Show what llama-server logs.")
+@shared("c", "t", "ngl")
+def serve(
+    model: Path,
+    plan_file: Path | None,
+    no_plan: bool,
+    n_ctx: int,
+    threads: int | None,
+    **given: Any,
+) -> None:
+    """Serve MODEL under its plan to OpenAI's clients, by the patched llama-server. Ctrl-C ends it."""
+    from .serve import Server
+
+    plan = False if no_plan else plan_file
+    with suppress(KeyboardInterrupt), Server(model, plan=plan, n_ctx=n_ctx, n_threads=threads, say=note, **given) as server:
+        server.watch()
 
 
 def _open_llama(

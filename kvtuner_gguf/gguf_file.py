@@ -69,6 +69,12 @@ def write_plan(src: StrPath, plan: Plan | None, dst: StrPath | None = None, *, o
     return target
 
 
+def write_plan_alone(plan: Plan, path: StrPath) -> None:
+    """Write a GGUF of nothing but a plan, for KVTUNER_GGUF_PLAN."""
+    rows = [_encoded(*row) for row in plan.to_metadata()]
+    Path(path).write_bytes(b"".join([b"GGUF", struct.pack("<IQQ", 3, 0, len(rows)), *rows]))
+
+
 def weights_hash(path: StrPath) -> str:
     """16 hex digits that name the tensors of a model: FNV-1a 64 over their names, types and shapes.
 

@@ -67,9 +67,28 @@ def _load_with_our_library(loader: Any) -> None:
             else:
                 os.environ[VARIABLE] = before
         if hasattr(module.llama_cpp._lib, "kvt_build_id"):  # the variable may name a stock build
+            _load_backends(module.llama_cpp, folder)
             _obey_plans(module)
 
     loader.exec_module = exec_module
+
+
+def _load_backends(lib: Any, folder: Path) -> None:
+    """Backends that are files of their own, as in a wheel, of which the best for this processor is chosen. Left alone,
+    llama.cpp would look for them beside Python, and in the current folder, whoever wrote there."""
+    import ctypes
+
+    lib._lib.ggml_backend_reg_count.restype = ctypes.c_size_t
+    if lib._lib.ggml_backend_reg_count():
+        return
+    log, user = lib.llama_log_callback(), ctypes.c_void_p()
+    lib.llama_log_get(ctypes.byref(log), ctypes.byref(user))
+    silent = lib.llama_log_callback(lambda *_: None)
+    lib.llama_log_set(silent, ctypes.c_void_p())  # which one it is, is no news
+    try:
+        lib._lib.ggml_backend_load_all_from_path(ctypes.c_char_p(os.fsencode(folder)))
+    finally:
+        lib.llama_log_set(log, user)
 
 
 def _our_library() -> Path | None:

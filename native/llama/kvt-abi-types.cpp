@@ -6,10 +6,11 @@
 
 #include "llama-impl.h"
 
-#include "ggml.h"
-#include "ggml-cpu.h"
+#include "ggml-cpp.h"
 
 #include <cstring>
+#include <numeric>
+#include <vector>
 
 const char * kvt_type_name(int32_t i) {
     const ggml_type type = kvt_type_at(i);
@@ -51,16 +52,32 @@ int32_t kvt_encode(const char * name, const float * x, int64_t n_rows, int64_t n
     if (!x || !dst || n_rows < 0) {
         return kvt_error(KVT_E_ARG, "kvt_encode: x and dst must not be null, n_rows not negative");
     }
-    ggml_cpu_init(); // tables of the f16 conversion
-    if (type == GGML_TYPE_F32) {
-        memcpy(dst, x, n_rows * ggml_row_size(type, n_per_row));
+    const ggml_backend_ptr cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    if (!cpu) {
+        return kvt_error(KVT_E_STATE, "kvt_encode: no CPU backend is loaded");
+    }
+    if (n_rows == 0) {
         return 0;
     }
-    const ggml_from_float_t from_float = ggml_get_type_traits_cpu(type)->from_float;
-    for (int64_t i = 0; i < n_rows; i++) {
-        from_float(x + i * n_per_row, (uint8_t *) dst + i * ggml_row_size(type, n_per_row), n_per_row);
+    ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu.get()));
+    if (auto * set_n_threads = (ggml_backend_set_n_threads_t) ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads")) {
+        set_n_threads(cpu.get(), 1); // callers have threads of their own
     }
-    return 0;
+    constexpr size_t N_LEAF = 3;
+    // what writes a cache: rows of f32 set in a tensor of the type
+    const ggml_context_ptr ctx(ggml_init({ (N_LEAF + 1) * ggml_tensor_overhead() + ggml_graph_overhead_custom(N_LEAF, false), nullptr, /*.no_alloc =*/ true }));
+    ggml_tensor *          cache = ggml_new_tensor_2d(ctx.get(), type, n_per_row, n_rows);
+    ggml_tensor *          rows  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_per_row, n_rows);
+    ggml_tensor *          where = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, n_rows);
+    std::vector<int64_t>   index(n_rows);
+    std::iota(index.begin(), index.end(), 0);
+    cache->data = dst;
+    rows->data  = const_cast<float *>(x);
+    where->data = index.data();
+
+    ggml_cgraph * graph = ggml_new_graph_custom(ctx.get(), N_LEAF, false);
+    ggml_build_forward_expand(graph, ggml_set_rows(ctx.get(), cache, rows, where));
+    return ggml_backend_graph_compute(cpu.get(), graph) == GGML_STATUS_SUCCESS ? 0 : kvt_error(KVT_E_STATE, "kvt_encode: the CPU backend failed");
 }
 
 int32_t kvt_decode(const char * name, const void * src, int64_t n_rows, int64_t n_per_row, float * y) {

@@ -9,8 +9,10 @@
 #include "llama-model.h"
 #include "llama-model-loader.h"
 
+#include "ggml-cpp.h"
 #include "gguf.h"
 
+#include <cstdlib>
 #include <cstring>
 
 static const uint32_t KVT_SCHEMA_VERSION = 1;
@@ -114,14 +116,12 @@ static bool kvt_enabled(const llama_model_loader & ml, std::vector<std::string> 
     return true;
 }
 
-static void kvt_read_file(const llama_model_loader & ml, const llama_hparams & hparams, kvt_plan & plan) {
-    const gguf_context * gguf = ml.metadata;
+static bool kvt_holds_plan(const gguf_context * gguf) {
+    return gguf_find_key(gguf, "kvtuner.type_k") >= 0 || gguf_find_key(gguf, "kvtuner.type_v") >= 0;
+}
 
+static void kvt_read_file(const gguf_context * gguf, const char * source, const llama_hparams & hparams, kvt_plan & plan) {
     const uint32_t n_layer = hparams.n_layer_all;
-
-    if (gguf_find_key(gguf, "kvtuner.type_k") < 0 && gguf_find_key(gguf, "kvtuner.type_v") < 0) {
-        return;
-    }
 
     const int64_t kid = gguf_find_key(gguf, "kvtuner.schema_version");
     if (kid < 0 || gguf_get_kv_type(gguf, kid) != GGUF_TYPE_UINT32) {
@@ -147,11 +147,11 @@ static void kvt_read_file(const llama_model_loader & ml, const llama_hparams & h
         return;
     }
 
-    plan.source = "file";
+    plan.source = source;
     plan.type_k = std::move(type_k);
     plan.type_v = std::move(type_v);
 
-    kvt_k_vectors_read(ml, hparams, plan.k_vectors, plan.notes);
+    kvt_k_vectors_read(gguf, hparams, plan.k_vectors, plan.notes);
 
     const int64_t kid_hash = gguf_find_key(gguf, "kvtuner.calibration.weights");
     if (kid_hash >= 0 && gguf_get_kv_type(gguf, kid_hash) != GGUF_TYPE_STRING) {
@@ -159,6 +159,20 @@ static void kvt_read_file(const llama_model_loader & ml, const llama_hparams & h
     } else if (kid_hash >= 0) {
         kvt_plan_compare_weights(plan, gguf_get_val_str(gguf, kid_hash));
     }
+}
+
+// a plan in a GGUF of its own, which comes before the model's: programs that are no Python cannot read a sidecar
+static void kvt_read_environment(const llama_hparams & hparams, kvt_plan & plan) {
+    const char * path = getenv("KVTUNER_GGUF_PLAN");
+    if (!path || !path[0]) {
+        return;
+    }
+    const gguf_context_ptr gguf(gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
+    if (!gguf || !kvt_holds_plan(gguf.get())) {
+        plan.notes.push_back(format("KVTUNER_GGUF_PLAN names '%s', which is no GGUF with a plan: it is ignored", kvt_printable(path).c_str()));
+        return;
+    }
+    kvt_read_file(gguf.get(), "environment", hparams, plan);
 }
 
 //
@@ -223,7 +237,10 @@ void kvt_plan_load(llama_model & model, const llama_model_loader & ml) {
 
     // without its hparams a model has no layers, and no context to plan for
     if (!model.hparams.vocab_only && kvt_enabled(ml, plan->notes)) {
-        kvt_read_file(ml, model.hparams, *plan);
+        kvt_read_environment(model.hparams, *plan);
+        if (!plan->in_force() && kvt_holds_plan(ml.metadata)) {
+            kvt_read_file(ml.metadata, "file", model.hparams, *plan);
+        }
         kvt_read_overrides(ml, model.hparams.n_layer_all, *plan);
     }
 

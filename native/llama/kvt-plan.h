@@ -15,7 +15,7 @@ struct llama_model_loader;
 
 // read-only once it hangs on a model, so that contexts and the model may share it
 struct kvt_plan {
-    const char * source = "none"; // "file", "override", "api", "none"
+    const char * source = "none"; // "file", "environment", "override", "api", "none"
 
     std::vector<ggml_type>     type_k; // [n_layer], empty if no plan is in force
     std::vector<ggml_type>     type_v;

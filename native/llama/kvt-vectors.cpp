@@ -179,7 +179,7 @@ static bool kvt_read_vectors(const gguf_context * gguf, const std::string & key,
     return true;
 }
 
-void kvt_k_vectors_read(const llama_model_loader & ml, const llama_hparams & hparams, std::vector<kvt_k_vectors> & vectors, std::vector<std::string> & notes) {
+void kvt_k_vectors_read(const gguf_context * gguf, const llama_hparams & hparams, std::vector<kvt_k_vectors> & vectors, std::vector<std::string> & notes) {
     const uint32_t n_layer = hparams.n_layer_all;
 
     std::vector<std::vector<float>>  mean;
@@ -187,10 +187,10 @@ void kvt_k_vectors_read(const llama_model_loader & ml, const llama_hparams & hpa
     std::vector<std::vector<int8_t>> basis;
     std::vector<std::vector<float>>  basis_scale;
 
-    bool ok = kvt_read_vectors(ml.metadata, "kvtuner.k_mean", n_layer, mean, notes) &&
-              kvt_read_vectors(ml.metadata, "kvtuner.k_scale", n_layer, scale, notes) &&
-              kvt_read_vectors(ml.metadata, "kvtuner.k_basis", n_layer, basis, notes) &&
-              kvt_read_vectors(ml.metadata, "kvtuner.k_basis_scale", n_layer, basis_scale, notes);
+    bool ok = kvt_read_vectors(gguf, "kvtuner.k_mean", n_layer, mean, notes) &&
+              kvt_read_vectors(gguf, "kvtuner.k_scale", n_layer, scale, notes) &&
+              kvt_read_vectors(gguf, "kvtuner.k_basis", n_layer, basis, notes) &&
+              kvt_read_vectors(gguf, "kvtuner.k_basis_scale", n_layer, basis_scale, notes);
 
     std::vector<kvt_k_vectors> read(n_layer);
     for (uint32_t il = 0; ok && il < n_layer; il++) {

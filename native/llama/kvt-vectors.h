@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+struct gguf_context;
 struct llama_hparams;
 struct llama_model_kv_override;
 struct llama_model_loader;
@@ -37,7 +38,7 @@ std::string kvt_k_vectors_fault(const kvt_k_vectors & vectors, const llama_hpara
 std::string kvt_k_basis_set(kvt_k_vectors & vectors, std::vector<int8_t> rows, std::vector<float> row_scale, const llama_hparams & hparams, uint32_t il);
 
 // kvtuner.k_mean, k_scale, k_basis and k_basis_scale of the file, as [n_layer]; any fault is a note, and vectors stay as they are
-void kvt_k_vectors_read(const llama_model_loader & ml, const llama_hparams & hparams, std::vector<kvt_k_vectors> & vectors, std::vector<std::string> & notes);
+void kvt_k_vectors_read(const gguf_context * gguf, const llama_hparams & hparams, std::vector<kvt_k_vectors> & vectors, std::vector<std::string> & notes);
 
 // true if the override is one of ours (kvtuner.k_mean, kvtuner.k_scale, kvtuner.k_basis: false switches it off)
 bool kvt_k_vectors_override(const std::string & key, const llama_model_kv_override & o, std::vector<kvt_k_vectors> & vectors, std::vector<std::string> & notes);

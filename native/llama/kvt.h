@@ -82,7 +82,7 @@ LLAMA_API int32_t kvt_model_fingerprint(const struct llama_model * model, uint64
 // no plan for contexts that are created from now on
 LLAMA_API int32_t kvt_model_clear_plan(struct llama_model * model);
 
-// where the plan in force comes from: "file", "override", "api", or "none"
+// where the plan in force comes from: "file", "environment" (KVTUNER_GGUF_PLAN), "override", "api", or "none"
 LLAMA_API const char * kvt_model_plan_source(const struct llama_model * model);
 
 // the planned pair of a layer, before the rules of a context; "" for none. KVT_E_NONE if no plan is in force
