@@ -1,4 +1,5 @@
-"""What the commands do, for a program: fit, calibrate, solve, evaluate, evaluate_tasks, verdict, read_plan, write_plan.
+"""What the commands do, for a program: fit, calibrate, solve, evaluate, evaluate_tasks, verdict, read_plan, write_plan,
+Server.
 
     from kvtuner_gguf.api import Options, WithinBits, calibrate, write_plan
 
@@ -26,6 +27,7 @@ from .fit import Fit, FitRow
 from .pair import Pair
 from .plan import Plan
 from .quality import Comparison, Quality, Row
+from .serve import Server
 from .tasks.score import TaskComparison
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Quality",
     "Row",
     "Sensitivity",
+    "Server",
     "Solved",
     "TaskComparison",
     "WithinBits",

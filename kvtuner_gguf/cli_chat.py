@@ -83,7 +83,9 @@ def chat(prompt: str | None, system: str | None, **given: Any) -> None:
 @click.argument("extra", nargs=-1, metavar="[-- LLAMA_SERVER_OPTIONS]")
 @click.option("--plan", "plan_file", type=MODEL, help="A sidecar to use instead of the plan in the file.")
 @click.option("--no-plan", is_flag=True, help="Run without a plan, on an f16 cache.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; others than this need a key.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen at; others than this need a key."
+)
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: one that is free.")
 @click.option(
     "--api-key", envvar="LLAMA_API_KEY", show_envvar=True, help="Key that requests must bring, as OpenAI's clients do."
@@ -109,15 +111,19 @@ def serve(
     model: Path,
     plan_file: Path | None,
     no_plan: bool,
+    extra: tuple[str, ...],
     n_ctx: int,
     threads: int | None,
     **given: Any,
 ) -> None:
     """Serve MODEL under its plan to OpenAI's clients, by the patched llama-server. Ctrl-C ends it."""
+    if extra and not extra[0].startswith("-"):
+        raise click.UsageError(f"Got unexpected extra argument ({extra[0]}).")
     from .serve import Server
 
     plan = False if no_plan else plan_file
-    with suppress(KeyboardInterrupt), Server(model, plan=plan, n_ctx=n_ctx, n_threads=threads, say=note, **given) as server:
+    options = {"plan": plan, "n_ctx": n_ctx, "n_threads": threads, "extra": extra, "say": note, **given}
+    with suppress(KeyboardInterrupt), Server(model, **options) as server:
         server.watch()
 
 

@@ -1,4 +1,4 @@
-"""The patched llama-server: started under a model's plan, waited for, watched, and ended with the program that uses it."""
+"""The patched llama-server: started under a model's plan, waited for, watched, and ended with who uses it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-from urllib.error import URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
 from . import native
@@ -269,8 +268,8 @@ def _free_port(host: str, port: int) -> int:
             return found.getsockname()[1]
     except OSError as error:
         raise NativeError(
-            f"port {port} of {host}: cannot be had ({error.strerror}). Give another with --port, or --port 0 for "
-            "any that is free."
+            f"port {port} of {host}: cannot be had ({os.strerror(error.errno or 0)}). Give another with "
+            "--port, or --port 0 for any that is free."
         ) from None
 
 
@@ -282,6 +281,6 @@ def _check_memory(model: str | os.PathLike[str], plan: Asked, n_ctx: int, n_gpu_
             needed, available = ctx.memory().total, available_memory()
     if needed > available and not n_gpu_layers:
         raise NativeError(
-            f"model '{os.fspath(model)}' at {n_ctx} tokens: takes {needed / 2**30:.1f} GiB, {available / 2**30:.1f} are "
-            "free. Use a smaller -c: `kvtuner-gguf fit` tells how many tokens fit."
+            f"model '{os.fspath(model)}' at {n_ctx} tokens: takes {needed / 2**30:.1f} GiB, "
+            f"{available / 2**30:.1f} are free. Use a smaller -c: `kvtuner-gguf fit` tells how many tokens fit."
         )

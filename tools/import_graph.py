@@ -32,7 +32,7 @@ FLOORS = (
     "calibrate.condition calibrate.error calibrate.options page",
     "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.text card fit output",
     "calibrate.hidden calibrate.kld calibrate.moments calibrate.prices calibrate.solve calibrate.weights identity "
-    "llama shown tasks.ask",
+    "llama serve shown tasks.ask",
     "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples "
     "gguf_file import_hook runtime",
     "calibrate.results gguf_header in_force report",
@@ -49,7 +49,7 @@ PARTS = {"calibrate": "calibrate", "tasks": "kvtuner_gguf/tasks"}  # of the pack
 MAY_CALIBRATE = {"api", "cli", "cli_chat", "cli_measure"}
 
 # Native code: the folders are the targets that it is linked into.
-NATIVE_FLOORS = ("llama ggml-cpu ggml-cuda tests", "ggml-base")
+NATIVE_FLOORS = ("server", "llama ggml-cpu ggml-cuda tests", "ggml-base")
 
 Graph = dict[str, set[str]]
 

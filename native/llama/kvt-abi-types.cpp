@@ -65,7 +65,7 @@ int32_t kvt_encode(const char * name, const float * x, int64_t n_rows, int64_t n
     }
     constexpr size_t N_LEAF = 3;
     // what writes a cache: rows of f32 set in a tensor of the type
-    const ggml_context_ptr ctx(ggml_init({ (N_LEAF + 1) * ggml_tensor_overhead() + ggml_graph_overhead_custom(N_LEAF, false), nullptr, /*.no_alloc =*/ true }));
+    const ggml_context_ptr ctx(ggml_init({ (N_LEAF + 1) * ggml_tensor_overhead() + ggml_graph_overhead_custom(N_LEAF, false), nullptr, /*.no_alloc =*/true }));
     ggml_tensor *          cache = ggml_new_tensor_2d(ctx.get(), type, n_per_row, n_rows);
     ggml_tensor *          rows  = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_per_row, n_rows);
     ggml_tensor *          where = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I64, n_rows);

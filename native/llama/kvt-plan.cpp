@@ -167,7 +167,7 @@ static void kvt_read_environment(const llama_hparams & hparams, kvt_plan & plan)
     if (!path || !path[0]) {
         return;
     }
-    const gguf_context_ptr gguf(gguf_init_from_file(path, { /*.no_alloc =*/ true, /*.ctx =*/ nullptr }));
+    const gguf_context_ptr gguf(gguf_init_from_file(path, { /*.no_alloc =*/true, /*.ctx =*/nullptr }));
     if (!gguf || !kvt_holds_plan(gguf.get())) {
         plan.notes.push_back(format("KVTUNER_GGUF_PLAN names '%s', which is no GGUF with a plan: it is ignored", kvt_printable(path).c_str()));
         return;

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from kvtuner_gguf import Llama
 from kvtuner_gguf.cli import main
 from kvtuner_gguf.errors import PlanError
-from kvtuner_gguf.gguf_file import weights_hash, write_plan
+from kvtuner_gguf.gguf_file import weights_hash, write_plan, write_plan_alone
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
 from kvtuner_gguf.quality import Quality
@@ -134,3 +134,20 @@ def test_a_card_of_a_plan_that_was_never_measured(model):
     write_plan(model, PLAN)
     card = run("export", model, "--card").stdout
     assert "KLD" not in card and "How it was made" not in card and "## Layers" in card
+
+
+def test_the_environment_names_a_plan_for_programs_that_read_no_json(model, load, tmp_path, monkeypatch):
+    """It comes before the file's, as a given plan does; what it names in vain is told, and the file's is used."""
+    alone, of_file = tmp_path / "plan.gguf", Plan((Pair("q8_0", "q8_0"),) * 4)
+    write_plan_alone(PLAN, alone)
+    write_plan(model, of_file)
+    for path, source, pairs in ((alone, "environment", PLAN.pairs), (model, "environment", of_file.pairs)):
+        monkeypatch.setenv("KVTUNER_GGUF_PLAN", str(path))
+        session = load(model)
+        assert (session.plan_source, session.plan_notes) == (source, [])
+        with session.context(256) as ctx:
+            assert tuple(Pair(layer.type_k, layer.type_v) for layer in ctx.layers()) == pairs
+    for path in (tmp_path / "none.gguf", tmp_path):
+        monkeypatch.setenv("KVTUNER_GGUF_PLAN", str(path))
+        session = load(model)
+        assert session.plan_source == "file" and "which is no GGUF with a plan" in session.plan_notes[0]

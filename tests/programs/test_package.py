@@ -14,7 +14,7 @@ import kvtuner_gguf
 from kvtuner_gguf import native
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTICES = ["LICENSE", "LICENSE_THIRD_PARTY", "licenses/libgomp.txt"]
+NOTICES = ["LICENSE", "LICENSE_THIRD_PARTY", "licenses/libgomp.txt", "licenses/xxhash.txt"]
 BUILT = (".git", ".*_cache", "build", "dist", "*.gguf", ".venv", "__pycache__", "*.egg-info")  # none of it is a source
 
 
@@ -55,6 +55,9 @@ def test_the_package_runs_as_a_module():
     assert run.stdout == f"kvtuner-gguf {kvtuner_gguf.__version__}, llama.cpp {native.LLAMA_CPP_COMMIT}\n"
 
 
-@pytest.mark.parametrize("holder", ["The ggml authors", "Mozilla Foundation", "Jeffrey Quesnelle", "Andrei Betlen"])
+@pytest.mark.parametrize(
+    "holder",
+    ["The ggml authors", "Mozilla Foundation", "Jeffrey Quesnelle", "Niels Lohmann", "Yann Collet", "Andrei Betlen"],
+)
 def test_whose_code_is_built_is_named(holder):
     assert holder in (ROOT / "LICENSE_THIRD_PARTY").read_text()
