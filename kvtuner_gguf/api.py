@@ -51,6 +51,7 @@ __all__ = [
     "WithinBytes",
     "WithinKld",
     "calibrate",
+    "check_tasks",
     "evaluate",
     "evaluate_tasks",
     "fit",
@@ -225,6 +226,14 @@ def evaluate_tasks(
         n_gpu_layers=n_gpu_layers,
         fresh=fresh,
     )
+
+
+def check_tasks(model: StrPath, tasks: StrPath, *, seed: int = 0) -> None:
+    """Raises what evaluate_tasks would raise for these tasks, before work is spent."""
+    check_packages()
+    from .tasks import evaluate as stage
+
+    stage.check_tasks(Path(model), str(tasks), seed)
 
 
 def read_plan(path: StrPath) -> Plan | None:

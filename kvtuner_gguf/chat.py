@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from .errors import KvtunerError, StoppedError
+from .report import layers_text
 from .template import TEMPLATE_ERRORS, Messages, folded, template_error
 
 _QUOTES = '"""'
@@ -165,11 +166,10 @@ class _Chat:
 
     def _stats(self, _: str) -> str:
         used = f"{self.llm.n_tokens} of {self.llm.n_ctx()} tokens of context"
-        return f"{used}; {self.last}; K/V cache {self.llm.kv_bytes / 2**20:.1f} MiB\n"
+        return f"{used}; K/V cache {self.llm.kv_bytes / 2**20:.1f} MiB\n{self.last}\n"
 
     def _plan(self, _: str) -> str:
-        runs = ((f"{first}-{last}", pair) for first, last, pair in self.llm.plan.runs())
-        return "".join(f"{il:>7} {pair if pair.type_k else 'none of its own'}\n" for il, pair in runs)
+        return f"{layers_text(self.llm.plan.pairs)}\n"
 
     def _save(self, path: str) -> str:
         about = json.dumps({"system": self.system, "turns": self.turns})

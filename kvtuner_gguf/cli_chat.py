@@ -73,7 +73,9 @@ def chat(prompt: str | None, system: str | None, **given: Any) -> None:
         if hasattr(sys.stdin, "reconfigure"):
             sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 is no reason to end
         with suppress(ImportError):
-            import readline  # noqa: F401 # input() then has a history, and lines can be edited
+            import readline  # input() then has a history, and lines can be edited
+
+            readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message; Python's is off
         chat_loop(llm, _read_line, write, system=system, **sampling)
     llm.close()
 

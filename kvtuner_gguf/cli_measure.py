@@ -62,6 +62,7 @@ def fit(model: Path, plan_file: Path | None, memory: int | None, n_ctx: int, n_g
 )
 @shared("types", "mean", "scale", "basis")
 @click.option("--report", type=FILE, help="Write a page of HTML about it, too: what was measured, in pictures.")
+@click.option("--tasks", help="Ask these tasks under f16 and the plan, too: see `kvtuner-gguf evaluate`.")
 @shared("fresh", "c", "f", "chunks", "seed", "t", "ngl", "force", "json")
 @click.pass_context
 def calibrate(
@@ -70,6 +71,7 @@ def calibrate(
     model: Path,
     output: Path | None,
     report: Path | None,
+    tasks: str | None,
     force: bool,
     as_json: bool,
     **given: Any,
@@ -81,11 +83,13 @@ def calibrate(
     """
     from . import api
     from .output import output as place
-    from .report import outcome_json, outcome_text
+    from .report import outcome_json, outcome_text, tasks_json, tasks_text
 
     api.check_packages()
     options = options_of(model, **given)
     to = place(model, output, reads=_texts(options), force=force)
+    if tasks is not None:
+        api.check_tasks(model, tasks, seed=options.seed)
     if report:
         from .output import check_page
         from .page import check_plotly
@@ -95,15 +99,28 @@ def calibrate(
     with told_what_is_kept():
         outcome = api.calibrate(options, Terminal())
     written = written_to(to, outcome.plan, _recovery(ctx))
+    answered = None
+    if tasks is not None:
+        with told_what_is_kept():
+            answered = api.evaluate_tasks(
+                model,
+                {"plan": outcome.plan},
+                tasks,
+                Terminal(),
+                n_ctx=options.n_ctx,
+                seed=options.seed,
+                n_threads=options.n_threads,
+                n_gpu_layers=options.n_gpu_layers,
+            )
     if report:
         from .page import save_page
 
-        save_page(report, model, outcome, api.solve(options))
+        save_page(report, model, outcome, api.solve(options), answered)
         note(f"report: {report}")
     if as_json:
-        print_json(outcome_json(outcome, written))
+        print_json(outcome_json(outcome, written) | ({"tasks": tasks_json(answered)} if answered else {}))
     else:
-        show(outcome_text(outcome, written))
+        show("\n\n".join([outcome_text(outcome, written), *([tasks_text(answered)] if answered else [])]))
 
 
 @click.command(cls=ModelFirst)

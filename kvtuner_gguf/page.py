@@ -18,7 +18,7 @@ from .output import PAGE_MARK
 from .pair import USUAL, Pair
 from .plan import Plan
 from .printable import printable
-from .report import MIB, comparison_note, comparison_table, memory_rows, verdict_line
+from .report import MIB, comparison_note, comparison_table, memory_rows, tasks_note, tasks_tables, verdict_line
 from .room import write_errors
 from .runtime import Session
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from .calibrate.options import Outcome, Solved
     from .calibrate.results import Sensitivity
-    from .quality import Comparison, Row
+    from .quality import Row
+    from .tasks.score import TaskComparison
 
 CONTEXTS = tuple(1024 << i for i in range(8))  # at which memory is shown, as far as the model was trained
 _SYMBOLS = ("star", "circle", "square", "diamond", "cross", "x", "triangle-up", "triangle-down")
@@ -48,20 +49,23 @@ def check_plotly() -> None:
         raise KvtunerError("a report needs plotly, which is not installed. pip install 'kvtuner-gguf[report]'")
 
 
-def save_page(path: Path, model: Path, outcome: Outcome, solved: Solved) -> None:
+def save_page(
+    path: Path, model: Path, outcome: Outcome, solved: Solved, answered: TaskComparison | None = None
+) -> None:
     """Write the page in one step. Raises PlanError."""
-    data = page(model, outcome, solved).encode()
+    data = page(model, outcome, solved, answered).encode()
     with write_errors(path, len(data), "Choose another place with --report."), atomic_file(path) as out:
         out.write(data)
 
 
-def page(model: Path, outcome: Outcome, solved: Solved) -> str:
-    """The page of a calibration and of what its records foretell of other goals. Raises NativeError if the model cannot
-    be opened."""
+def page(model: Path, outcome: Outcome, solved: Solved, answered: TaskComparison | None = None) -> str:
+    """The page of a calibration, of what its records foretell of other goals, and of answers to tasks. Raises
+    NativeError if the model cannot be opened."""
     plan, geometry = outcome.plan, outcome.geometry
     name = escape(printable(model.name))
     parts = [
-        ("What it costs", _measured(outcome.comparison)),
+        ("What it costs", _tables([comparison_table(outcome.comparison)], comparison_note(outcome.comparison))),
+        *([("Tasks", _tables(tasks_tables(answered), tasks_note(answered)))] if answered else []),
         ("KLD against bits", _drawn(front(outcome.comparison.rows, solved), with_library=True)),
         ("The plan", _drawn(types(plan), width=_LAYER_PIXELS * plan.n_layer)),
         ("What each layer's K and V add to the KLD", _drawn(sensitivity(solved.sensitivities))),
@@ -209,10 +213,10 @@ def _drawn(figure: go.Figure, *, width: int = 320, with_library: bool = False) -
     return f'<div class="wide"><div style="min-width: {width}px">{html}</div></div>'
 
 
-def _measured(c: Comparison) -> str:
-    """The held-out table."""
-    rows = "".join(_rows(*comparison_table(c)))
-    return f'<div class="wide"><table>{rows}</table></div>\n<p>{escape(comparison_note(c))}</p>'
+def _tables(tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]], note: str) -> str:
+    """Heads and rows, and what is said of them."""
+    of_each = (f'<div class="wide"><table>{"".join(_rows(*part))}</table></div>' for part in tables)
+    return "<br>\n".join(of_each) + f"\n<p>{escape(note)}</p>"
 
 
 def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

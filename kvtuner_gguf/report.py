@@ -136,8 +136,14 @@ def verdict_json(c: Comparison) -> dict[str, Any]:
 
 
 def tasks_text(c: TaskComparison) -> str:
-    """The tables of tasks: all together, and each area's share of right answers."""
-    rows, areas = [], []
+    """The tables of tasks, and what they show."""
+    return "\n\n".join([*(table(*part) for part in tasks_tables(c)), tasks_note(c)])
+
+
+def tasks_tables(c: TaskComparison) -> list[tuple[Sequence[str], list[Sequence[str]]]]:
+    """Heads and rows: all tasks together, and each area's share of right answers if there are several."""
+    rows: list[Sequence[str]] = []
+    areas: list[Sequence[str]] = []
     for row in c.rows:
         flips, accuracy = c.flips(row), row.accuracy
         beside = (
@@ -149,14 +155,18 @@ def tasks_text(c: TaskComparison) -> str:
         rows.append((row.name, *size, _share(accuracy), *beside))
         areas.append((row.name, *(f"{100 * a.share:.0f} %" for a in row.areas().values())))
     of_areas = c.rows[0].areas()
-    parts = [table(("cache", "bits", f"MiB at {c.n_ctx}", "right", "flips", "p", "other text"), rows)]
-    if len(of_areas) > 1:
-        parts.append(table(("right", *(f"{name or 'others'} ({a.n})" for name, a in of_areas.items())), areas))
-    parts.append(
+    all_together: Sequence[str] = ("cache", "bits", f"MiB at {c.n_ctx}", "right", "flips", "p", "other text")
+    of_each = ("right", *(f"{name or 'others'} ({a.n})" for name, a in of_areas.items()))
+    return [(all_together, rows), (of_each, areas)][: 1 + (len(of_areas) > 1)]
+
+
+def tasks_note(c: TaskComparison) -> str:
+    """What the tables are of, and what was left."""
+    about = (
         f"{len(c.rows[0].answers)} tasks of {printable(c.tasks)}, greedy; +-: standard error. Flips against f16: right "
         "there and wrong here + the other way; p: McNemar's exact test of the two."
     )
-    return "\n\n".join([*parts, *(f"note: {printable(note)}" for note in c.notes)])
+    return "\n\n".join([about, *(f"note: {printable(note)}" for note in c.notes)])
 
 
 def _share(accuracy: Accuracy) -> str:

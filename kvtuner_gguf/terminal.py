@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,9 +42,16 @@ def print_json(value: Any) -> None:
 
 
 def note(text: str) -> None:
-    """One line to standard error; one that cannot be written there ends nothing."""
+    """Lines to standard error, on a terminal broken between words; what cannot be written there ends nothing."""
+    text = printable(text, sys.maxsize, keep="\n")
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        lines = (
+            textwrap.fill(line, columns, break_long_words=False, break_on_hyphens=False) for line in text.split("\n")
+        )
+        text = "\n".join(lines)
     with suppress(OSError):
-        click.echo(printable(text, sys.maxsize, keep="\n"), err=True)
+        click.echo(text, err=True)
 
 
 def _write(text: str | bytes, nl: bool) -> None:

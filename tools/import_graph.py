@@ -33,12 +33,12 @@ FLOORS = (
     "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.text card fit output",
     "calibrate.hidden calibrate.kld calibrate.moments calibrate.prices calibrate.solve calibrate.weights identity "
     "llama serve shown tasks.ask",
-    "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples "
+    "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples chat "
     "gguf_file import_hook runtime",
     "calibrate.results gguf_header in_force report",
     "geometry held plan tasks.made",
     "calibrate.corpus hidden kvectors log tap tasks.task uses",
-    "arguments calibrate.records chat default_model kept native pair quality session_file target tasks.answer",
+    "arguments calibrate.records default_model kept native pair quality session_file target tasks.answer",
     "cache codecs machine reading room template terminal threads values",
     "errors",
     "atomic calibrate calibrate.layers calibrate.progress calibrate.sizes interrupts printable tasks tasks.score words",

@@ -67,6 +67,13 @@ def evaluate_tasks(
             return _answered(session, plans, asked, prompts, geometry, work, progress, Path(tasks).name)
 
 
+def check_tasks(model: Path, tasks: str, seed: int) -> None:
+    """Raises TaskError for tasks that cannot be read or do not fit the model's context, before work is spent."""
+    with Session(model, no_alloc=True) as shape:
+        shape.check_writes_text()
+        _prompts(shape, _tasks(shape, tasks, seed))
+
+
 def _answered(
     session: Session,
     plans: Mapping[str, Plan],

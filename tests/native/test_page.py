@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 from click.testing import CliRunner
+from gguf import GGUFValueType
 from models import small_text
 
 from kvtuner_gguf import Plan
@@ -57,6 +58,7 @@ def test_a_report_shows_what_the_command_prints_and_needs_nothing_else(model, tm
     assert page.links == [] and page.titles[0] == "K/V cache plan of a <b> & c.gguf" and len(page.titles) == 6
     for row in found["comparison"]["rows"]:
         assert row["name"] in page.cells and any(cell.startswith(f"{row['kld_mean']:.5f}") for cell in page.cells)
+    assert "Tasks" not in page.titles
     drawn = html.split("Plotly.newPlot(")[1:]
     assert len(drawn) == 4
     for side in ("type_k", "type_v"):
@@ -96,3 +98,22 @@ def test_a_report_is_refused_before_anything_is_measured(model, own_cache, tmp_p
     monkeypatch.setattr("kvtuner_gguf.page.find_spec", lambda name: None)
     output = run("calibrate", model, *ARGUMENTS, "--report", tmp_path / "r.html", code=1).output
     assert "pip install 'kvtuner-gguf[report]'" in output and not own_cache.exists()
+
+
+TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def test_tasks_are_in_the_report_if_they_were_asked(short_chunks, tiny, tmp_path):
+    """And looked at before anything is measured."""
+    with_template = tiny("llama", extra=[("tokenizer.chat_template", GGUFValueType.STRING, TEMPLATE)])
+    model, report = shutil.copyfile(with_template, tmp_path / "model.gguf"), tmp_path / "report.html"
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"prompt": "Hello", "regex": ".*", "area": "any", "max_tokens": 4}\n' * 2)
+    arguments = (*ARGUMENTS, "-f", small_text(tmp_path / "text.txt"), "--report", report)
+    assert "none.jsonl" in run("calibrate", model, *arguments, "--tasks", tmp_path / "none.jsonl", code=1).output
+    assert not report.exists()
+    found = json.loads(run("calibrate", model, *arguments, "--tasks", tasks, "--json").stdout)
+    names = [row["name"] for row in found["tasks"]["rows"]]
+    assert names == ["f16", "f16 (noise floor)", "plan"]
+    page = Page(report.read_text())
+    assert "Tasks" in page.titles and page.cells.count("100.0 +-0.0 %") == len(names)
