@@ -225,7 +225,7 @@ def told(props: Mapping[str, Any]) -> str:
     n_ctx = props["default_generation_settings"]["n_ctx"]
     notes = "".join(f"\nnote: {note}" for note in ours["notes"])
     return (
-        f"{props['total_slots']} slots share {n_ctx} tokens, {ours['bytes'] / 2**20:.1f} MiB, {plan}: "
+        f"{props['total_slots']} slots of up to {n_ctx} tokens, {ours['bytes'] / 2**20:.1f} MiB, {plan}: "
         f"{', '.join(pairs)}{notes}"
     )
 

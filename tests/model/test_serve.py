@@ -136,7 +136,7 @@ def test_it_ends_with_the_command(planned, how, signals_as_at_start):
     command = [sys.executable, "-m", "kvtuner_gguf", "serve", str(planned), "--port", "0", "-c", "512"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as program:
         first = program.stderr.readline()
-        port = re.match(r"http://127\.0\.0\.1:(\d+): 4 slots share 512 tokens, \S+ MiB, under a plan", first)
+        port = re.match(r"http://127\.0\.0\.1:(\d+): 4 slots of up to 512 tokens, \S+ MiB, under a plan", first)
         assert port, first
         program.send_signal(how)
         program.wait(60)
