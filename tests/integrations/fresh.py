@@ -50,7 +50,6 @@ class Fresh:
 def serve(fresh: Fresh, model: Path) -> None:
     """OpenAI's client at the server, whose address is the first thing that it says."""
     command = [str(fresh.bin / "kvtuner-gguf"), "serve", str(model), "--port", "0", "--api-key", "of-this-test"]
-    command += ["--", "--no-kv-unified"]  # the same answer from every slot
     with subprocess.Popen(command, env=fresh.env, stderr=subprocess.PIPE, text=True) as server:
         try:
             assert server.stderr is not None

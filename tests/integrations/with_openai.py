@@ -6,7 +6,7 @@ from openai import OpenAI
 
 client = OpenAI(base_url=sys.argv[1], api_key=sys.argv[2] if len(sys.argv) > 2 else "none")
 asked = {"model": "any", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 16, "temperature": 0}
-asked["extra_body"] = {"cache_prompt": False}  # llama-server's: a prompt that is read again in one piece rounds alike
+client.chat.completions.create(**asked)  # from now on the prompt is in the cache: rounded alike each time
 whole = client.chat.completions.create(**asked).choices[0].message.content
 parts = client.chat.completions.create(**asked, stream=True)
 stream = "".join(part.choices[0].delta.content or "" for part in parts if part.choices)
