@@ -76,11 +76,10 @@ def _load_with_our_library(loader: Any) -> None:
 def _load_backends(lib: Any, folder: Path) -> None:
     """Backends that are files of their own, as in a wheel, of which the best for this processor is chosen. Left alone,
     llama.cpp would look for them beside Python, and in the current folder, whoever wrote there."""
+    if not any(folder.glob("*ggml-cpu-*")):  # they are linked in, and a GPU's is not to be woken by an import
+        return
     import ctypes
 
-    lib._lib.ggml_backend_reg_count.restype = ctypes.c_size_t
-    if lib._lib.ggml_backend_reg_count():
-        return
     log, user = lib.llama_log_callback(), ctypes.c_void_p()
     lib.llama_log_get(ctypes.byref(log), ctypes.byref(user))
     silent = lib.llama_log_callback(lambda *_: None)

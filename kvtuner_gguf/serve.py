@@ -181,7 +181,7 @@ class Server:
             stderr=subprocess.STDOUT,
             env=self._environment,
             start_new_session=True,  # Ctrl-C is for us, who end it
-            preexec_fn=partial(_end_with_parent, os.getpid()) if sys.platform == "linux" else None,
+            preexec_fn=partial(_end_with_parent, os.getpid()) if _may_end_with_parent() else None,
         )
         threading.Thread(target=self._read, args=(self._process,), daemon=True).start()
         while True:
@@ -228,6 +228,11 @@ def told(props: Mapping[str, Any]) -> str:
         f"{props['total_slots']} slots of up to {n_ctx} tokens, {ours['bytes'] / 2**20:.1f} MiB, {plan}: "
         f"{', '.join(pairs)}{notes}"
     )
+
+
+def _may_end_with_parent() -> bool:
+    """Linux tells a child of the end of the thread that started it: of no other than the main one is that wanted."""
+    return sys.platform == "linux" and threading.current_thread() is threading.main_thread()
 
 
 def _end_with_parent(parent: int) -> None:

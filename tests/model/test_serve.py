@@ -149,6 +149,14 @@ def test_it_ends_with_the_command(planned, how, signals_as_at_start):
         pytest.fail("llama-server still listens")
 
 
+def test_it_outlives_the_thread_that_started_it(planned):
+    with ThreadPoolExecutor(1) as pool:
+        server = pool.submit(Server, planned, port=0, n_ctx=512).result()
+    with server:
+        time.sleep(0.5)
+        assert post(server.url, "/completion", prompt="Hello", n_predict=1)["tokens_predicted"] == 1
+
+
 def test_a_plan_beside_the_model_is_obeyed(smol, tmp_path):
     model = tmp_path / "model.gguf"
     model.symlink_to(smol)
