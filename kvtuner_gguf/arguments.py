@@ -114,6 +114,10 @@ def shared(*names: str) -> Callable[[Command], Command]:
             type=click.IntRange(0),
             help="Layers to keep on the GPU.",
         ),
+        "plan": click.option(
+            "--plan", "plan_file", type=MODEL, help="A sidecar to use instead of the plan in the file."
+        ),
+        "no-plan": click.option("--no-plan", is_flag=True, help="Run without a plan, on an f16 cache."),
         "chunks": click.option(
             "--chunks",
             "n_chunk",

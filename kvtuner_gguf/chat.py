@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from .errors import KvtunerError, StoppedError
-from .report import layers_text
+from .report import MIB, layers_text
 from .template import TEMPLATE_ERRORS, Messages, folded, template_error
 
 _QUOTES = '"""'
@@ -166,7 +166,7 @@ class _Chat:
 
     def _stats(self, _: str) -> str:
         used = f"{self.llm.n_tokens} of {self.llm.n_ctx()} tokens of context"
-        return f"{used}; K/V cache {self.llm.kv_bytes / 2**20:.1f} MiB\n{self.last}\n"
+        return f"{used}; K/V cache {self.llm.kv_bytes / MIB:.1f} MiB\n{self.last}\n"
 
     def _plan(self, _: str) -> str:
         return f"{layers_text(self.llm.plan.pairs)}\n"

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=MODEL)
 @click.option("-p", "--prompt", help="Answer this and exit.")
 @click.option("--system", help="System message.")
-@click.option("--plan", "plan_file", type=MODEL, help="A sidecar to use instead of the plan in the file.")
-@click.option("--no-plan", is_flag=True, help="Run without a plan, on an f16 cache.")
+@shared("plan", "no-plan")
 @click.option("-ctk", "--cache-type-k", "type_k", help="One K type for all layers, whatever the plan says.")
 @click.option("-ctv", "--cache-type-v", "type_v", help="One V type for all layers, whatever the plan says.")
 @click.option(
@@ -83,8 +82,7 @@ def chat(prompt: str | None, system: str | None, **given: Any) -> None:
 @click.command(cls=ModelFirst)
 @click.argument("model", type=MODEL)
 @click.argument("extra", nargs=-1, metavar="[-- LLAMA_SERVER_OPTIONS]")
-@click.option("--plan", "plan_file", type=MODEL, help="A sidecar to use instead of the plan in the file.")
-@click.option("--no-plan", is_flag=True, help="Run without a plan, on an f16 cache.")
+@shared("plan", "no-plan")
 @click.option(
     "--host", default="127.0.0.1", show_default=True, help="Address to listen at; others than this need a key."
 )

@@ -67,7 +67,7 @@ def _load_with_our_library(loader: Any) -> None:
             else:
                 os.environ[VARIABLE] = before
         if hasattr(module.llama_cpp._lib, "kvt_build_id"):  # the variable may name a stock build
-            _load_backends(module.llama_cpp, folder)
+            _load_backends(module.llama_cpp._lib, folder)
             _obey_plans(module)
 
     loader.exec_module = exec_module
@@ -78,16 +78,10 @@ def _load_backends(lib: Any, folder: Path) -> None:
     llama.cpp would look for them beside Python, and in the current folder, whoever wrote there."""
     if not any(folder.glob("*ggml-cpu-*")):  # they are linked in, and a GPU's is not to be woken by an import
         return
-    import ctypes
+    from .log import heard
 
-    log, user = lib.llama_log_callback(), ctypes.c_void_p()
-    lib.llama_log_get(ctypes.byref(log), ctypes.byref(user))
-    silent = lib.llama_log_callback(lambda *_: None)
-    lib.llama_log_set(silent, ctypes.c_void_p())  # which one it is, is no news
-    try:
-        lib._lib.ggml_backend_load_all_from_path(ctypes.c_char_p(os.fsencode(folder)))
-    finally:
-        lib.llama_log_set(log, user)
+    with heard():  # which one it is, is no news
+        lib.ggml_backend_load_all_from_path(os.fsencode(folder))
 
 
 def _our_library() -> Path | None:

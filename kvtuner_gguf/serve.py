@@ -22,10 +22,11 @@ from urllib.request import ProxyHandler, Request, build_opener
 from . import native
 from .errors import NativeError
 from .gguf_file import write_plan_alone
-from .in_force import Asked, asked_plan, plan_beside
+from .in_force import Asked, asked_plan
 from .machine import available_memory
 from .plan import Plan
 from .printable import printable
+from .report import MIB
 from .runtime import Session
 from .threads import checked_threads, default_threads
 
@@ -96,7 +97,7 @@ class Server:
             self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
             if n_parallel < 1:
                 raise NativeError(f"slots: got {n_parallel}, need 1 or more.")
-            _check_memory(model, plan, n_ctx, n_gpu_layers)
+            given = _looked_at(model, plan, n_ctx, n_gpu_layers)
             self._command = [str(program), "--model", os.fspath(model), "--host", host, "--port", str(self.port)]
             self._command += ["--ctx-size", str(n_ctx), "--parallel", str(n_parallel), "--kv-unified"]
             self._command += ["--threads", str(checked_threads(n_threads or default_threads()))]
@@ -104,7 +105,7 @@ class Server:
             if slots is not None:
                 Path(slots).mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._command += ["--slot-save-path", f"{Path(slots).resolve()}{os.sep}"]
-            self._environment = self._environment_of(model, plan, api_key)
+            self._environment = self._environment_of(given, api_key)
             if plan is False:
                 self._command += ["--override-kv", "kvtuner.enabled=bool:false"]
             self._command += extra
@@ -158,15 +159,12 @@ class Server:
 
     # ---- inside
 
-    def _environment_of(self, model: str | os.PathLike[str], plan: Asked, api_key: str | None) -> Mapping[str, str]:
-        """With the plan, if it is not in the file, and with the key, which a command line would show to all."""
+    def _environment_of(self, plan: Plan | None, api_key: str | None) -> Mapping[str, str]:
+        """With a plan that is not in the file, and with the key, which a command line would show to all."""
         environment = {key: value for key, value in os.environ.items() if key not in (PLAN_VARIABLE, KEY_VARIABLE)}
-        given = asked_plan(plan)
-        if given is None and not _holds_plan(model):
-            given = plan_beside(model)
-        if isinstance(given, Plan):
+        if plan is not None:
             path = Path(self._folder.name) / "plan.gguf"
-            write_plan_alone(given, path)
+            write_plan_alone(plan, path)
             environment[PLAN_VARIABLE] = str(path)
         if api_key is not None:
             environment[KEY_VARIABLE] = api_key
@@ -225,7 +223,7 @@ def told(props: Mapping[str, Any]) -> str:
     n_ctx = props["default_generation_settings"]["n_ctx"]
     notes = "".join(f"\nnote: {note}" for note in ours["notes"])
     return (
-        f"{props['total_slots']} slots of up to {n_ctx} tokens, {ours['bytes'] / 2**20:.1f} MiB, {plan}: "
+        f"{props['total_slots']} slots of up to {n_ctx} tokens, {ours['bytes'] / MIB:.1f} MiB, {plan}: "
         f"{', '.join(pairs)}{notes}"
     )
 
@@ -251,11 +249,6 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _holds_plan(model: str | os.PathLike[str]) -> bool:
-    with Session(Path(model), no_alloc=True) as session:
-        return session.plan_source != "none"
-
-
 def _check_host(host: str, api_key: str | None) -> None:
     if host not in LOOPBACK and not api_key:
         raise NativeError(
@@ -278,10 +271,11 @@ def _free_port(host: str, port: int) -> int:
         ) from None
 
 
-def _check_memory(model: str | os.PathLike[str], plan: Asked, n_ctx: int, n_gpu_layers: int) -> None:
-    """Loads no weights. Raises NativeError if they, the cache and the buffers do not fit."""
+def _looked_at(model: str | os.PathLike[str], plan: Asked, n_ctx: int, n_gpu_layers: int) -> Plan | None:
+    """The plan to serve under, if it is not in the file. Loads no weights. Raises NativeError if they, the cache and
+    the buffers do not fit."""
     with Session(Path(model), no_alloc=True, n_gpu_layers=n_gpu_layers) as session:
-        session.put_in_force(asked_plan(plan))
+        given = session.put_in_force(asked_plan(plan))
         with session.context(n_ctx) as ctx:
             needed, available = ctx.memory().total, available_memory()
     if needed > available and not n_gpu_layers:
@@ -289,3 +283,4 @@ def _check_memory(model: str | os.PathLike[str], plan: Asked, n_ctx: int, n_gpu_
             f"model '{os.fspath(model)}' at {n_ctx} tokens: takes {needed / 2**30:.1f} GiB, "
             f"{available / 2**30:.1f} are free. Use a smaller -c: `kvtuner-gguf fit` tells how many tokens fit."
         )
+    return given
