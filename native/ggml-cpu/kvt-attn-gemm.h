@@ -1,4 +1,4 @@
-// kvt-attn-gemm.h - C[m][n] (+)= A[m][k] * B[k][n], blocked in registers, n a multiple of the vector; in floats, or in pairs of int16 with a scale.
+// kvt-attn-gemm.h - C[m][n] (+)= A[m][k] * B[k][n], blocked in registers, n a multiple of the vector; in floats, or in integers with a scale.
 #pragma once
 
 #include "kvt-attn-simd.h"
@@ -6,9 +6,9 @@
 #include <algorithm>
 
 #if KVT_VW == 8 || !(defined(KVT_AVX512) || defined(__aarch64__))
-static const int KVT_MR = 6, KVT_NR = 2; // 16 registers
+static const int KVT_REGISTERS = 16;
 #else
-static const int KVT_MR = 6, KVT_NR = 4; // 32 registers
+static const int KVT_REGISTERS = 32;
 #endif
 
 // What of K or V is fetched while the tile before it is computed, a little at a time: a burst would wait for memory.
@@ -16,6 +16,18 @@ struct kvt_ahead {
     const char * p;
     size_t       nb, size; // n runs of size bytes, nb apart
     int64_t      n, n_once;
+
+    // over a product of m rows, n columns, at most `wide` at once, and k steps
+    template <typename T>
+    void spread(int64_t m, int64_t cols, int64_t wide, int64_t k) {
+        const int64_t once = std::min<int64_t>(wide, T::NR * KVT_VW), n_calls = (m + T::MR - 1) / T::MR * ((cols + once - 1) / once) * ((k + 3) / 4);
+        if (nb == size) { // one run: a part of it at each step
+            const size_t all = n * size;
+            nb = size = GGML_PAD(all / n_calls + 1, 64);
+            n         = (int64_t) ((all + size - 1) / size);
+        }
+        n_once = (n + n_calls - 1) / n_calls;
+    }
 
     KVT_INLINE void fetch() {
         for (int64_t i = std::min(n, n_once); i > 0; i--) {
@@ -28,14 +40,18 @@ struct kvt_ahead {
     }
 };
 
-// one step of the sum: a value of A times a vector of B, whose elements may be of a narrower type
+// one step of the sum: a value of A, of N_SUMS planes, times a vector of B, whose elements may be of a narrower type. MR rows of A by NR
+// vectors are summed at once; the sums of a row start at from()
 struct kvt_step_float {
+    static const int     MR = 6, NR = KVT_REGISTERS / 8;
     typedef float        value, element;
+    static const int     N_SUMS = 1;
     typedef vf           vector;
-    static KVT_INLINE vf set1(float x) { return vf_set1(x); }
     static KVT_INLINE vf load(const float * p) { return vf_load(p); }
+    static KVT_INLINE vf from(int32_t, int) { return vf_set1(0); }
+    static KVT_INLINE vf plane(const float * a, int) { return vf_set1(*a); }
     static KVT_INLINE vf fma(vf a, vf b, vf c) { return vf_fma(a, b, c); }
-    static KVT_INLINE vf sum(vf c) { return c; }
+    static KVT_INLINE vf all(const vf * c) { return c[0]; }
 };
 
 struct kvt_step_f16 : kvt_step_float {
@@ -48,15 +64,63 @@ struct kvt_step_bf16 : kvt_step_float {
     static KVT_INLINE vf load(const uint16_t * p) { return vf_load_bf16(p); }
 };
 
-#ifdef KVT_DOT
-struct kvt_step_int {
-    typedef int32_t      value, element;
-    typedef vi           vector;
-    static KVT_INLINE vi set1(int32_t x) { return vi_set1(x); }
-    static KVT_INLINE vi load(const int32_t * p) { return vi_load(p); }
-    static KVT_INLINE vi fma(vi a, vi b, vi c) { return vi_dot(a, b, c); }
-    static KVT_INLINE vf sum(vi c) { return vi_float(c); }
+#ifdef KVT_BYTES
+
+static const int   KVT_SIDE_BY_SIDE = 4; // values of B in an int32
+static const float KVT_MAX_INT      = 127 * 256 + 127; // of a value of A
+
+// 256*hi + lo, signed bytes, of four values side by side
+struct kvt_planes {
+    int32_t hi, lo;
 };
+
+struct kvt_step_int {
+    static const int     MR = 3, NR = KVT_REGISTERS / 8, N_SUMS = 2;
+    typedef kvt_planes   value;
+    typedef int32_t      element;
+    typedef vi           vector;
+    static KVT_INLINE vi load(const int32_t * p) { return vi_load(p); }
+    static KVT_INLINE vi from(int32_t x, int plane) { return vi_set1(plane == 0 ? 0 : x); }
+    static KVT_INLINE vi plane(const kvt_planes * a, int plane) { return vi_set1(plane == 0 ? a->hi : a->lo); }
+    static KVT_INLINE vi fma(vi a, vi b, vi c) { return vi_dot4(a, b, c); }
+    static KVT_INLINE vf all(const vi * c) { return vi_float(vi_add(vi_shl8(c[0]), c[1])); }
+    // four values, as B has those of K and V
+    static KVT_INLINE void put_k(const int16_t * x, kvt_planes * a) {
+        int8_t hi[4], lo[4];
+        for (int i = 0; i < 4; i++) {
+            lo[i] = (int8_t) x[i], hi[i] = (int8_t) ((x[i] - lo[i]) / 256);
+        }
+        memcpy(&a->hi, hi, sizeof(hi));
+        memcpy(&a->lo, lo, sizeof(lo));
+    }
+    static KVT_INLINE void put_v(vi x, int16_t * a) { vi_store_planes((int32_t *) a, x); }
+};
+
+#elif defined(KVT_DOT)
+
+static const int   KVT_SIDE_BY_SIDE = 2;
+static const float KVT_MAX_INT      = 32767;
+
+struct kvt_step_int {
+    static const int       MR = 6, NR = KVT_REGISTERS / 8, N_SUMS = 1;
+    typedef int32_t        value, element;
+    typedef vi             vector;
+    static KVT_INLINE vi   load(const int32_t * p) { return vi_load(p); }
+    static KVT_INLINE vi   from(int32_t x, int) { return vi_set1(x); }
+    static KVT_INLINE vi   plane(const int32_t * a, int) { return vi_set1(*a); }
+    static KVT_INLINE vi   fma(vi a, vi b, vi c) { return vi_dot(a, b, c); }
+    static KVT_INLINE void put_k(const int16_t * x, int32_t * a) {
+        const int16_t y[4] = { x[0], x[2], x[1], x[3] };
+        memcpy(a, y, sizeof(y));
+    }
+    static KVT_INLINE void put_v(vi x, int16_t * a) { vi_store_i16(a, x); }
+    static KVT_INLINE vf   all(const vi * c) { return vi_float(c[0]); }
+};
+
+#else
+
+static const int KVT_SIDE_BY_SIDE = 1;
+
 #endif
 
 // what the sum is multiplied by, in row i and the columns from j on
@@ -86,14 +150,21 @@ struct kvt_gemm_args {
     int64_t                     ldc;
     bool                        add;
     S                           scale;
+    const int32_t *             start; // of each row, ld_start apart; null: 0
+    int64_t                     ld_start;
 };
 
 template <int MR, int NR, typename T, typename S>
 static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0, int64_t j0, kvt_ahead & ahead) {
-    typename T::vector c[MR][NR];
+    const int          N = T::N_SUMS;
+    typename T::vector c[MR][NR][N];
     for (int i = 0; i < MR; i++) {
-        for (int j = 0; j < NR; j++) {
-            c[i][j] = T::set1(0);
+        const int32_t start = g.start ? g.start[(i0 + i) * g.ld_start] : 0;
+        for (int p = 0; p < N; p++) {
+            const typename T::vector from = T::from(start, p);
+            for (int j = 0; j < NR; j++) {
+                c[i][j][p] = from;
+            }
         }
     }
     const int64_t               k = g.k, lda = g.lda, ldb = g.ldb, ldc = g.ldc;
@@ -109,9 +180,13 @@ static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0,
                 b[j] = x;
             }
             for (int i = 0; i < MR; i++) {
-                const typename T::vector a = T::set1(A[i * lda + l]);
-                for (int j = 0; j < NR; j++) {
-                    c[i][j] = T::fma(a, b[j], c[i][j]);
+                for (int p = 0; p < N; p++) {
+                    const typename T::vector a = T::plane(A + i * lda + l, p);
+                    for (int j = 0; j < NR; j++) {
+                        typename T::vector x = T::fma(a, b[j], c[i][j][p]);
+                        KVT_KEEP(x);
+                        c[i][j][p] = x;
+                    }
                 }
             }
         }
@@ -121,13 +196,13 @@ static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0,
     if (g.add) {
         for (int i = 0; i < MR; i++) {
             for (int j = 0; j < NR; j++) {
-                vf_store(C + i * ldc + j * KVT_VW, vf_add(vf_load(C + i * ldc + j * KVT_VW), scale(T::sum(c[i][j]), i0 + i, j0 + j * KVT_VW)));
+                vf_store(C + i * ldc + j * KVT_VW, vf_add(vf_load(C + i * ldc + j * KVT_VW), scale(T::all(c[i][j]), i0 + i, j0 + j * KVT_VW)));
             }
         }
     } else {
         for (int i = 0; i < MR; i++) {
             for (int j = 0; j < NR; j++) {
-                vf_store(C + i * ldc + j * KVT_VW, scale(T::sum(c[i][j]), i0 + i, j0 + j * KVT_VW));
+                vf_store(C + i * ldc + j * KVT_VW, scale(T::all(c[i][j]), i0 + i, j0 + j * KVT_VW));
             }
         }
     }
@@ -137,13 +212,13 @@ static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0,
 template <int NR, typename T, typename S>
 static KVT_NOINLINE void kvt_gemm_cols(const kvt_gemm_args<T, S> & g, int64_t j, kvt_ahead & ahead) {
     int64_t i = 0;
-    for (; i + KVT_MR <= g.m; i += KVT_MR) {
-        kvt_gemm_block<KVT_MR, NR>(g, i, j, ahead);
+    for (; i + T::MR <= g.m; i += T::MR) {
+        kvt_gemm_block<T::MR, NR>(g, i, j, ahead);
     }
-    switch (g.m - i) {
-        case 5: kvt_gemm_block<5, NR>(g, i, j, ahead); break;
-        case 4: kvt_gemm_block<4, NR>(g, i, j, ahead); break;
-        case 3: kvt_gemm_block<3, NR>(g, i, j, ahead); break;
+    switch (g.m - i) { // less than MR
+        case 5: kvt_gemm_block<std::min(5, T::MR), NR>(g, i, j, ahead); break;
+        case 4: kvt_gemm_block<std::min(4, T::MR), NR>(g, i, j, ahead); break;
+        case 3: kvt_gemm_block<std::min(3, T::MR), NR>(g, i, j, ahead); break;
         case 2: kvt_gemm_block<2, NR>(g, i, j, ahead); break;
         case 1: kvt_gemm_block<1, NR>(g, i, j, ahead); break;
         default: break;
@@ -153,8 +228,8 @@ static KVT_NOINLINE void kvt_gemm_cols(const kvt_gemm_args<T, S> & g, int64_t j,
 template <typename T, typename S>
 static void kvt_gemm(const kvt_gemm_args<T, S> & g, kvt_ahead & ahead) {
     int64_t j = 0;
-    for (; j + KVT_NR * KVT_VW <= g.n; j += KVT_NR * KVT_VW) {
-        kvt_gemm_cols<KVT_NR>(g, j, ahead);
+    for (; j + T::NR * KVT_VW <= g.n; j += T::NR * KVT_VW) {
+        kvt_gemm_cols<T::NR>(g, j, ahead);
     }
     for (; j + 2 * KVT_VW <= g.n; j += 2 * KVT_VW) {
         kvt_gemm_cols<2>(g, j, ahead);

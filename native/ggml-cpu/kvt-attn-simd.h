@@ -5,7 +5,9 @@
 //
 //   vf  KVT_VW floats
 //   vb  KVT_VW/4 lanes of 16 bytes, each of another row (KVT_BLOCKS: there are some)
-//   vi  KVT_VW int32, with products of pairs of int16 (KVT_DOT: there are some)
+//   vi  KVT_VW int32, with products of pairs of int16 (KVT_DOT: there are some) or of four bytes (KVT_BYTES: there are some, and no pairs)
+//
+// Codes are bytes without a sign, around a type's ZERO (KVT_AROUND), where instructions multiply such by signed ones.
 #pragma once
 
 // clang-format off
@@ -68,13 +70,11 @@ static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) { return _mm512_cvtph_ps
 static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *) p)), 16));
 }
-// a * 2^n, where z = n + 1.5*2^23
-static KVT_INLINE vf   vf_scale2(vf a, vf z) {
-    return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a), _mm512_slli_epi32(_mm512_castps_si512(z), 23)));
-}
 static KVT_INLINE bool vf_any_nan (vf a)               { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 // a where x > lim, else 0
 static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lim, _CMP_GT_OQ), a); }
+// a * 2^n where x > lim, else 0; z = n + 1.5*2^23
+static KVT_INLINE vf   vf_scale2(vf a, vf n, vf, vf x, vf lim) { return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, lim, _CMP_GT_OQ), a, n); }
 
 static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {
     __m512 a[16], b[16];
@@ -112,14 +112,25 @@ static KVT_INLINE vi   vi_set1 (int32_t x)             { return _mm512_set1_epi3
 static KVT_INLINE vi   vi_load (const int32_t * p)     { return _mm512_loadu_si512(p); }
 static KVT_INLINE void vi_store(int32_t * p, vi a)     { _mm512_storeu_si512(p, a); }
 static KVT_INLINE vf   vi_float(vi a)                  { return _mm512_cvtepi32_ps(a); }
+static KVT_INLINE vi   vi_add  (vi a, vi b)            { return _mm512_add_epi32(a, b); }
+static KVT_INLINE vi   vi_shl8 (vi a)                  { return _mm512_slli_epi32(a, 8); }
+static KVT_INLINE vi   vi_round(vf a)                  { return _mm512_cvtps_epi32(a); }
+static KVT_INLINE int32_t vi_hsum(vi a)                { return _mm512_reduce_add_epi32(a); }
 #ifdef __AVX512VNNI__
-static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm512_dpwssd_epi32(c, a, b); }
+#define KVT_BYTES
+static KVT_INLINE vi   vi_dot4 (vi a, vi b, vi c)      { return _mm512_dpbusd_epi32(c, b, a); }
+// 256*hi + lo: four bytes hi, then four bytes lo, and so on
+static KVT_INLINE void vi_store_planes(int32_t * p, vi a) {
+    const __m128i lo = _mm512_cvtepi32_epi8(a), hi = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(128)), 8));
+    _mm_storeu_si128((__m128i *) (p),     _mm_unpacklo_epi32(hi, lo));
+    _mm_storeu_si128((__m128i *) (p + 4), _mm_unpackhi_epi32(hi, lo));
+}
 #else
 static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
 #endif
-static KVT_INLINE vi   vi_even (vi a)                  { return _mm512_srai_epi16(_mm512_slli_epi16(a, 8), 8); }
-static KVT_INLINE vi   vi_odd  (vi a)                  { return _mm512_srai_epi16(a, 8); }
-static KVT_INLINE void vf_store_i16(int16_t * p, vf a) { _mm256_storeu_si256((__m256i *) p, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a))); }
+static KVT_INLINE vi   vi_even (vi a)                  { return _mm512_and_si512(a, _mm512_set1_epi16(255)); }
+static KVT_INLINE vi   vi_odd  (vi a)                  { return _mm512_srli_epi16(a, 8); }
+static KVT_INLINE void vi_store_i16(int16_t * p, vi a) { _mm256_storeu_si256((__m256i *) p, _mm512_cvtsepi32_epi16(a)); }
 
 
 #define KVT_BLOCKS
@@ -169,15 +180,28 @@ static KVT_INLINE void vb_transpose(const vb * a, vi * x) {
     x[2] = _mm512_unpacklo_epi64(b1, b3);
     x[3] = _mm512_unpackhi_epi64(b1, b3);
 }
+// to fours of a[0] to a[3], 16 per lane, lanes ld apart
+static KVT_INLINE void vb_fours(const vb * a, int32_t * dst, int64_t ld) {
+    const __m512i lo01 = _mm512_unpacklo_epi8(a[0], a[1]), hi01 = _mm512_unpackhi_epi8(a[0], a[1]);
+    const __m512i lo23 = _mm512_unpacklo_epi8(a[2], a[3]), hi23 = _mm512_unpackhi_epi8(a[2], a[3]);
+    const __m512i x0 = _mm512_unpacklo_epi16(lo01, lo23), x1 = _mm512_unpackhi_epi16(lo01, lo23);
+    const __m512i x2 = _mm512_unpacklo_epi16(hi01, hi23), x3 = _mm512_unpackhi_epi16(hi01, hi23);
+    const __m512i y0 = _mm512_shuffle_i32x4(x0, x1, 0x44), y1 = _mm512_shuffle_i32x4(x2, x3, 0x44);
+    const __m512i y2 = _mm512_shuffle_i32x4(x0, x1, 0xee), y3 = _mm512_shuffle_i32x4(x2, x3, 0xee);
+    _mm512_storeu_si512(dst,        _mm512_shuffle_i32x4(y0, y1, 0x88));
+    _mm512_storeu_si512(dst +   ld, _mm512_shuffle_i32x4(y0, y1, 0xdd));
+    _mm512_storeu_si512(dst + 2*ld, _mm512_shuffle_i32x4(y2, y3, 0x88));
+    _mm512_storeu_si512(dst + 3*ld, _mm512_shuffle_i32x4(y2, y3, 0xdd));
+}
 // to pairs of int16, (a, b), 16 per lane, lanes 2*ld apart
 static KVT_INLINE void vb_interleave(vb a, vb b, int32_t * dst, int64_t ld) {
     const __m512i lo = _mm512_unpacklo_epi8(a, b), hi = _mm512_unpackhi_epi8(a, b);
     const __m512i x  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1,  8,  9, 2, 3, 10, 11), hi);
     const __m512i y  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
-    _mm512_storeu_si512(dst,        _mm512_cvtepi8_epi16(_mm512_castsi512_si256(x)));
-    _mm512_storeu_si512(dst + 2*ld, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(x, 1)));
-    _mm512_storeu_si512(dst + 4*ld, _mm512_cvtepi8_epi16(_mm512_castsi512_si256(y)));
-    _mm512_storeu_si512(dst + 6*ld, _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(y, 1)));
+    _mm512_storeu_si512(dst,        _mm512_cvtepu8_epi16(_mm512_castsi512_si256(x)));
+    _mm512_storeu_si512(dst + 2*ld, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(x, 1)));
+    _mm512_storeu_si512(dst + 4*ld, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(y)));
+    _mm512_storeu_si512(dst + 6*ld, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(y, 1)));
 }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -209,11 +233,12 @@ static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) { return _mm256_cvtph_ps
 static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) p)), 16));
 }
-static KVT_INLINE vf   vf_scale2(vf a, vf z) {
-    return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(z), 23)));
-}
 static KVT_INLINE bool vf_any_nan (vf a)               { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
 static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) { return _mm256_and_ps(_mm256_cmp_ps(x, lim, _CMP_GT_OQ), a); }
+static KVT_INLINE vf   vf_scale2(vf a, vf, vf z, vf x, vf lim) {
+    const __m256i y = _mm256_add_epi32(_mm256_castps_si256(a), _mm256_slli_epi32(_mm256_castps_si256(z), 23));
+    return vf_where_gt(_mm256_castsi256_ps(y), x, lim);
+}
 
 static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {
     __m256 a[8], b[8];
@@ -243,16 +268,29 @@ static KVT_INLINE vi   vi_set1 (int32_t x)             { return _mm256_set1_epi3
 static KVT_INLINE vi   vi_load (const int32_t * p)     { return _mm256_loadu_si256((const __m256i *) p); }
 static KVT_INLINE void vi_store(int32_t * p, vi a)     { _mm256_storeu_si256((__m256i *) p, a); }
 static KVT_INLINE vf   vi_float(vi a)                  { return _mm256_cvtepi32_ps(a); }
+static KVT_INLINE vi   vi_add  (vi a, vi b)            { return _mm256_add_epi32(a, b); }
+static KVT_INLINE vi   vi_shl8 (vi a)                  { return _mm256_slli_epi32(a, 8); }
+static KVT_INLINE vi   vi_round(vf a)                  { return _mm256_cvtps_epi32(a); }
+static KVT_INLINE int32_t vi_hsum(vi a) {
+    __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
+}
 #ifdef __AVXVNNI__
-static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm256_dpwssd_avx_epi32(c, a, b); }
+#define KVT_BYTES
+static KVT_INLINE vi   vi_dot4 (vi a, vi b, vi c)      { return _mm256_dpbusd_avx_epi32(c, b, a); }
+static KVT_INLINE void vi_store_planes(int32_t * p, vi a) {
+    const __m128i x  = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i lo = _mm_and_si128(x, _mm_set1_epi16(255)), hi = _mm_srai_epi16(_mm_add_epi16(x, _mm_set1_epi16(128)), 8);
+    _mm_storeu_si128((__m128i *) p, _mm_unpacklo_epi32(_mm_packs_epi16(hi, hi), _mm_packus_epi16(lo, lo)));
+}
 #else
 static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
 #endif
-static KVT_INLINE vi   vi_even (vi a)                  { return _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8); }
-static KVT_INLINE vi   vi_odd  (vi a)                  { return _mm256_srai_epi16(a, 8); }
-static KVT_INLINE void vf_store_i16(int16_t * p, vf a) {
-    const __m256i x = _mm256_cvtps_epi32(a);
-    _mm_storeu_si128((__m128i *) p, _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)));
+static KVT_INLINE vi   vi_even (vi a)                  { return _mm256_and_si256(a, _mm256_set1_epi16(255)); }
+static KVT_INLINE vi   vi_odd  (vi a)                  { return _mm256_srli_epi16(a, 8); }
+static KVT_INLINE void vi_store_i16(int16_t * p, vi a) {
+    _mm_storeu_si128((__m128i *) p, _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
 }
 
 
@@ -292,12 +330,22 @@ static KVT_INLINE void vb_transpose(const vb * a, vi * x) {
     x[2] = _mm256_unpacklo_epi64(b1, b3);
     x[3] = _mm256_unpackhi_epi64(b1, b3);
 }
+static KVT_INLINE void vb_fours(const vb * a, int32_t * dst, int64_t ld) {
+    const __m256i lo01 = _mm256_unpacklo_epi8(a[0], a[1]), hi01 = _mm256_unpackhi_epi8(a[0], a[1]);
+    const __m256i lo23 = _mm256_unpacklo_epi8(a[2], a[3]), hi23 = _mm256_unpackhi_epi8(a[2], a[3]);
+    const __m256i x0 = _mm256_unpacklo_epi16(lo01, lo23), x1 = _mm256_unpackhi_epi16(lo01, lo23);
+    const __m256i x2 = _mm256_unpacklo_epi16(hi01, hi23), x3 = _mm256_unpackhi_epi16(hi01, hi23);
+    _mm256_storeu_si256((__m256i *) (dst),          _mm256_permute2x128_si256(x0, x1, 0x20));
+    _mm256_storeu_si256((__m256i *) (dst + 8),      _mm256_permute2x128_si256(x2, x3, 0x20));
+    _mm256_storeu_si256((__m256i *) (dst + ld),     _mm256_permute2x128_si256(x0, x1, 0x31));
+    _mm256_storeu_si256((__m256i *) (dst + ld + 8), _mm256_permute2x128_si256(x2, x3, 0x31));
+}
 static KVT_INLINE void vb_interleave(vb a, vb b, int32_t * dst, int64_t ld) {
     const __m256i lo = _mm256_unpacklo_epi8(a, b), hi = _mm256_unpackhi_epi8(a, b);
-    _mm256_storeu_si256((__m256i *) (dst),            _mm256_cvtepi8_epi16(_mm256_castsi256_si128(lo)));
-    _mm256_storeu_si256((__m256i *) (dst + 8),        _mm256_cvtepi8_epi16(_mm256_castsi256_si128(hi)));
-    _mm256_storeu_si256((__m256i *) (dst + 2*ld),     _mm256_cvtepi8_epi16(_mm256_extracti128_si256(lo, 1)));
-    _mm256_storeu_si256((__m256i *) (dst + 2*ld + 8), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(hi, 1)));
+    _mm256_storeu_si256((__m256i *) (dst),            _mm256_cvtepu8_epi16(_mm256_castsi256_si128(lo)));
+    _mm256_storeu_si256((__m256i *) (dst + 8),        _mm256_cvtepu8_epi16(_mm256_castsi256_si128(hi)));
+    _mm256_storeu_si256((__m256i *) (dst + 2*ld),     _mm256_cvtepu8_epi16(_mm256_extracti128_si256(lo, 1)));
+    _mm256_storeu_si256((__m256i *) (dst + 2*ld + 8), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(hi, 1)));
 }
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
@@ -319,12 +367,12 @@ static KVT_INLINE float vf_hmax(vf a)                  { return vmaxnmvq_f32(a);
 static KVT_INLINE float vf_hsum(vf a)                  { return vaddvq_f32(a); }
 static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
-static KVT_INLINE vf   vf_scale2(vf a, vf z) {
-    return vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(a), vshlq_n_u32(vreinterpretq_u32_f32(z), 23)));
-}
 static KVT_INLINE bool vf_any_nan (vf a)               { return vminvq_u32(vceqq_f32(a, a)) == 0; }
 static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) {
     return vreinterpretq_f32_u32(vandq_u32(vcgtq_f32(x, lim), vreinterpretq_u32_f32(a)));
+}
+static KVT_INLINE vf   vf_scale2(vf a, vf, vf z, vf x, vf lim) {
+    return vf_where_gt(vreinterpretq_f32_u32(vaddq_u32(vreinterpretq_u32_f32(a), vshlq_n_u32(vreinterpretq_u32_f32(z), 23))), x, lim);
 }
 
 static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {
@@ -357,6 +405,42 @@ static KVT_INLINE vb   vb_load4(const char * p, size_t) {
     return vreinterpretq_s8_s32(vdupq_n_s32(x));
 }
 static KVT_INLINE vb   vb_load8(const char * p, size_t) { return vcombine_s8(vld1_s8((const int8_t *) p), vld1_s8((const int8_t *) p)); }
+#ifdef __ARM_FEATURE_DOTPROD
+
+#define KVT_DOT
+#define KVT_BYTES
+typedef int32x4_t vi;
+
+static KVT_INLINE vi   vi_set1 (int32_t x)             { return vdupq_n_s32(x); }
+static KVT_INLINE vi   vi_load (const int32_t * p)     { return vld1q_s32(p); }
+static KVT_INLINE void vi_store(int32_t * p, vi a)     { vst1q_s32(p, a); }
+static KVT_INLINE vf   vi_float(vi a)                  { return vcvtq_f32_s32(a); }
+static KVT_INLINE vi   vi_add  (vi a, vi b)            { return vaddq_s32(a, b); }
+static KVT_INLINE vi   vi_shl8 (vi a)                  { return vshlq_n_s32(a, 8); }
+static KVT_INLINE vi   vi_round(vf a)                  { return vcvtnq_s32_f32(a); }
+static KVT_INLINE int32_t vi_hsum(vi a)                { return vaddvq_s32(a); }
+static KVT_INLINE vi   vi_dot4 (vi a, vi b, vi c)      { return vdotq_s32(c, vreinterpretq_s8_s32(b), vreinterpretq_s8_s32(a)); }
+static KVT_INLINE void vi_store_planes(int32_t * p, vi a) {
+    const int16x4_t lo = vmovn_s32(a), hi = vshr_n_s16(vadd_s16(lo, vdup_n_s16(128)), 8);
+    const int8x8_t  x  = vreinterpret_s8_s32(vzip1_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(hi, hi))), vreinterpret_s32_s8(vmovn_s16(vcombine_s16(lo, lo)))));
+    vst1_s8((int8_t *) p, x);
+}
+static KVT_INLINE void vi_store_i16(int16_t * p, vi a) { vst1_s16(p, vqmovn_s32(a)); }
+static KVT_INLINE void vb_transpose(const vb * a, vi * x) {
+    const int32x4x2_t b = vzipq_s32(vreinterpretq_s32_s8(a[0]), vreinterpretq_s32_s8(a[2]));
+    const int32x4x2_t c = vzipq_s32(vreinterpretq_s32_s8(a[1]), vreinterpretq_s32_s8(a[3]));
+    x[0] = vzip1q_s32(b.val[0], c.val[0]);
+    x[1] = vzip2q_s32(b.val[0], c.val[0]);
+    x[2] = vzip1q_s32(b.val[1], c.val[1]);
+    x[3] = vzip2q_s32(b.val[1], c.val[1]);
+}
+static KVT_INLINE void vb_fours(const vb * a, int32_t * dst, int64_t) {
+    const int8x16x4_t x = { { a[0], a[1], a[2], a[3] } };
+    vst4q_s8((int8_t *) dst, x);
+}
+
+#endif
+
 // 16 floats of the 16 bytes
 static KVT_INLINE void vb_floats(vb a, vf * x) {
     const int16x8_t lo = vmovl_s8(vget_low_s8(a)), hi = vmovl_s8(vget_high_s8(a));
@@ -390,9 +474,9 @@ static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) {
 static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) {
     return (vf) (vi{p[0], p[1], p[2], p[3]} << 16);
 }
-static KVT_INLINE vf   vf_scale2(vf a, vf z)           { return (vf) ((vi) a + ((vi) z << 23)); }
 static KVT_INLINE bool vf_any_nan (vf a)               { return a[0] != a[0] || a[1] != a[1] || a[2] != a[2] || a[3] != a[3]; }
 static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) { return (vf) ((x > lim) & (vi) a); }
+static KVT_INLINE vf   vf_scale2(vf a, vf, vf z, vf x, vf lim) { return vf_where_gt((vf) ((vi) a + ((vi) z << 23)), x, lim); }
 
 static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {
     for (int i = 0; i < 4; i++) {
@@ -404,12 +488,19 @@ static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst,
 
 #endif
 
+#if defined(KVT_DOT) && !defined(__aarch64__)
+#define KVT_AROUND(zero) (zero)
+#else
+#define KVT_AROUND(zero) 0
+#endif
+
 #ifdef KVT_VW
 
 // e^x, about 2 ulp; x is clamped at 88, and 0 is returned below -87. The polynomial is that of ggml_v_expf.
+template <bool AT_MOST_0 = false>
 static KVT_INLINE vf vf_exp(vf x) {
     const vf lim = vf_set1(-87.0f);
-    const vf y = vf_min(vf_max(x, lim), vf_set1(88.0f));
+    const vf y = AT_MOST_0 ? vf_max(x, lim) : vf_min(vf_max(x, lim), vf_set1(88.0f));
     const vf r = vf_set1(12582912.0f);
     const vf z = vf_fma(y, vf_set1(1.44269502e+0f), r);
     const vf n = vf_sub(z, r);
@@ -418,7 +509,7 @@ static KVT_INLINE vf vf_exp(vf x) {
     const vf p = vf_fma(vf_fma(vf_set1(8.24739039e-3f), b, vf_set1(4.18997668e-2f)), u,
                         vf_fma(vf_set1(1.66683957e-1f), b, vf_set1(4.99991268e-1f)));
     const vf j = vf_fma(p, u, vf_fma(vf_set1(0.999999404f), b, vf_set1(1.0f)));
-    return vf_where_gt(vf_scale2(j, z), x, lim);
+    return vf_scale2(j, n, z, x, lim);
 }
 
 // tanh(x) = 1 - 2/(e^2x + 1)

@@ -1,4 +1,5 @@
 // kvt-attn-tile.h - a tile of KV rows: scores of K, one pass of exponentials, product with V. In floats, or, of blocks of codes, in integers.
+// Q and the weights are rounded to 16 bits there.
 #pragma once
 
 #include "kvt-attn-gemm.h"
@@ -20,9 +21,10 @@ struct kvt_side {
     int64_t               D, Dp;              // head size, and padded to the vector
     bool                  integer;
     int64_t               n_blocks;
+    size_t                row_size;
 
     kvt_side() = default;
-    kvt_side(const ggml_tensor * t) : t(t), type(nullptr), D(t->ne[0]), Dp(kvt_pad(t->ne[0])) {
+    kvt_side(const ggml_tensor * t) : t(t), type(nullptr), D(t->ne[0]), Dp(kvt_pad(t->ne[0])), row_size(ggml_row_size(t->type, t->ne[0])) {
         for (const kvt_attn_type & row : kvt_attn_types) {
             if (row.type == t->type && D % row.n == 0) {
                 type = &row;
@@ -37,14 +39,12 @@ struct kvt_side {
 #endif
     }
 
-    size_t row_size() const { return ggml_row_size(t->type, D); }
-
     const char * head(int64_t ik2, int64_t i3, int64_t n_stream) const {
         return (const char *) t->data + ik2 * t->nb[2] + i3 / (n_stream / t->ne[3]) * t->nb[3];
     }
 
     // 4 bytes each
-    int64_t n_tile() const { return integer ? KVT_TILE * D / 2 : KVT_TILE * Dp; }
+    int64_t n_tile() const { return KVT_TILE * (integer ? D / KVT_SIDE_BY_SIDE : Dp); }
 
     void floats(const char * src, int n_rows, float * dst) const {
         if (type) {
@@ -63,38 +63,55 @@ struct kvt_side {
 
 // memory of a tile, of one thread
 struct kvt_tile {
-    float *    kt;      // [DKp][KVT_TILE], or pairs of int16 [DK/2][KVT_TILE]
-    float *    vt;      // [KVT_TILE][DVp], or pairs of int16 [KVT_TILE/2][DV]
+    int        n;       // KV rows
+    float *    kt;      // [DKp][n]; or int32, some values side by side, [DK/side by side][KVT_TILE]
+    float *    vt;      // [n][DVp]; or [KVT_TILE/side by side][DV]
     float *    S;       // [rows][KVT_TILE]
     float *    tmp;     // [KVT_VW][D]: rows on their way
     float *    norm;    // [KVT_TILE]: scales of V over their largest
-    int16_t *  W;      // [rows][KVT_TILE]: weights of a block of V's columns
-    float *    w_scale; // [rows]
-    float *    factor;  // [rows]: of the weights
+    int16_t *  W;       // [rows][KVT_TILE]: weights of a block of V's columns, as steps of the product take them
+    int32_t *  start;   // [rows][parts]: where their sums start
+    float *    w_scale; // [rows][parts]
+    float *    factor;  // [rows][parts]: of the weights
+    float *    minus;   // [rows][parts]: what is taken off the scores
     uint16_t * d; // [blocks][KVT_TILE], f16
     uint16_t * m;
-    uint16_t * end;   // [KVT_TILE]: a mask of a tile that fills no vector
+    uint16_t * end;   // [KVT_TILE]: a mask of a tile that is not full
 
     static int64_t size(const kvt_side & k, const kvt_side & v, int64_t n_rows) {
-        const int64_t D = std::max(k.Dp, v.Dp), n_blocks = std::max(k.n_blocks, v.n_blocks);
-        return k.n_tile() + v.n_tile() + n_rows * (KVT_TILE + KVT_TILE / 2 + 2) + KVT_VW * D + n_blocks * KVT_TILE + 2 * KVT_TILE + 16 * 10;
+        kvt_tile tile;
+        return tile.lay(nullptr, k, v, n_rows);
     }
 
-    kvt_tile(float * base, const kvt_side & k, const kvt_side & v, int64_t n_rows) {
+    // floats take four times as much of the processor's cache
+    static int rows_of(const kvt_side & k, const kvt_side & v) { return k.integer && v.integer ? KVT_TILE : KVT_PART; }
+
+    kvt_tile(float * base, const kvt_side & k, const kvt_side & v, int64_t n_rows) { lay(base, k, v, n_rows); }
+
+private:
+    kvt_tile() = default;
+
+    // -> floats
+    int64_t lay(float * base, const kvt_side & k, const kvt_side & v, int64_t n_rows) {
         const int64_t D = std::max(k.Dp, v.Dp), n_blocks = std::max(k.n_blocks, v.n_blocks);
-        const auto    take = [&](int64_t n) { float * p = base; base += GGML_PAD(n, 16); return p; };
+        int64_t       size = 0;
+        n                  = rows_of(k, v);
+        const auto take    = [&](int64_t n) { float * p = base ? base + size : nullptr; size += GGML_PAD(n, 16); return p; };
         kt = take(k.n_tile()), vt = take(v.n_tile()), S = take(n_rows * KVT_TILE), tmp = take(KVT_VW * D), norm = take(KVT_TILE);
-        W = (int16_t *) take(n_rows * KVT_TILE / 2), w_scale = take(n_rows), factor = take(n_rows);
+        W = (int16_t *) take(n_rows * KVT_TILE / 2), start = (int32_t *) take(n_rows * KVT_PARTS);
+        w_scale = take(n_rows * KVT_PARTS), factor = take(n_rows * KVT_PARTS), minus = take(n_rows * KVT_PARTS);
         d = (uint16_t *) take(n_blocks * KVT_TILE / 2), m = (uint16_t *) take(n_blocks * KVT_TILE / 2), end = (uint16_t *) take(KVT_TILE / 2);
+        return size;
     }
 };
 
 //
-// Q: [rows][DKp] floats, or pairs of int16 [rows][DK/2] in the order of vi_even and vi_odd; then the sums of blocks [rows][blocks]
+// Q: [rows][DKp] floats; or 16 bits each, [rows][DK], as steps of the product take them, then where the sums of blocks start, int32
+// [rows][blocks], and what Q sums up to there, floats [rows][blocks]
 //
 
 static int64_t kvt_q_size(const kvt_side & k) {
-    return k.integer ? GGML_PAD(k.D / 2 + k.n_blocks, 16) : k.Dp;
+    return k.integer ? GGML_PAD(k.D / 2 + 2 * k.n_blocks, 16) : k.Dp;
 }
 
 // whether all of n floats, whole vectors, are finite
@@ -116,19 +133,20 @@ static float kvt_set_q(const kvt_side & k, const float * q, float * Q, kvt_tile 
             top        = vf_max(top, vf_max(x, vf_sub(vf_set1(0), x)));
         }
         const float q_max = kvt_finite(q, k.D) ? vf_hmax(top) : NAN;
-        const vf    inv   = vf_set1(q_max > 0.0f ? 32767.0f / q_max : 0.0f);
+        const vf    inv   = vf_set1(q_max > 0.0f ? KVT_MAX_INT / q_max : 0.0f);
         int16_t *   x     = (int16_t *) tile.tmp;
-        int16_t *   y     = (int16_t *) Q;
         for (int64_t i = 0; i < k.D; i += KVT_VW) {
-            vf_store_i16(x + i, vf_mul(vf_load(q + i), inv));
+            vi_store_i16(x + i, vi_round(vf_mul(vf_load(q + i), inv)));
         }
         for (int64_t i = 0; i < k.D; i += 4) {
-            y[i] = x[i], y[i + 1] = x[i + 2], y[i + 2] = x[i + 1], y[i + 3] = x[i + 3];
+            kvt_step_int::put_k(x + i, (kvt_step_int::value *) Q + i / KVT_SIDE_BY_SIDE);
         }
         for (int64_t b = 0; b < k.n_blocks; b++) {
-            Q[k.D / 2 + b] = (float) std::accumulate(x + b * k.type->n, x + (b + 1) * k.type->n, 0);
+            const int32_t sum            = std::accumulate(x + b * k.type->n, x + (b + 1) * k.type->n, 0);
+            Q[k.D / 2 + k.n_blocks + b]  = (float) sum;
+            ((int32_t *) Q)[k.D / 2 + b] = -k.type->zero * sum;
         }
-        return q_max / 32767.0f;
+        return q_max / KVT_MAX_INT;
     }
 #endif
     memset(Q + k.D, 0, (k.Dp - k.D) * sizeof(float));
@@ -141,15 +159,16 @@ static float kvt_set_q(const kvt_side & k, const float * q, float * Q, kvt_tile 
 // scores
 //
 
-// as [DKp][KVT_TILE]: a step of the product takes one value of many KV rows
-static void kvt_scores_float(const kvt_side & k, const char * src, int n, int n_rows, const float * Q, kvt_tile & tile, kvt_ahead & ahead) {
+// as [DKp][tile.n]: a step of the product takes one value of many KV rows
+static void kvt_scores_float(const kvt_side & k, const char * src, int n, int n_rows, const float * Q, float * S, kvt_tile & tile, kvt_ahead & ahead) {
     for (int r = 0; r < n; r += KVT_VW) {
         k.floats(src + r * k.t->nb[1], std::min(KVT_VW, n - r), tile.tmp);
         for (int64_t i = 0; i < k.Dp; i += KVT_VW) {
-            vf_transpose(tile.tmp + i, k.Dp, tile.kt + i * KVT_TILE + r, KVT_TILE);
+            vf_transpose(tile.tmp + i, k.Dp, tile.kt + i * tile.n + r, tile.n);
         }
     }
-    kvt_gemm<kvt_step_float, kvt_scale_none>({ n_rows, kvt_pad(n), k.Dp, Q, kvt_q_size(k), tile.kt, KVT_TILE, tile.S, KVT_TILE, false, {} }, ahead);
+    ahead.spread<kvt_step_float>(n_rows, n, n, k.Dp);
+    kvt_gemm<kvt_step_float, kvt_scale_none>({ n_rows, kvt_pad(n), k.Dp, Q, kvt_q_size(k), tile.kt, tile.n, S, KVT_TILE, false, {}, nullptr, 0 }, ahead);
 }
 
 #ifdef KVT_DOT
@@ -157,7 +176,7 @@ static void kvt_scores_float(const kvt_side & k, const char * src, int n, int n_
 // rows that fill no vector go by way of tmp: behind them may be the end of the cache
 static void kvt_codes(const kvt_side & s, kvt_codes_t codes, const char * src, int n, int32_t * dst, int64_t row, int64_t ld, kvt_tile & tile) {
     const int    n_full = n / KVT_VW * KVT_VW, n_rest = n - n_full;
-    const size_t nb = s.t->nb[1], size = s.row_size();
+    const size_t nb = s.t->nb[1], size = s.row_size;
     codes(src, nb, n_full, s.D, dst, ld);
     if (n_rest) {
         char * tmp = (char *) tile.tmp;
@@ -174,19 +193,21 @@ static void kvt_codes(const kvt_side & s, kvt_codes_t codes, const char * src, i
     s.type->scales(src, nb, n, s.D, tile.d, tile.m, KVT_TILE);
 }
 
-static void kvt_scores_int(const kvt_side & k, const char * src, int n, int n_rows, const float * Q, kvt_tile & tile, kvt_ahead & ahead) {
+static void kvt_scores_int(const kvt_side & k, const char * src, int n, int n_rows, const float * Q, float * S, kvt_tile & tile, kvt_ahead & ahead) {
     int32_t * kt = (int32_t *) tile.kt;
     kvt_codes(k, k.type->codes_k, src, n, kt, 1, KVT_TILE, tile);
-    const int64_t ldq = kvt_q_size(k), np = k.type->n / 2;
+    const int64_t ldq = kvt_q_size(k), n_steps = k.type->n / KVT_SIDE_BY_SIDE;
+    ahead.spread<kvt_step_int>(n_rows, n, n, k.D / KVT_SIDE_BY_SIDE);
     for (int64_t b = 0; b < k.n_blocks; b++) {
-        const kvt_gemm_args<kvt_step_int, kvt_scale_cols> g = { n_rows, kvt_pad(n), np, (const int32_t *) Q + b * np, ldq,
-            kt + b * np * KVT_TILE, KVT_TILE, tile.S, KVT_TILE, b > 0, { tile.d + b * KVT_TILE } };
+        const kvt_gemm_args<kvt_step_int, kvt_scale_cols> g = { n_rows, kvt_pad(n), n_steps, (const kvt_step_int::value *) Q + b * n_steps,
+            ldq * (int64_t) sizeof(float) / (int64_t) sizeof(kvt_step_int::value), kt + b * n_steps * KVT_TILE, KVT_TILE, S, KVT_TILE, b > 0,
+            { tile.d + b * KVT_TILE }, (const int32_t *) Q + k.D / 2 + b, ldq };
         kvt_gemm(g, ahead);
         if (k.type->has_min) {
             for (int r = 0; r < n_rows; r++) {
-                const vf sum = vf_set1(Q[r * ldq + k.D / 2 + b]);
+                const vf sum = vf_set1(Q[r * ldq + k.D / 2 + k.n_blocks + b]);
                 for (int j = 0; j < n; j += KVT_VW) {
-                    float * s = tile.S + r * KVT_TILE + j;
+                    float * s = S + r * KVT_TILE + j;
                     vf_store(s, vf_fma(vf_load_f16(tile.m + b * KVT_TILE + j), sum, vf_load(s)));
                 }
             }
@@ -196,14 +217,15 @@ static void kvt_scores_int(const kvt_side & k, const char * src, int n, int n_ro
 
 #endif
 
-static void kvt_scores(const kvt_side & k, const char * src, int n, int n_rows, const float * Q, kvt_tile & tile, kvt_ahead ahead) {
+static void kvt_scores(const kvt_side & k, const char * src, const kvt_seen & seen, const float * Q, kvt_tile & tile, kvt_ahead ahead) {
+    float * S = tile.S + seen.first * KVT_TILE;
 #ifdef KVT_DOT
     if (k.integer) {
-        kvt_scores_int(k, src, n, n_rows, Q, tile, ahead);
+        kvt_scores_int(k, src, seen.n, seen.n_rows, Q, S, tile, ahead);
         return;
     }
 #endif
-    kvt_scores_float(k, src, n, n_rows, Q, tile, ahead);
+    kvt_scores_float(k, src, seen.n, seen.n_rows, Q, S, tile, ahead);
 }
 
 //
@@ -211,93 +233,132 @@ static void kvt_scores(const kvt_side & k, const char * src, int n, int n_rows, 
 //
 
 struct kvt_soft_max {
-    float            scale, softcap, slope;
-    const uint16_t * mask; // null, or KVT_TILE entries from here on
-    bool             own; // weights against the tile's own max, whatever came before it: V's are rounded
+    float softcap;
+    bool  own; // weights against a part's own max, whatever else there is: V's are rounded
 };
 
-// Turns a row of scores into exp(score - max) and scales out to a new max. -> what the weights are to be multiplied by, 0 if all
-// cells are masked. A score that is seen and is no number makes the row none.
-static float kvt_weights(const kvt_soft_max & a, float * s, int nv, float * out, int64_t n_out, float * max, float * sum) {
+// Scales and masks a part of a row of scores; mask: null, or of as many entries. -> their max. A score that is seen and is no number makes the row none.
+template <bool PLAIN>
+static KVT_INLINE float kvt_row_max(const kvt_soft_max & a, const uint16_t * mask, float * s, kvt_row & row) {
     vf top = vf_set1(-INFINITY), zero = vf_set1(0);
-    for (int j = 0; j < nv; j++) {
-        vf x = vf_mul(vf_load(s + j * KVT_VW), vf_set1(a.scale)), seen = x;
-        if (a.softcap != 0.0f) {
+    for (int j = 0; j < KVT_PART; j += KVT_VW) {
+        vf x = vf_mul(vf_load(s + j), vf_set1(row.scale)), seen = x;
+        if (!PLAIN && a.softcap != 0.0f) {
             x = vf_mul(vf_set1(a.softcap), vf_tanh(x));
         }
-        if (a.mask) {
-            const vf mask = vf_load_f16(a.mask + j * KVT_VW);
-            x             = vf_fma(mask, vf_set1(a.slope), x);
-            seen          = vf_where_gt(seen, mask, vf_set1(-INFINITY));
+        if (!PLAIN && mask) {
+            const vf hidden = vf_load_f16(mask + j);
+            x               = vf_fma(hidden, vf_set1(row.slope), x);
+            seen            = vf_where_gt(seen, hidden, vf_set1(-INFINITY));
         }
-        vf_store(s + j * KVT_VW, x);
+        vf_store(s + j, x);
         zero = vf_fma(seen, vf_set1(0), zero);
         top  = vf_max(x, top); // of NaN, as a masked cell may hold: top
     }
     if (vf_any_nan(zero)) {
-        *sum = NAN;
+        row.sum = NAN;
     }
-    const float tile_max = vf_hmax(top);
-    if (tile_max == -INFINITY) {
-        memset(s, 0, nv * sizeof(vf));
-        return 0.0f;
-    }
-    if (tile_max > *max) {
-        const float ms = expf(*max - tile_max);
-        for (int64_t i = 0; i < n_out; i += KVT_VW) {
-            vf_store(out + i, vf_mul(vf_load(out + i), vf_set1(ms)));
+    return vf_hmax(top);
+}
+
+// s: exp(s - base) of n_parts parts -> their sums, times their factors
+static KVT_INLINE float kvt_row_exp(float * s, int n_parts, const float * base, const float * factor) {
+    vf all = vf_set1(0);
+    for (int p = 0; p < n_parts; p++) {
+        const vf top   = vf_set1(base[p]);
+        vf       total = vf_set1(0);
+        for (int j = p * KVT_PART; j < (p + 1) * KVT_PART; j += KVT_VW) {
+            const vf x = vf_exp<true>(vf_sub(vf_load(s + j), top));
+            vf_store(s + j, x);
+            total = vf_add(total, x);
         }
-        *sum *= ms;
-        *max = tile_max;
+        all = vf_fma(total, vf_set1(factor[p]), all);
     }
-    const float base = a.own ? tile_max : *max, factor = a.own && tile_max < *max ? expf(tile_max - *max) : 1.0f;
-    vf          total = vf_set1(0);
-    for (int j = 0; j < nv; j++) {
-        const vf p = vf_exp(vf_sub(vf_load(s + j * KVT_VW), vf_set1(base)));
-        vf_store(s + j * KVT_VW, p);
-        total = vf_add(total, p);
+    return vf_hsum(all);
+}
+
+// Turns scores into exp(score - max) and scales out [rows][n_out] to a new max. tile.factor: of what each part of a row is to be multiplied by,
+// 0 where all its cells are masked.
+static void kvt_weights(const kvt_soft_max & a, const kvt_seen & seen, kvt_row * rows, float * out, int64_t n_out, kvt_tile & tile) {
+    const int        n_parts = tile.n / KVT_PART;
+    const uint16_t * mask    = nullptr;
+    for (int r = 0; r < seen.n_rows; r++) {
+        kvt_row & row = rows[r];
+        float     top[KVT_PARTS], all = -INFINITY;
+        mask = seen.as_before(r) ? mask : seen.mask(r);
+        for (int p = 0; p < n_parts; p++) {
+            float * s = tile.S + r * KVT_TILE + p * KVT_PART;
+            if (!mask && a.softcap == 0.0f) {
+                top[p] = kvt_row_max<true>(a, nullptr, s, row);
+            } else {
+                top[p] = kvt_row_max<false>(a, mask ? mask + p * KVT_PART : nullptr, s, row);
+            }
+            all = std::max(all, top[p]);
+        }
+        if (all > row.max) {
+            const float ms = expf(row.max - all);
+            for (int64_t i = r * n_out; i < (r + 1) * n_out; i += KVT_VW) {
+                vf_store(out + i, vf_mul(vf_load(out + i), vf_set1(ms)));
+            }
+            row.sum *= ms;
+            row.max = all;
+        }
+        for (int p = 0; p < n_parts; p++) {
+            const bool hidden = top[p] == -INFINITY;
+
+            tile.factor[r * KVT_PARTS + p] = hidden ? -INFINITY : a.own ? top[p] - row.max
+                                                                        : 0.0f;
+            tile.minus[r * KVT_PARTS + p]  = hidden ? INFINITY : a.own ? top[p]
+                                                                       : row.max; // less infinity, all are 0
+        }
     }
-    *sum += vf_hsum(total) * factor;
-    return factor;
+    for (int i = 0; i < seen.n_rows * KVT_PARTS; i += KVT_VW) {
+        vf_store(tile.factor + i, vf_exp<true>(vf_load(tile.factor + i)));
+    }
+    for (int r = 0; r < seen.n_rows; r++) {
+        rows[r].sum += kvt_row_exp(tile.S + r * KVT_TILE, n_parts, tile.minus + r * KVT_PARTS, tile.factor + r * KVT_PARTS);
+    }
 }
 
 //
 // out += weights V
 //
 
-static void kvt_product_float(const kvt_side & v, int n, int row, int n_rows, float * out, kvt_tile & tile, kvt_ahead & ahead) {
-    kvt_gemm<kvt_step_float, kvt_scale_none>({ n_rows, v.Dp, n, tile.S + row * KVT_TILE, KVT_TILE, tile.vt, v.Dp, out + row * v.Dp, v.Dp, true, {} }, ahead);
+static void kvt_product_float(const kvt_side & v, const float * S, int n, int row, int n_rows, float * out, kvt_tile & tile, kvt_ahead & ahead) {
+    kvt_gemm<kvt_step_float, kvt_scale_none>({ n_rows, v.Dp, n, S + row * KVT_TILE, KVT_TILE, tile.vt, v.Dp, out + row * v.Dp, v.Dp, true, {}, nullptr, 0 }, ahead);
 }
 
 // some cells hold what is no number: 0 times it is none, so that rows that see other cells go apart
 static void kvt_values_apart(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead & ahead) {
-    uint64_t bad = 0;
+    kvt_cells bad;
     for (int i = 0; i < seen.n; i++) {
-        bad |= (uint64_t) !kvt_finite(tile.vt + i * v.Dp, v.Dp) << i;
+        bad[i] = !kvt_finite(tile.vt + i * v.Dp, v.Dp);
     }
     for (int r = 0, end; r < seen.n_rows; r = end) {
         for (end = r + 1; end < seen.n_rows && seen.as_before(end); end++) {}
         for (int i = 0; i < seen.n; i++) {
-            if (bad >> i & 1) {
-                if (seen.sees(r, (uint64_t) 1 << i)) {
+            if (bad[i]) {
+                if (seen.sees(r, kvt_cells().set(i))) {
                     v.floats(src + i * v.t->nb[1], 1, tile.vt + i * v.Dp);
                 } else {
                     memset(tile.vt + i * v.Dp, 0, v.Dp * sizeof(float));
                 }
             }
         }
-        kvt_product_float(v, seen.n, r, end - r, out, tile, ahead);
+        kvt_product_float(v, tile.S + seen.first * KVT_TILE, seen.n, r, end - r, out, tile, ahead);
     }
 }
 
 static void kvt_values_float(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead & ahead) {
-    if (seen.all && seen.n_rows <= KVT_MR && v.type && v.type->product) {
-        v.type->product(seen.n_rows, tile.S, KVT_TILE, src, v.t->nb[1], seen.n, v.D, out, ahead);
+    const float * S = tile.S + seen.first * KVT_TILE;
+    ahead.spread<kvt_step_float>(seen.n_rows, v.Dp, v.Dp, seen.n);
+    if (seen.all && seen.n_rows <= kvt_step_float::MR && v.type && v.type->product) {
+        v.type->product(seen.n_rows, S, KVT_TILE, src, v.t->nb[1], seen.n, v.D, out, ahead);
         return;
     }
     v.floats(src, seen.n, tile.vt);
     if (seen.all || kvt_finite(tile.vt, seen.n * v.Dp)) {
-        kvt_product_float(v, seen.n, 0, seen.n_rows, out, tile, ahead);
+        kvt_product_float(v, S, seen.n, 0, seen.n_rows, out, tile, ahead);
     } else {
         kvt_values_apart(v, src, seen, out, tile, ahead);
     }
@@ -305,83 +366,118 @@ static void kvt_values_float(const kvt_side & v, const char * src, const kvt_see
 
 #ifdef KVT_DOT
 
-// a bit for each of n values of f16 that is inf or NaN
-static uint64_t kvt_not_finite(const uint16_t * x, int n) {
-    unsigned any = 0;
-    for (int i = 0; i < n; i++) {
-        any |= (x[i] & 0x7c00) == 0x7c00;
+// whether all of n values of f16, whole vectors, are finite
+static bool kvt_finite_f16(const uint16_t * x, int n) {
+    vf zero = vf_set1(0);
+    for (int j = 0; j < n; j += KVT_VW) {
+        zero = vf_fma(vf_load_f16(x + j), vf_set1(0), zero);
     }
-    uint64_t bits = 0;
-    for (int i = 0; any && i < n; i++) {
-        bits |= (uint64_t) ((x[i] & 0x7c00) == 0x7c00) << i;
-    }
-    return bits;
+    return !vf_any_nan(zero);
 }
 
-// scales over the largest of those that are seen (mask; null: all are), 0 for the others. -> the largest
-static float kvt_norm(const uint16_t * d, const uint16_t * mask, int nv, float * norm) {
-    vf top = vf_set1(0);
-    for (int j = 0; j < nv; j++) {
-        vf x = vf_load_f16(d + j * KVT_VW);
-        if (mask) {
-            x = vf_where_gt(x, vf_load_f16(mask + j * KVT_VW), vf_set1(-INFINITY));
+// Scales of n rows of V that are no numbers become 0. -> which are
+static kvt_cells kvt_take_out(const kvt_side & v, int n, uint16_t * d, uint16_t * m) {
+    kvt_cells bad;
+    if (kvt_finite_f16(d, (int) kvt_pad(n)) && (!v.type->has_min || kvt_finite_f16(m, (int) kvt_pad(n)))) {
+        return bad;
+    }
+    const auto no_number = [](uint16_t x) { return (x & 0x7c00) == 0x7c00; };
+    for (int i = 0; i < n; i++) {
+        if (no_number(d[i]) || (v.type->has_min && no_number(m[i]))) {
+            d[i] = m[i] = 0;
+            bad.set(i);
         }
-        vf_store(norm + j * KVT_VW, x);
+    }
+    return bad;
+}
+
+// scales of n rows over the largest of those that are seen (mask; null: all are), 0 for the others. -> the largest
+static float kvt_norm(const uint16_t * d, const uint16_t * mask, int n, float * norm) {
+    vf top = vf_set1(0);
+    for (int j = 0; j < n; j += KVT_VW) {
+        vf x = vf_load_f16(d + j);
+        if (mask) {
+            x = vf_where_gt(x, vf_load_f16(mask + j), vf_set1(-INFINITY));
+        }
+        vf_store(norm + j, x);
         top = vf_max(top, vf_max(x, vf_sub(vf_set1(0), x)));
     }
     const float d_max = vf_hmax(top);
-    const vf    inv   = vf_set1(d_max > 0.0f ? 32767.0f / d_max : 0.0f);
-    for (int j = 0; j < nv; j++) {
-        vf_store(norm + j * KVT_VW, vf_mul(vf_load(norm + j * KVT_VW), inv));
+    const vf    inv   = vf_set1(d_max > 0.0f ? KVT_MAX_INT / d_max : 0.0f);
+    for (int j = 0; j < n; j += KVT_VW) {
+        vf_store(norm + j, vf_mul(vf_load(norm + j), inv));
     }
     return d_max;
 }
 
-// weights of a row times the scales of the KV rows, of n cells, rounded
-static KVT_INLINE void kvt_round(const float * __restrict s, const float * __restrict norm, int64_t n, int16_t * __restrict w) {
-    for (int64_t j = 0; j < n; j += KVT_VW) {
-        vf_store_i16(w + j, vf_mul(vf_load(s + j), vf_load(norm + j)));
+// weights of a row times the scales of the KV rows, of a part, rounded. -> their sum
+static KVT_INLINE int32_t kvt_round(const float * __restrict s, const float * __restrict norm, int16_t * __restrict w) {
+    vi sum = vi_set1(0);
+    for (int j = 0; j < KVT_PART; j += KVT_VW) {
+        const vi x = vi_round(vf_mul(vf_load(s + j), vf_load(norm + j)));
+        sum        = vi_add(sum, x);
+        kvt_step_int::put_v(x, w + j);
+    }
+    return vi_hsum(sum);
+}
+
+// the weights of block b, rounded, and what their products are to be scaled by. bad: rows whose scales are no numbers
+static void kvt_round_all(const kvt_side & v, int64_t b, const kvt_seen & seen, const kvt_cells & bad, kvt_tile & tile) {
+    const float *    S      = tile.S + seen.first * KVT_TILE;
+    const float *    factor = tile.factor + seen.first * KVT_PARTS;
+    const uint16_t * d      = tile.d + b * KVT_TILE;
+    // the scale of a KV row goes into its weight, as a part of the largest one that the row of Q sees in the tile
+    for (int r = 0, end; r < seen.n_rows; r = end) {
+        for (end = r + 1; end < seen.n_rows && (seen.all || seen.as_before(end)); end++) {}
+        const uint16_t * mask  = seen.all && seen.n == tile.n ? nullptr : seen.mask(r);
+        const float      d_max = kvt_norm(d, mask, tile.n, tile.norm);
+        for (int i = r; i < end; i++) {
+            const float scale = bad.any() && seen.sees(i, bad) ? NAN : d_max / KVT_MAX_INT;
+            for (int p = 0; p < tile.n; p += KVT_PART) {
+                const int at     = i * KVT_PARTS + p / KVT_PART;
+                tile.start[at]   = -v.type->zero * kvt_round(S + i * KVT_TILE + p, tile.norm + p, tile.W + i * KVT_TILE + p);
+                tile.w_scale[at] = factor[at] * scale;
+            }
+        }
+    }
+}
+
+// out += the sum of weights times m, of block b
+static void kvt_add_min(const kvt_side & v, int64_t b, const kvt_seen & seen, float * out, const kvt_tile & tile) {
+    for (int r = 0; r < seen.n_rows; r++) {
+        float all = 0.0f;
+        for (int p = 0; p < seen.n; p += KVT_PART) {
+            vf sum = vf_set1(0);
+            for (int j = p; j < std::min(p + KVT_PART, seen.n); j += KVT_VW) { // what is behind may be anything
+                sum = vf_fma(vf_load(tile.S + (seen.first + r) * KVT_TILE + j), vf_load_f16(tile.m + b * KVT_TILE + j), sum);
+            }
+            all += vf_hsum(sum) * tile.factor[(seen.first + r) * KVT_PARTS + p / KVT_PART];
+        }
+        float * y = out + r * v.Dp + b * v.type->n;
+        for (int64_t c = 0; c < v.type->n; c += KVT_VW) {
+            vf_store(y + c, vf_add(vf_load(y + c), vf_set1(all)));
+        }
     }
 }
 
 static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead & ahead) {
     int32_t * vt = (int32_t *) tile.vt;
-    const int n = seen.n, nv = (int) kvt_pad(n) / KVT_VW;
-    kvt_codes(v, v.type->codes_v, src, n, vt, v.D / 2, v.D, tile);
+    ahead.spread<kvt_step_int>(seen.n_rows, v.D, v.type->n, (seen.n + KVT_SIDE_BY_SIDE - 1) / KVT_SIDE_BY_SIDE);
+    kvt_codes(v, v.type->codes_v, src, seen.n, vt, v.D / KVT_SIDE_BY_SIDE, v.D, tile);
     for (int64_t b = 0; b < v.n_blocks; b++) {
-        uint16_t * d = tile.d + b * KVT_TILE;
-        uint16_t * m = tile.m + b * KVT_TILE;
         // a scale that is no number makes the rows that see it none, and is not multiplied
-        const uint64_t bad = kvt_not_finite(d, n) | (v.type->has_min ? kvt_not_finite(m, n) : 0);
-        for (int i = 0; bad && i < n; i++) {
-            if (bad >> i & 1) {
-                d[i] = m[i] = 0;
-            }
+        const kvt_cells bad = kvt_take_out(v, seen.n, tile.d + b * KVT_TILE, tile.m + b * KVT_TILE);
+        kvt_round_all(v, b, seen, bad, tile);
+        for (int p = 0; p < seen.n; p += KVT_PART) {
+            const int64_t i = b * v.type->n, n_steps = (std::min(KVT_PART, seen.n - p) + KVT_SIDE_BY_SIDE - 1) / KVT_SIDE_BY_SIDE;
+
+            const kvt_gemm_args<kvt_step_int, kvt_scale_rows> g = { seen.n_rows, v.type->n, n_steps, (const kvt_step_int::value *) (tile.W + p),
+                KVT_TILE / KVT_SIDE_BY_SIDE, vt + p / KVT_SIDE_BY_SIDE * v.D + i, v.D, out + i, v.Dp, true, { tile.w_scale + p / KVT_PART, KVT_PARTS },
+                tile.start + p / KVT_PART, KVT_PARTS };
+            kvt_gemm(g, ahead);
         }
-        // the scale of a KV row goes into its weight, as a part of the largest one that the row of Q sees in the tile
-        for (int r = 0, end; r < seen.n_rows; r = end) {
-            for (end = r + 1; end < seen.n_rows && (seen.all || seen.as_before(end)); end++) {}
-            const float d_max = kvt_norm(d, seen.all ? nullptr : seen.mask(r), nv, tile.norm);
-            for (int i = r; i < end; i++) {
-                kvt_round(tile.S + i * KVT_TILE, tile.norm, nv * KVT_VW, tile.W + i * KVT_TILE);
-                tile.w_scale[i] = bad && seen.sees(i, bad) ? NAN : tile.factor[i] * d_max / 32767.0f;
-            }
-        }
-        const int64_t                                     i = b * v.type->n;
-        const kvt_gemm_args<kvt_step_int, kvt_scale_rows> g = { seen.n_rows, v.type->n, (n + 1) / 2, (const int32_t *) tile.W, KVT_TILE / 2,
-            vt + i, v.D, out + i, v.Dp, true, { tile.w_scale, 1 } };
-        kvt_gemm(g, ahead);
         if (v.type->has_min) {
-            for (int r = 0; r < seen.n_rows; r++) {
-                vf sum = vf_set1(0);
-                for (int j = 0; j < nv; j++) {
-                    sum = vf_fma(vf_load(tile.S + r * KVT_TILE + j * KVT_VW), vf_load_f16(m + j * KVT_VW), sum);
-                }
-                const vf all = vf_set1(vf_hsum(sum) * tile.factor[r]);
-                for (int64_t c = i; c < i + v.type->n; c += KVT_VW) {
-                    vf_store(out + r * v.Dp + c, vf_add(vf_load(out + r * v.Dp + c), all));
-                }
-            }
+            kvt_add_min(v, b, seen, out, tile);
         }
     }
 }

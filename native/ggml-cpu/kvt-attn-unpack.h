@@ -1,6 +1,6 @@
 // kvt-attn-unpack.h - what attention must know of a type. A new type is a struct here, and a row in kvt_attn_types if it is ggml's.
 //   floats  load(): KVT_VW values of a row (kvt-attn-gemm.h)
-//   blocks  codes(): signed bytes c, d() and, if HAS_MIN, m(): the values are d*c + m
+//   blocks  codes(): bytes c, d() and, if HAS_MIN, m(): the values are d*(c - ZERO) + m
 // A type without a row goes through ggml's to_float.
 #pragma once
 
@@ -35,7 +35,7 @@ typedef void (*kvt_product_t)(int n_rows, const float * P, int64_t ldp, const ch
 template <typename T>
 static void kvt_product(int n_rows, const float * P, int64_t ldp, const char * src, size_t nb, int n_kv, int64_t n, float * C, kvt_ahead & ahead) {
     typedef typename T::element element;
-    kvt_gemm<T, kvt_scale_none>({ n_rows, n, n_kv, P, ldp, (const element *) src, (int64_t) (nb / sizeof(element)), C, n, true, {} }, ahead);
+    kvt_gemm<T, kvt_scale_none>({ n_rows, n, n_kv, P, ldp, (const element *) src, (int64_t) (nb / sizeof(element)), C, n, true, {}, nullptr, 0 }, ahead);
 }
 
 //
@@ -83,96 +83,117 @@ static KVT_INLINE void vb_quarters32(const char * qs, size_t nb, vb * c) {
     }
 }
 
+// bytes that are looked up, around KVT_AROUND(128)
+struct kvt_table {
+    int8_t x[16];
+};
+
 template <int n>
-static KVT_INLINE void vb_levels(const int8_t * levels, vb * c) {
+static constexpr kvt_table kvt_around(const int8_t (&levels)[n], int zero = KVT_AROUND(128)) {
+    kvt_table t = {};
+    for (int i = 0; i < n; i++) {
+        const int x = levels[i] + zero;
+        t.x[i]      = (int8_t) (x > 127 ? x - 256 : x);
+    }
+    return t;
+}
+
+template <int n>
+static KVT_INLINE void vb_levels(const kvt_table & levels, vb * c) {
     for (int j = 0; j < n; j++) {
-        c[j] = vb_look(vb_lut(levels), c[j]);
+        c[j] = vb_look(vb_lut(levels.x), c[j]);
     }
 }
 
-template <typename B, int N, bool M = false>
+// c - x, around KVT_AROUND(128)
+static KVT_INLINE vb vb_less(vb c, int x) {
+    return x == KVT_AROUND(128) ? c : vb_sub(c, vb_set1((int8_t) (x - KVT_AROUND(128))));
+}
+
+template <typename B, int N, int Z, bool M = false>
 struct kvt_row_block {
     typedef B         block;
     static const int  n       = N;
+    static const int  ZERO    = KVT_AROUND(Z);
     static const bool HAS_MIN = M;
 };
 
 #define KVT_AT(FIELD) (p + offsetof(block, FIELD))
 
-struct kvt_row_q8_0 : kvt_row_block<block_q8_0, QK8_0> {
+struct kvt_row_q8_0 : kvt_row_block<block_q8_0, QK8_0, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        c[0] = vb_load(KVT_AT(qs), nb);
-        c[1] = vb_load(KVT_AT(qs) + 16, nb);
+        c[0] = vb_less(vb_load(KVT_AT(qs), nb), 0);
+        c[1] = vb_less(vb_load(KVT_AT(qs) + 16, nb), 0);
     }
 };
 
-struct kvt_row_q4_0 : kvt_row_block<block_q4_0, QK4_0> {
+struct kvt_row_q4_0 : kvt_row_block<block_q4_0, QK4_0, 8> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         vb_nibbles(KVT_AT(qs), nb, c);
-        c[0] = vb_sub(c[0], vb_set1(8));
-        c[1] = vb_sub(c[1], vb_set1(8));
+        c[0] = vb_sub(c[0], vb_set1(8 - ZERO));
+        c[1] = vb_sub(c[1], vb_set1(8 - ZERO));
     }
 };
 
-struct kvt_row_q4_1 : kvt_row_block<block_q4_1, QK4_1, true> {
+struct kvt_row_q4_1 : kvt_row_block<block_q4_1, QK4_1, 0, true> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) { vb_nibbles(KVT_AT(qs), nb, c); }
 };
 
-struct kvt_row_q5_0 : kvt_row_block<block_q5_0, QK5_0> {
+struct kvt_row_q5_0 : kvt_row_block<block_q5_0, QK5_0, 16> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         vb_nibbles(KVT_AT(qs), nb, c);
         vb_add_bits<2>(KVT_AT(qh), nb, 16, c);
-        c[0] = vb_sub(c[0], vb_set1(16));
-        c[1] = vb_sub(c[1], vb_set1(16));
+        c[0] = vb_sub(c[0], vb_set1(16 - ZERO));
+        c[1] = vb_sub(c[1], vb_set1(16 - ZERO));
     }
 };
 
-struct kvt_row_q5_1 : kvt_row_block<block_q5_1, QK5_1, true> {
+struct kvt_row_q5_1 : kvt_row_block<block_q5_1, QK5_1, 0, true> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         vb_nibbles(KVT_AT(qs), nb, c);
         vb_add_bits<2>(KVT_AT(qh), nb, 16, c);
     }
 };
 
-static const int8_t kvt_levels_q2[16]     = KVT_LEVELS_Q2;
-static const int8_t kvt_levels_q3[16]     = KVT_LEVELS_Q3;
-static const int8_t kvt_levels_iq4_nl[16] = KVT_LEVELS_IQ4_NL;
+static constexpr kvt_table kvt_levels_q2     = kvt_around(KVT_LEVELS_Q2);
+static constexpr kvt_table kvt_levels_q3     = kvt_around(KVT_LEVELS_Q3);
+static constexpr kvt_table kvt_levels_iq4_nl = kvt_around(KVT_LEVELS_IQ4_NL);
 
-struct kvt_row_iq4_nl : kvt_row_block<block_iq4_nl, QK4_NL> {
+struct kvt_row_iq4_nl : kvt_row_block<block_iq4_nl, QK4_NL, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         vb_nibbles(KVT_AT(qs), nb, c);
         vb_levels<2>(kvt_levels_iq4_nl, c);
     }
 };
 
-struct kvt_row_q6_32 : kvt_row_block<kvt_block_q6_32, 32> {
+struct kvt_row_q6_32 : kvt_row_block<kvt_block_q6_32, 32, 32> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        static const int8_t high[16] = { 0, 16, 32, 48 };
-        vb                  h[2];
+        static constexpr kvt_table high = { { 0, 16, 32, 48 } };
+        vb                         h[2];
         vb_quarters32(KVT_AT(qh), nb, h);
         vb_levels<2>(high, h);
         vb_nibbles(KVT_AT(ql), nb, c);
         for (int j = 0; j < 2; j++) {
-            c[j] = vb_sub(vb_or(c[j], h[j]), vb_set1(32));
+            c[j] = vb_sub(vb_or(c[j], h[j]), vb_set1(32 - ZERO));
         }
     }
 };
 
-struct kvt_row_q2_64 : kvt_row_block<kvt_block_q2_64, 64> {
+struct kvt_row_q2_64 : kvt_row_block<kvt_block_q2_64, 64, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         vb_quarters64(KVT_AT(qs), nb, c);
         vb_levels<4>(kvt_levels_q2, c);
     }
 };
 
-struct kvt_row_q2_32 : kvt_row_block<kvt_block_q2_32, 32> {
+struct kvt_row_q2_32 : kvt_row_block<kvt_block_q2_32, 32, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         vb_quarters32(KVT_AT(qs), nb, c);
         vb_levels<2>(kvt_levels_q2, c);
     }
 };
 
-struct kvt_row_q3_64 : kvt_row_block<kvt_block_q3_64, 64> {
+struct kvt_row_q3_64 : kvt_row_block<kvt_block_q3_64, 64, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         vb_quarters64(KVT_AT(qs), nb, c);
         vb_add_bits<4>(KVT_AT(qh), nb, 4, c);
@@ -180,7 +201,7 @@ struct kvt_row_q3_64 : kvt_row_block<kvt_block_q3_64, 64> {
     }
 };
 
-struct kvt_row_q3_32 : kvt_row_block<kvt_block_q3_32, 32> {
+struct kvt_row_q3_32 : kvt_row_block<kvt_block_q3_32, 32, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         vb_quarters32(KVT_AT(qs), nb, c);
         vb_add_bits<2>(KVT_AT(qh), nb, 4, c);
@@ -196,12 +217,12 @@ static KVT_INLINE vb vb_halves(const char * qh, size_t nb) {
 }
 
 // windows of 8 bits on a ring: their low and high halves, and the bytes before those of a vector
-static const int8_t kvt_low_t2[16] = KVT_LEVELS_T2_LOW, kvt_high_t2[16] = KVT_LEVELS_T2_HIGH;
-static const int8_t kvt_low_t3[16] = KVT_LEVELS_T3_LOW, kvt_high_t3[16] = KVT_LEVELS_T3_HIGH;
-static const int8_t kvt_low_t4[16] = KVT_LEVELS_T4_LOW, kvt_high_t4[16] = KVT_LEVELS_T4_HIGH;
+static constexpr kvt_table kvt_low_t2 = kvt_around(KVT_LEVELS_T2_LOW), kvt_high_t2 = { KVT_LEVELS_T2_HIGH };
+static constexpr kvt_table kvt_low_t3 = kvt_around(KVT_LEVELS_T3_LOW), kvt_high_t3 = { KVT_LEVELS_T3_HIGH };
+static constexpr kvt_table kvt_low_t4 = kvt_around(KVT_LEVELS_T4_LOW), kvt_high_t4 = { KVT_LEVELS_T4_HIGH };
 
-static KVT_INLINE vb vb_window(const int8_t * of_low, const int8_t * of_high, vb low, vb high) {
-    return vb_add(vb_look(vb_lut(of_low), low), vb_look(vb_lut(of_high), high));
+static KVT_INLINE vb vb_window(const kvt_table & of_low, const kvt_table & of_high, vb low, vb high) {
+    return vb_add(vb_look(vb_lut(of_low.x), low), vb_look(vb_lut(of_high.x), high));
 }
 
 static KVT_INLINE vb vb_before(vb a) {
@@ -219,7 +240,7 @@ static KVT_INLINE vb vb_nibble(vb a, int n) {
     return vb_and(vb_shr16(a, n), vb_set1(15));
 }
 
-struct kvt_row_t2_64 : kvt_row_block<kvt_block_t2_64, 64> {
+struct kvt_row_t2_64 : kvt_row_block<kvt_block_t2_64, 64, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         const vb q = vb_load(KVT_AT(qs), nb), b = vb_before(q);
         const vb n4 = vb_nibble(q, 4), n6 = vb_across(q, b, 6);
@@ -230,7 +251,7 @@ struct kvt_row_t2_64 : kvt_row_block<kvt_block_t2_64, 64> {
     }
 };
 
-struct kvt_row_t3_64 : kvt_row_block<kvt_block_t3_64, 64> {
+struct kvt_row_t3_64 : kvt_row_block<kvt_block_t3_64, 64, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         const vb q = vb_load(KVT_AT(qs), nb), h = vb_halves(KVT_AT(qh), nb), b = vb_before(q);
         const vb above = vb_or(h, vb_shl16(vb_nibble(b, 0), 4)); // bits 8 to 15, as above those of q
@@ -241,7 +262,7 @@ struct kvt_row_t3_64 : kvt_row_block<kvt_block_t3_64, 64> {
     }
 };
 
-struct kvt_row_t4_64 : kvt_row_block<kvt_block_t4_64, 64> {
+struct kvt_row_t4_64 : kvt_row_block<kvt_block_t4_64, 64, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         const vb q = vb_load(KVT_AT(qs), nb), h = vb_load(KVT_AT(qh), nb);
         const vb q0 = vb_nibble(q, 0), q4 = vb_nibble(q, 4), h0 = vb_nibble(h, 0), h4 = vb_nibble(h, 4);
@@ -253,51 +274,65 @@ struct kvt_row_t4_64 : kvt_row_block<kvt_block_t4_64, 64> {
 };
 
 // group types: their first group is c[0]
-static const int8_t kvt_low_k2[4][16] = KVT_LEVELS_K2_LOW, kvt_high_k2[4][16] = KVT_LEVELS_K2_HIGH;
-static const int8_t kvt_low_k3[3][16] = KVT_LEVELS_K3_LOW, kvt_high_k3[3][16] = KVT_LEVELS_K3_HIGH;
-static const int8_t kvt_low_k4[3][16] = KVT_LEVELS_K4_LOW, kvt_high_k4[3][16] = KVT_LEVELS_K4_HIGH;
-static const int8_t kvt_low_k5[3][16] = KVT_LEVELS_K5_LOW, kvt_high_k5[3][16] = KVT_LEVELS_K5_HIGH;
+template <int n_groups>
+struct kvt_tables {
+    kvt_table group[n_groups];
+};
 
-struct kvt_row_k2_64 : kvt_row_block<kvt_block_k2_64, 64> {
+template <int n>
+static constexpr kvt_tables<n> kvt_tables_of(const int8_t (&levels)[n][16], int zero) {
+    kvt_tables<n> t = {};
+    for (int i = 0; i < n; i++) {
+        t.group[i] = kvt_around(levels[i], zero);
+    }
+    return t;
+}
+
+static constexpr kvt_tables<4> kvt_low_k2 = kvt_tables_of(KVT_LEVELS_K2_LOW, KVT_AROUND(128)), kvt_high_k2 = kvt_tables_of(KVT_LEVELS_K2_HIGH, 0);
+static constexpr kvt_tables<3> kvt_low_k3 = kvt_tables_of(KVT_LEVELS_K3_LOW, KVT_AROUND(128)), kvt_high_k3 = kvt_tables_of(KVT_LEVELS_K3_HIGH, 0);
+static constexpr kvt_tables<3> kvt_low_k4 = kvt_tables_of(KVT_LEVELS_K4_LOW, KVT_AROUND(128)), kvt_high_k4 = kvt_tables_of(KVT_LEVELS_K4_HIGH, 0);
+static constexpr kvt_tables<3> kvt_low_k5 = kvt_tables_of(KVT_LEVELS_K5_LOW, KVT_AROUND(128)), kvt_high_k5 = kvt_tables_of(KVT_LEVELS_K5_HIGH, 0);
+
+struct kvt_row_k2_64 : kvt_row_block<kvt_block_k2_64, 64, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         const vb q = vb_load(KVT_AT(qs), nb), b = vb_before(q);
-        c[3] = vb_window(kvt_low_k2[3], kvt_high_k2[3], vb_nibble(q, 0), vb_nibble(q, 4));
-        c[2] = vb_window(kvt_low_k2[2], kvt_high_k2[2], vb_nibble(q, 1), vb_across(q, b, 5));
-        c[1] = vb_window(kvt_low_k2[1], kvt_high_k2[1], vb_nibble(q, 2), vb_across(q, b, 6));
-        c[0] = vb_window(kvt_low_k2[0], kvt_high_k2[0], vb_nibble(q, 4), vb_nibble(b, 0));
+        c[3] = vb_window(kvt_low_k2.group[3], kvt_high_k2.group[3], vb_nibble(q, 0), vb_nibble(q, 4));
+        c[2] = vb_window(kvt_low_k2.group[2], kvt_high_k2.group[2], vb_nibble(q, 1), vb_across(q, b, 5));
+        c[1] = vb_window(kvt_low_k2.group[1], kvt_high_k2.group[1], vb_nibble(q, 2), vb_across(q, b, 6));
+        c[0] = vb_window(kvt_low_k2.group[0], kvt_high_k2.group[0], vb_nibble(q, 4), vb_nibble(b, 0));
     }
 };
 
-struct kvt_row_k3_64 : kvt_row_block<kvt_block_k3_64, 64> {
+struct kvt_row_k3_64 : kvt_row_block<kvt_block_k3_64, 64, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         const vb q = vb_load(KVT_AT(qs), nb), h = vb_halves(KVT_AT(qh), nb), b = vb_before(q);
-        c[3] = vb_window(kvt_low_k3[2], kvt_high_k3[2], vb_nibble(q, 0), vb_across(q, b, 4, 6));
-        c[2] = vb_window(kvt_low_k3[1], kvt_high_k3[1], vb_nibble(q, 1), vb_across(q, b, 5, 6));
-        c[1] = vb_window(kvt_low_k3[0], kvt_high_k3[0], vb_across(q, b, 3, 6), vb_nibble(b, 1));
-        c[0] = vb_sub(vb_or(vb_and(vb_shr16(q, 4), vb_set1(12)), vb_shl16(h, 4)), vb_set1(126));
+        c[3] = vb_window(kvt_low_k3.group[2], kvt_high_k3.group[2], vb_nibble(q, 0), vb_across(q, b, 4, 6));
+        c[2] = vb_window(kvt_low_k3.group[1], kvt_high_k3.group[1], vb_nibble(q, 1), vb_across(q, b, 5, 6));
+        c[1] = vb_window(kvt_low_k3.group[0], kvt_high_k3.group[0], vb_across(q, b, 3, 6), vb_nibble(b, 1));
+        c[0] = vb_less(vb_or(vb_and(vb_shr16(q, 4), vb_set1(12)), vb_shl16(h, 4)), 126);
     }
 };
 
-struct kvt_row_k4_64 : kvt_row_block<kvt_block_k4_64, 64> {
+struct kvt_row_k4_64 : kvt_row_block<kvt_block_k4_64, 64, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         const vb q = vb_load(KVT_AT(qs), nb), h = vb_load(KVT_AT(qh), nb), b = vb_before(q);
         const vb above = vb_or(vb_and(h, vb_set1(1)), vb_shl16(vb_nibble(b, 0), 1)); // bits 8 to 12, as above those of q
-        c[3]           = vb_window(kvt_low_k4[2], kvt_high_k4[2], vb_nibble(q, 0), vb_nibble(q, 4));
-        c[2]           = vb_window(kvt_low_k4[1], kvt_high_k4[1], vb_nibble(q, 2), vb_across(q, above, 6));
-        c[1]           = vb_window(kvt_low_k4[0], kvt_high_k4[0], vb_across(q, above, 5), vb_nibble(b, 0));
-        c[0]           = vb_sub(vb_or(h, vb_set1(1)), vb_set1(-128));
+        c[3]           = vb_window(kvt_low_k4.group[2], kvt_high_k4.group[2], vb_nibble(q, 0), vb_nibble(q, 4));
+        c[2]           = vb_window(kvt_low_k4.group[1], kvt_high_k4.group[1], vb_nibble(q, 2), vb_across(q, above, 6));
+        c[1]           = vb_window(kvt_low_k4.group[0], kvt_high_k4.group[0], vb_across(q, above, 5), vb_nibble(b, 0));
+        c[0]           = vb_less(vb_or(h, vb_set1(1)), 128);
     }
 };
 
-struct kvt_row_k5_64 : kvt_row_block<kvt_block_k5_64, 64> {
+struct kvt_row_k5_64 : kvt_row_block<kvt_block_k5_64, 64, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
         const vb q = vb_load(KVT_AT(qs), nb), h = vb_halves(KVT_AT(qh) + 16, nb);
         const vb above = vb_or(vb_and(vb_shr16(q, 7), vb_set1(1)), vb_and(vb_shl16(h, 1), vb_set1(14))); // bits 7 to 10
         const vb finer = vb_sub(vb_and(vb_shr16(h, 1), vb_set1(2 * KVT_FINE_K5)), vb_set1(KVT_FINE_K5));
-        c[3]           = vb_window(kvt_low_k5[2], kvt_high_k5[2], vb_nibble(q, 0), vb_nibble(q, 4));
-        c[2]           = vb_window(kvt_low_k5[1], kvt_high_k5[1], vb_nibble(q, 3), above);
-        c[1]           = vb_add(vb_window(kvt_low_k5[0], kvt_high_k5[0], above, vb_nibble(vb_before(q), 0)), finer);
-        c[0]           = vb_sub(vb_load(KVT_AT(qh), nb), vb_set1(-128));
+        c[3]           = vb_window(kvt_low_k5.group[2], kvt_high_k5.group[2], vb_nibble(q, 0), vb_nibble(q, 4));
+        c[2]           = vb_window(kvt_low_k5.group[1], kvt_high_k5.group[1], vb_nibble(q, 3), above);
+        c[1]           = vb_add(vb_window(kvt_low_k5.group[0], kvt_high_k5.group[0], above, vb_nibble(vb_before(q), 0)), finer);
+        c[0]           = vb_less(vb_load(KVT_AT(qh), nb), 128);
     }
 };
 KVT_STATIC_ASSERT(KVT_FINE_K5 == 2, "its bit is where twice this is");
@@ -330,28 +365,50 @@ static KVT_INLINE void kvt_each_code(const char * src, size_t nb, int n_rows, in
 // n_rows rows, a multiple of KVT_VW, of n values, nb bytes apart
 typedef void (*kvt_codes_t)(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld);
 
-// as [n/2][ld]: pairs of int16 of each row, of values 0 and 2, 1 and 3, 4 and 6...
+#ifdef KVT_BYTES
+
+// x[j]: 4 bytes of each row, values 4j to 4j + 3
+static KVT_INLINE void kvt_put_k(const vi * x, int32_t * dst, int64_t ld) {
+    for (int j = 0; j < 4; j++) {
+        vi_store(dst + j * ld, x[j]);
+    }
+}
+
+static KVT_INLINE void kvt_put_v(const vb * c, int32_t * dst, int64_t ld) {
+    vb_fours(c, dst, ld);
+}
+
+#else
+
+// int16: values 0 and 2, 1 and 3, 4 and 6...
+static KVT_INLINE void kvt_put_k(const vi * x, int32_t * dst, int64_t ld) {
+    for (int j = 0; j < 4; j++) {
+        vi_store(dst + (2 * j + 0) * ld, vi_even(x[j]));
+        vi_store(dst + (2 * j + 1) * ld, vi_odd(x[j]));
+    }
+}
+
+static KVT_INLINE void kvt_put_v(const vb * c, int32_t * dst, int64_t ld) {
+    vb_interleave(c[0], c[1], dst, ld);
+    vb_interleave(c[2], c[3], dst + ld, ld);
+}
+
+#endif
+
+// as [n/side by side][ld]: some values of each row
 template <typename T>
 static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
     kvt_each_code<T>(src, nb, n_rows, n, [=](int r, int64_t i, const vb * c) KVT_LAMBDA {
         vi x[4];
         vb_transpose(c, x);
-        int32_t * y = dst + i / 2 * ld + r;
-        for (int j = 0; j < 4; j++) {
-            vi_store(y + (2 * j + 0) * ld, vi_even(x[j]));
-            vi_store(y + (2 * j + 1) * ld, vi_odd(x[j]));
-        }
+        kvt_put_k(x, dst + i / KVT_SIDE_BY_SIDE * ld + r, ld);
     });
 }
 
-// as [n_rows/2][ld]: pairs of int16 of rows 2i and 2i + 1
+// as [n_rows/side by side][ld]: one value of some rows
 template <typename T>
 static void kvt_codes_v(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
-    kvt_each_code<T>(src, nb, n_rows, n, [=](int r, int64_t i, const vb * c) KVT_LAMBDA {
-        int32_t * y = dst + r / 2 * ld + i;
-        vb_interleave(c[0], c[1], y, ld);
-        vb_interleave(c[2], c[3], y + ld, ld);
-    });
+    kvt_each_code<T>(src, nb, n_rows, n, [=](int r, int64_t i, const vb * c) KVT_LAMBDA { kvt_put_v(c, dst + r / KVT_SIDE_BY_SIDE * ld + i, ld); });
 }
 
 // d and, if the type has it, m, f16, as [blocks][ld]
@@ -407,13 +464,14 @@ struct kvt_attn_type {
 #ifdef KVT_DOT
     kvt_codes_t  codes_k, codes_v; // for products of integers
     kvt_scales_t scales;
+    int          zero;
     bool         has_min;
 #endif
 };
 
 #define KVT_FLOATS(TYPE, STEP) { GGML_TYPE_##TYPE, KVT_VW, kvt_unpack<STEP>, kvt_product<STEP> }
 #ifdef KVT_DOT
-#define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, nullptr, nullptr, kvt_codes_k<ROW>, kvt_codes_v<ROW>, kvt_scales<ROW>, ROW::HAS_MIN }
+#define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, nullptr, nullptr, kvt_codes_k<ROW>, kvt_codes_v<ROW>, kvt_scales<ROW>, ROW::ZERO, ROW::HAS_MIN }
 #else
 #define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, kvt_unpack_block<ROW>, nullptr }
 #endif

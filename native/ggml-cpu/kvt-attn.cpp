@@ -16,13 +16,12 @@
 
 static const int KVT_ROWS  = 96; // query rows of an item, at most
 static const int KVT_GROUP = 64; // query rows of a group, at most
-static const int KVT_RUN   = 512; // bytes that are fetched at once
 
 //
 // plan: who computes what
 //
 // An item is the query rows of a span of tokens that share a KV head, a group is the items of several KV heads: they go
-// through the KV rows together, as the heads of a row lie beside each other in memory.
+// through the KV rows together, as the heads of a row lie beside each other in memory, and one's exponentials take the time of another's.
 //
 
 struct kvt_attn {
@@ -37,6 +36,7 @@ struct kvt_attn {
     int64_t n_rows;           // query rows that share a KV head: token * n_gqa + head
     int64_t n_rows_item, n_items_head, n_items_group, n_groups, n_split;
     int64_t n_row, n_scratch; // floats per query row, and per thread
+    int64_t n_tile;           // KV rows
 
     int64_t n_partial() const { return v.Dp + 2; } // sum of P V, max, sum
     int64_t n_partials() const { return n_split > 1 ? n_groups * n_split * n_items_group * n_rows_item * n_partial() : 0; }
@@ -80,14 +80,15 @@ static kvt_attn kvt_attn_plan(const ggml_tensor * dst) {
     a.n_groups = a.n_items_head * n_head_kv * n_stream / a.n_items_group;
 
     a.n_row     = GGML_PAD(kvt_q_size(a.k) + a.v.Dp + (int64_t) (sizeof(kvt_row) / sizeof(float)), 16);
-    a.n_scratch = a.n_items_group * a.n_rows_item * a.n_row + kvt_tile::size(a.k, a.v, a.n_rows_item);
+    a.n_scratch = a.n_items_group * a.n_rows_item * a.n_row + kvt_tile::size(a.k, a.v, a.n_items_group * a.n_rows_item);
+    a.n_tile    = kvt_tile::rows_of(a.k, a.v);
     a.n_split   = 1;
     return a;
 }
 
 // few groups, as in decode: split the KV range as well, so that each thread has the same number of units
 static int64_t kvt_attn_split(const kvt_attn & a, int64_t n_threads) {
-    const int64_t n_tiles = (a.n_kv + KVT_TILE - 1) / KVT_TILE;
+    const int64_t n_tiles = (a.n_kv + a.n_tile - 1) / a.n_tile;
     return a.n_groups < 4 * n_threads ? std::min(n_threads / std::gcd(a.n_groups, n_threads), n_tiles) : 1;
 }
 
@@ -116,7 +117,7 @@ struct kvt_item {
     int64_t head(const kvt_attn & a, int r) const { return ik2 * a.n_gqa + (row + r) % a.n_gqa; }
 };
 
-// the rows of an item
+// the rows of a group, item by item
 struct kvt_state {
     float *   Q; // [rows][kvt_q_size]
     float *   out; // [rows][DVp]
@@ -124,8 +125,8 @@ struct kvt_state {
 
     kvt_state(const kvt_attn & a, float * base) {
         Q    = base;
-        out  = Q + a.n_rows_item * kvt_q_size(a.k);
-        rows = (kvt_row *) (out + a.n_rows_item * a.v.Dp);
+        out  = Q + a.n_items_group * a.n_rows_item * kvt_q_size(a.k);
+        rows = (kvt_row *) (out + a.n_items_group * a.n_rows_item * a.v.Dp);
     }
 };
 
@@ -142,56 +143,49 @@ static float kvt_slope(const kvt_attn & a, int64_t head) {
     return head < n_log2 ? powf(powf(2.0f, -a.max_bias / n_log2), head + 1) : powf(powf(2.0f, -a.max_bias / 2.0f / n_log2), 2 * (head - n_log2) + 1);
 }
 
-static void kvt_item_begin(const kvt_attn & a, const kvt_item & it, const kvt_state & s, kvt_tile & tile) {
-    memset(s.out, 0, it.n * a.v.Dp * sizeof(float));
+// r0: the item's first row of the group
+static void kvt_item_begin(const kvt_attn & a, const kvt_item & it, const kvt_state & s, int r0, kvt_tile & tile) {
+    memset(s.out + r0 * a.v.Dp, 0, it.n * a.v.Dp * sizeof(float));
     for (int r = 0; r < it.n; r++) {
         const char *  q     = (const char *) a.q->data + it.token(a, r) * a.q->nb[1] + it.head(a, r) * a.q->nb[2] + it.i3 * a.q->nb[3];
         const int64_t head  = it.head(a, r);
-        const float   scale = a.scale * kvt_set_q(a.k, (const float *) q, s.Q + r * kvt_q_size(a.k), tile);
-        s.rows[r]           = { kvt_mask_row(a, it.token(a, r), head, it.i3), scale, kvt_slope(a, head), -INFINITY, 0.0f };
+        const float   scale = a.scale * kvt_set_q(a.k, (const float *) q, s.Q + (r0 + r) * kvt_q_size(a.k), tile);
+        s.rows[r0 + r]      = { kvt_mask_row(a, it.token(a, r), head, it.i3), scale, kvt_slope(a, head), -INFINITY, 0.0f };
     }
 }
 
-// An item's share of the next tile: its own head, or, if the heads of the group lie beside each other, a part of all their rows.
-static kvt_ahead kvt_next(const kvt_attn & a, const kvt_side & s, const kvt_item & it, int64_t ic, int64_t ic1) {
-    const int64_t n  = std::max<int64_t>(0, std::min<int64_t>(KVT_TILE, ic1 - ic - KVT_TILE));
-    const size_t  nb = s.t->nb[1], size = s.row_size();
-    const char *  p = s.head(it.ik2, it.i3, a.q->ne[3]) + (ic + KVT_TILE) * nb;
-    if (a.n_items_group > 1 && nb == a.n_items_group * size && s.t->nb[2] == size) {
-        const int64_t i = it.ik2 % a.n_items_group;
-        return { p - i * size + i * n * size, KVT_RUN, KVT_RUN, n * (int64_t) size / KVT_RUN, 1 };
+// Item i's share of the next tile of n rows at p, where its head starts: or, if the heads of the group lie beside each other, a part of all
+// their rows.
+static kvt_ahead kvt_next(const kvt_attn & a, const kvt_side & s, int64_t i, const char * p, int64_t n) {
+    const size_t nb = s.t->nb[1];
+    if (a.n_items_group > 1 && nb == a.n_items_group * s.row_size && s.t->nb[2] == s.row_size) {
+        return { p - i * s.row_size + i * n * s.row_size, s.row_size, s.row_size, n, 1 };
     }
-    return { p, nb, size, n, std::max<int64_t>(1, (s.integer ? 512 : 256) / s.D) };
+    return { p, nb, s.row_size, n, 1 };
 }
 
-static void kvt_item_tile(const kvt_attn & a, const kvt_item & it, const kvt_state & s, kvt_tile & tile, int64_t ic, int64_t ic1) {
-    const int      n  = (int) std::min<int64_t>(KVT_TILE, ic1 - ic);
-    const int      nv = (int) kvt_pad(n) / KVT_VW;
-    const kvt_seen seen(s.rows, it.n, ic, n, tile.end);
+// n cells from ic on, of a group of items of n_rows rows; k0 and v0: where its first head starts; n_next: cells of the tile after it
+static void kvt_group_tile(const kvt_attn & a, int n_rows, const char * k0, const char * v0, const kvt_state & s, kvt_tile & tile, int64_t ic, int n, int64_t n_next) {
+    const kvt_seen seen(s.rows, (int) a.n_items_group * n_rows, tile.n, ic, n, tile.end);
     if (!seen.any) {
         return;
     }
-    const char * k = a.k.head(it.ik2, it.i3, a.q->ne[3]) + ic * a.k.t->nb[1];
-    const char * v = a.v.head(it.ik2, it.i3, a.q->ne[3]) + ic * a.v.t->nb[1];
-
-    kvt_scores(a.k, k, n, it.n, s.Q, tile, kvt_next(a, a.k, it, ic, ic1));
-
-    const uint16_t * mask = nullptr;
-    for (int r = 0; r < it.n; r++) {
-        kvt_row & row  = s.rows[r];
-        mask           = seen.as_before(r) ? mask : seen.mask(r);
-        tile.factor[r] = kvt_weights({ row.scale, a.softcap, row.slope, mask, a.v.integer }, tile.S + r * KVT_TILE, nv, s.out + r * a.v.Dp, a.v.Dp, &row.max, &row.sum);
+    for (int64_t i = 0; i < a.n_items_group; i++) {
+        const char * k = k0 + i * a.k.t->nb[2] + ic * a.k.t->nb[1];
+        kvt_scores(a.k, k, seen.part((int) i * n_rows, n_rows), s.Q + i * n_rows * kvt_q_size(a.k), tile, kvt_next(a, a.k, i, k + tile.n * a.k.t->nb[1], n_next));
     }
-    kvt_values(a.v, v, seen, s.out, tile, kvt_next(a, a.v, it, ic, ic1));
+    kvt_weights({ a.softcap, a.v.integer }, seen, s.rows, s.out, a.v.Dp, tile);
+    for (int64_t i = 0; i < a.n_items_group; i++) {
+        const char * v = v0 + i * a.v.t->nb[2] + ic * a.v.t->nb[1];
+        kvt_values(a.v, v, seen.part((int) i * n_rows, n_rows), s.out + i * n_rows * a.v.Dp, tile, kvt_next(a, a.v, i, v + tile.n * a.v.t->nb[1], n_next));
+    }
 }
 
-static void kvt_sink(const kvt_attn & a, const kvt_item & it, const kvt_state & s, int r) {
-    const float sink = ((const float *) a.sinks->data)[it.head(a, r)];
-    kvt_row &   row  = s.rows[r];
-    const float top  = std::max(row.max, sink);
-    const float ms   = expf(row.max - top);
+static void kvt_sink(const kvt_attn & a, float sink, kvt_row & row, float * out) {
+    const float top = std::max(row.max, sink);
+    const float ms  = expf(row.max - top);
     for (int64_t i = 0; i < a.v.Dp; i++) {
-        s.out[r * a.v.Dp + i] *= ms;
+        out[i] *= ms;
     }
     row.sum = row.sum * ms + expf(sink - top);
     row.max = top;
@@ -211,8 +205,9 @@ static void kvt_write(const kvt_attn & a, const kvt_item & it, int r, const floa
 //
 
 static void kvt_attn_unit(const kvt_attn & a, int64_t i_group, int64_t ic0, int64_t ic1, float * scratch, float * partial) {
-    const int64_t i0 = i_group * a.n_items_group, n_state = a.n_rows_item * a.n_row;
-    kvt_tile      tile(scratch + a.n_items_group * n_state, a.k, a.v, a.n_rows_item);
+    const kvt_item  first(a, i_group * a.n_items_group);
+    const kvt_state s(a, scratch);
+    kvt_tile        tile(scratch + a.n_items_group * a.n_rows_item * a.n_row, a.k, a.v, a.n_items_group * a.n_rows_item);
     if (a.k.Dp != a.k.D) { // what the rows leave out is multiplied, too
         memset(tile.tmp, 0, KVT_VW * a.k.Dp * sizeof(float));
     }
@@ -221,27 +216,29 @@ static void kvt_attn_unit(const kvt_attn & a, int64_t i_group, int64_t ic0, int6
     }
 
     for (int64_t i = 0; i < a.n_items_group; i++) {
-        kvt_item_begin(a, kvt_item(a, i0 + i), kvt_state(a, scratch + i * n_state), tile);
+        kvt_item_begin(a, kvt_item(a, i_group * a.n_items_group + i), s, (int) i * first.n, tile);
     }
-    for (int64_t ic = ic0; ic < ic1; ic += KVT_TILE) {
-        for (int64_t i = 0; i < a.n_items_group; i++) {
-            kvt_item_tile(a, kvt_item(a, i0 + i), kvt_state(a, scratch + i * n_state), tile, ic, ic1);
-        }
+    const auto   cells = [&](int64_t ic) { return std::max<int64_t>(0, std::min<int64_t>(a.n_tile, ic1 - ic)); };
+    const char * k0    = a.k.head(first.ik2, first.i3, a.q->ne[3]);
+    const char * v0    = a.v.head(first.ik2, first.i3, a.q->ne[3]);
+    for (int64_t ic = ic0; ic < ic1; ic += a.n_tile) {
+        kvt_group_tile(a, first.n, k0, v0, s, tile, ic, (int) cells(ic), cells(ic + a.n_tile));
     }
     for (int64_t i = 0; i < a.n_items_group; i++) {
-        const kvt_item  it(a, i0 + i);
-        const kvt_state s(a, scratch + i * n_state);
+        const kvt_item it(a, i_group * a.n_items_group + i);
         for (int r = 0; r < it.n; r++) {
+            kvt_row & row = s.rows[i * it.n + r];
+            float *   out = s.out + (i * it.n + r) * a.v.Dp;
             if (a.sinks && ic0 == 0) {
-                kvt_sink(a, it, s, r);
+                kvt_sink(a, ((const float *) a.sinks->data)[it.head(a, r)], row, out);
             }
             if (partial) {
                 float * p = partial + (i * a.n_rows_item + r) * a.n_partial();
-                memcpy(p, s.out + r * a.v.Dp, a.v.Dp * sizeof(float));
-                p[a.v.Dp]     = s.rows[r].max;
-                p[a.v.Dp + 1] = s.rows[r].sum;
+                memcpy(p, out, a.v.Dp * sizeof(float));
+                p[a.v.Dp]     = row.max;
+                p[a.v.Dp + 1] = row.sum;
             } else {
-                kvt_write(a, it, r, s.out + r * a.v.Dp, s.rows[r].sum);
+                kvt_write(a, it, r, out, row.sum);
             }
         }
     }
@@ -293,10 +290,10 @@ bool kvt_attn_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     float * partials = base + nth * a.n_scratch;
     GGML_ASSERT((char *) (partials + a.n_partials()) <= (char *) params->wdata + params->wsize);
 
-    const int64_t n_tiles = (a.n_kv + KVT_TILE - 1) / KVT_TILE, n_units = a.n_groups * a.n_split;
+    const int64_t n_tiles = (a.n_kv + a.n_tile - 1) / a.n_tile, n_units = a.n_groups * a.n_split;
     const auto    compute = [&](int64_t u) {
         const int64_t i = u / a.n_split, s = u % a.n_split;
-        const int64_t ic0 = n_tiles * s / a.n_split * KVT_TILE, ic1 = std::min(a.n_kv, n_tiles * (s + 1) / a.n_split * KVT_TILE);
+        const int64_t ic0 = n_tiles * s / a.n_split * a.n_tile, ic1 = std::min(a.n_kv, n_tiles * (s + 1) / a.n_split * a.n_tile);
         kvt_attn_unit(a, i, ic0, ic1, scratch, a.n_split > 1 ? partials + u * a.n_items_group * a.n_rows_item * a.n_partial() : nullptr);
     };
     if (n_units < 4 * nth) {

@@ -1,5 +1,5 @@
-"""Attention is right as compiled for other instruction sets than this machine's: plain x86-64, AVX2, AVX-512, and
-aarch64 under qemu."""
+"""Attention is right as compiled for other instruction sets than this machine's: plain x86-64, AVX2, AVX-512, each with
+and without products of bytes, and aarch64 with and without them under qemu."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tests" / "native"))
 
 pytestmark = pytest.mark.upstream
 
-VARIANTS = {"x64": "", "haswell": "avx2", "skylakex": "avx512bw"}
+VARIANTS = {"x64": "", "haswell": "avx2", "alderlake": "avx_vnni", "skylakex": "avx512bw", "icelake": "avx512_vnni"}
 """ggml's name of a build of its CPU backend -> what the processor must have to run it."""
 
 AARCH64 = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",
@@ -48,12 +48,13 @@ def test_attention_of_a_variant(variants_bin, variant, tmp_path):
     test_isolation.check([*test_isolation.PAIRS[::19], *test_isolation.SHAPES[::11]], tmp_path)
 
 
-@pytest.fixture(scope="module")
-def aarch64_bin(builder) -> Path:
+@pytest.fixture(scope="module", params=["armv8-a", "armv8.2-a+dotprod"])
+def aarch64_bin(request, builder) -> Path:
     for program in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is missing: apt install g++-aarch64-linux-gnu qemu-user")
-    return builder("aarch64", "test-backend-ops", *AARCH64)
+    arch = f"-DGGML_CPU_ARM_ARCH={request.param}"
+    return builder(f"aarch64-{request.param.split('+')[-1]}", "test-backend-ops", *AARCH64, arch)
 
 
 @pytest.mark.parametrize(
