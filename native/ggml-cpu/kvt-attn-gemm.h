@@ -43,9 +43,8 @@ struct kvt_ahead {
 // one step of the sum: a value of A, of N_SUMS planes, times a vector of B, whose elements may be of a narrower type. MR rows of A by NR
 // vectors are summed at once; the sums of a row start at from()
 struct kvt_step_float {
-    static const int     MR = 6, NR = KVT_REGISTERS / 8;
+    static const int     MR = 6, NR = KVT_REGISTERS / 8, N_SUMS = 1;
     typedef float        value, element;
-    static const int     N_SUMS = 1;
     typedef vf           vector;
     static KVT_INLINE vf load(const float * p) { return vf_load(p); }
     static KVT_INLINE vf from(int32_t, int) { return vf_set1(0); }

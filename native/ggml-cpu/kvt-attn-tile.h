@@ -66,10 +66,10 @@ struct kvt_tile {
     int        n;       // KV rows
     float *    kt;      // [DKp][n]; or int32, some values side by side, [DK/side by side][KVT_TILE]
     float *    vt;      // [n][DVp]; or [KVT_TILE/side by side][DV]
-    float *    S;       // [rows][KVT_TILE]
+    float *    S;       // [rows][n]
     float *    tmp;     // [KVT_VW][D]: rows on their way
     float *    norm;    // [KVT_TILE]: scales of V over their largest
-    int16_t *  W;       // [rows][KVT_TILE]: weights of a block of V's columns, as steps of the product take them
+    int16_t *  W;       // [rows][n]: weights of a block of V's columns, as steps of the product take them
     int32_t *  start;   // [rows][parts]: where their sums start
     float *    w_scale; // [rows][parts]
     float *    factor;  // [rows][parts]: of the weights
@@ -97,8 +97,8 @@ private:
         int64_t       size = 0;
         n                  = rows_of(k, v);
         const auto take    = [&](int64_t n) { float * p = base ? base + size : nullptr; size += GGML_PAD(n, 16); return p; };
-        kt = take(k.n_tile()), vt = take(v.n_tile()), S = take(n_rows * KVT_TILE), tmp = take(KVT_VW * D), norm = take(KVT_TILE);
-        W = (int16_t *) take(n_rows * KVT_TILE / 2), start = (int32_t *) take(n_rows * KVT_PARTS);
+        kt = take(k.n_tile()), vt = take(v.n_tile()), S = take(n_rows * n), tmp = take(KVT_VW * D), norm = take(KVT_TILE);
+        W = (int16_t *) take(n_rows * n / 2), start = (int32_t *) take(n_rows * KVT_PARTS);
         w_scale = take(n_rows * KVT_PARTS), factor = take(n_rows * KVT_PARTS), minus = take(n_rows * KVT_PARTS);
         d = (uint16_t *) take(n_blocks * KVT_TILE / 2), m = (uint16_t *) take(n_blocks * KVT_TILE / 2), end = (uint16_t *) take(KVT_TILE / 2);
         return size;
@@ -168,7 +168,7 @@ static void kvt_scores_float(const kvt_side & k, const char * src, int n, int n_
         }
     }
     ahead.spread<kvt_step_float>(n_rows, n, n, k.Dp);
-    kvt_gemm<kvt_step_float, kvt_scale_none>({ n_rows, kvt_pad(n), k.Dp, Q, kvt_q_size(k), tile.kt, tile.n, S, KVT_TILE, false, {}, nullptr, 0 }, ahead);
+    kvt_gemm<kvt_step_float, kvt_scale_none>({ n_rows, kvt_pad(n), k.Dp, Q, kvt_q_size(k), tile.kt, tile.n, S, tile.n, false, {}, nullptr, 0 }, ahead);
 }
 
 #ifdef KVT_DOT
@@ -200,14 +200,14 @@ static void kvt_scores_int(const kvt_side & k, const char * src, int n, int n_ro
     ahead.spread<kvt_step_int>(n_rows, n, n, k.D / KVT_SIDE_BY_SIDE);
     for (int64_t b = 0; b < k.n_blocks; b++) {
         const kvt_gemm_args<kvt_step_int, kvt_scale_cols> g = { n_rows, kvt_pad(n), n_steps, (const kvt_step_int::value *) Q + b * n_steps,
-            ldq * (int64_t) sizeof(float) / (int64_t) sizeof(kvt_step_int::value), kt + b * n_steps * KVT_TILE, KVT_TILE, S, KVT_TILE, b > 0,
+            ldq * (int64_t) sizeof(float) / (int64_t) sizeof(kvt_step_int::value), kt + b * n_steps * KVT_TILE, KVT_TILE, S, tile.n, b > 0,
             { tile.d + b * KVT_TILE }, (const int32_t *) Q + k.D / 2 + b, ldq };
         kvt_gemm(g, ahead);
         if (k.type->has_min) {
             for (int r = 0; r < n_rows; r++) {
                 const vf sum = vf_set1(Q[r * ldq + k.D / 2 + k.n_blocks + b]);
                 for (int j = 0; j < n; j += KVT_VW) {
-                    float * s = S + r * KVT_TILE + j;
+                    float * s = S + r * tile.n + j;
                     vf_store(s, vf_fma(vf_load_f16(tile.m + b * KVT_TILE + j), sum, vf_load(s)));
                 }
             }
@@ -218,7 +218,7 @@ static void kvt_scores_int(const kvt_side & k, const char * src, int n, int n_ro
 #endif
 
 static void kvt_scores(const kvt_side & k, const char * src, const kvt_seen & seen, const float * Q, kvt_tile & tile, kvt_ahead ahead) {
-    float * S = tile.S + seen.first * KVT_TILE;
+    float * S = tile.S + seen.first * tile.n;
 #ifdef KVT_DOT
     if (k.integer) {
         kvt_scores_int(k, src, seen.n, seen.n_rows, Q, S, tile, ahead);
@@ -287,7 +287,7 @@ static void kvt_weights(const kvt_soft_max & a, const kvt_seen & seen, kvt_row *
         float     top[KVT_PARTS], all = -INFINITY;
         mask = seen.as_before(r) ? mask : seen.mask(r);
         for (int p = 0; p < n_parts; p++) {
-            float * s = tile.S + r * KVT_TILE + p * KVT_PART;
+            float * s = tile.S + r * tile.n + p * KVT_PART;
             if (!mask && a.softcap == 0.0f) {
                 top[p] = kvt_row_max<true>(a, nullptr, s, row);
             } else {
@@ -316,7 +316,7 @@ static void kvt_weights(const kvt_soft_max & a, const kvt_seen & seen, kvt_row *
         vf_store(tile.factor + i, vf_exp<true>(vf_load(tile.factor + i)));
     }
     for (int r = 0; r < seen.n_rows; r++) {
-        rows[r].sum += kvt_row_exp(tile.S + r * KVT_TILE, n_parts, tile.minus + r * KVT_PARTS, tile.factor + r * KVT_PARTS);
+        rows[r].sum += kvt_row_exp(tile.S + r * tile.n, n_parts, tile.minus + r * KVT_PARTS, tile.factor + r * KVT_PARTS);
     }
 }
 
@@ -325,7 +325,7 @@ static void kvt_weights(const kvt_soft_max & a, const kvt_seen & seen, kvt_row *
 //
 
 static void kvt_product_float(const kvt_side & v, const float * S, int n, int row, int n_rows, float * out, kvt_tile & tile, kvt_ahead & ahead) {
-    kvt_gemm<kvt_step_float, kvt_scale_none>({ n_rows, v.Dp, n, S + row * KVT_TILE, KVT_TILE, tile.vt, v.Dp, out + row * v.Dp, v.Dp, true, {}, nullptr, 0 }, ahead);
+    kvt_gemm<kvt_step_float, kvt_scale_none>({ n_rows, v.Dp, n, S + row * tile.n, tile.n, tile.vt, v.Dp, out + row * v.Dp, v.Dp, true, {}, nullptr, 0 }, ahead);
 }
 
 // some cells hold what is no number: 0 times it is none, so that rows that see other cells go apart
@@ -345,15 +345,15 @@ static void kvt_values_apart(const kvt_side & v, const char * src, const kvt_see
                 }
             }
         }
-        kvt_product_float(v, tile.S + seen.first * KVT_TILE, seen.n, r, end - r, out, tile, ahead);
+        kvt_product_float(v, tile.S + seen.first * tile.n, seen.n, r, end - r, out, tile, ahead);
     }
 }
 
 static void kvt_values_float(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead & ahead) {
-    const float * S = tile.S + seen.first * KVT_TILE;
+    const float * S = tile.S + seen.first * tile.n;
     ahead.spread<kvt_step_float>(seen.n_rows, v.Dp, v.Dp, seen.n);
     if (seen.all && seen.n_rows <= kvt_step_float::MR && v.type && v.type->product) {
-        v.type->product(seen.n_rows, S, KVT_TILE, src, v.t->nb[1], seen.n, v.D, out, ahead);
+        v.type->product(seen.n_rows, S, tile.n, src, v.t->nb[1], seen.n, v.D, out, ahead);
         return;
     }
     v.floats(src, seen.n, tile.vt);
@@ -423,7 +423,7 @@ static KVT_INLINE int32_t kvt_round(const float * __restrict s, const float * __
 
 // the weights of block b, rounded, and what their products are to be scaled by. bad: rows whose scales are no numbers
 static void kvt_round_all(const kvt_side & v, int64_t b, const kvt_seen & seen, const kvt_cells & bad, kvt_tile & tile) {
-    const float *    S      = tile.S + seen.first * KVT_TILE;
+    const float *    S      = tile.S + seen.first * tile.n;
     const float *    factor = tile.factor + seen.first * KVT_PARTS;
     const uint16_t * d      = tile.d + b * KVT_TILE;
     // the scale of a KV row goes into its weight, as a part of the largest one that the row of Q sees in the tile
@@ -435,7 +435,7 @@ static void kvt_round_all(const kvt_side & v, int64_t b, const kvt_seen & seen, 
             const float scale = bad.any() && seen.sees(i, bad) ? NAN : d_max / KVT_MAX_INT;
             for (int p = 0; p < tile.n; p += KVT_PART) {
                 const int at     = i * KVT_PARTS + p / KVT_PART;
-                tile.start[at]   = -v.type->zero * kvt_round(S + i * KVT_TILE + p, tile.norm + p, tile.W + i * KVT_TILE + p);
+                tile.start[at]   = -v.type->zero * kvt_round(S + i * tile.n + p, tile.norm + p, tile.W + i * tile.n + p);
                 tile.w_scale[at] = factor[at] * scale;
             }
         }
@@ -449,7 +449,7 @@ static void kvt_add_min(const kvt_side & v, int64_t b, const kvt_seen & seen, fl
         for (int p = 0; p < seen.n; p += KVT_PART) {
             vf sum = vf_set1(0);
             for (int j = p; j < std::min(p + KVT_PART, seen.n); j += KVT_VW) { // what is behind may be anything
-                sum = vf_fma(vf_load(tile.S + (seen.first + r) * KVT_TILE + j), vf_load_f16(tile.m + b * KVT_TILE + j), sum);
+                sum = vf_fma(vf_load(tile.S + (seen.first + r) * tile.n + j), vf_load_f16(tile.m + b * KVT_TILE + j), sum);
             }
             all += vf_hsum(sum) * tile.factor[(seen.first + r) * KVT_PARTS + p / KVT_PART];
         }
@@ -472,7 +472,7 @@ static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen 
             const int64_t i = b * v.type->n, n_steps = (std::min(KVT_PART, seen.n - p) + KVT_SIDE_BY_SIDE - 1) / KVT_SIDE_BY_SIDE;
 
             const kvt_gemm_args<kvt_step_int, kvt_scale_rows> g = { seen.n_rows, v.type->n, n_steps, (const kvt_step_int::value *) (tile.W + p),
-                KVT_TILE / KVT_SIDE_BY_SIDE, vt + p / KVT_SIDE_BY_SIDE * v.D + i, v.D, out + i, v.Dp, true, { tile.w_scale + p / KVT_PART, KVT_PARTS },
+                tile.n / KVT_SIDE_BY_SIDE, vt + p / KVT_SIDE_BY_SIDE * v.D + i, v.D, out + i, v.Dp, true, { tile.w_scale + p / KVT_PART, KVT_PARTS },
                 tile.start + p / KVT_PART, KVT_PARTS };
             kvt_gemm(g, ahead);
         }
