@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from statistics import median
+
+from process import Process, median_time, parser_of_builds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
 
@@ -66,47 +67,23 @@ def cache_bytes(ggml: object, case: dict) -> int:
 
 
 def one_case(text: str, folder: Path, mib: float) -> None:
-    """In a process of its own: prints the bytes of a call, 0 if the library does not know a type; then, for each line
-    of seconds that comes in, calls for so long, and prints their median in milliseconds."""
+    """In a process of its own: for each line of seconds that comes in, calls for so long, and prints their median in
+    milliseconds; for a null the bytes of a call, 0 if the library does not know a type."""
     from attention import Ggml
 
     ggml, case = Ggml(folder), json.loads(text)
     known = hasattr(ggml.cpu, "kvt_attn_ref") or (case["k"] not in OUR_TYPES and case["v"] not in OUR_TYPES)
     operators = operators_of(folder, case, mib) if known else []
-    print(cache_bytes(ggml, case) if known else 0, flush=True)
     for line in sys.stdin:
-        times: list[float] = []
-        while sum(times) < float(line) or len(times) < 5:
-            for operator in operators:
-                start = time.perf_counter()
-                operator.run()
-                times.append(time.perf_counter() - start)
-        print(1e3 * median(times), flush=True)
-
-
-class Build:
-    """A library that works on a case in a process of its own."""
-
-    def __init__(self, folder: Path, case: dict, mib: float) -> None:
-        command = [sys.executable, __file__, str(folder), "--case", json.dumps(case), "--mib", str(mib)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.n_bytes = int(self._process.stdout.readline() or 0)
-
-    def run(self, seconds: float) -> float:
-        """Milliseconds per call."""
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        return float(self._process.stdout.readline())
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        seconds = json.loads(line)
+        if seconds is None:
+            print(cache_bytes(ggml, case) if known else 0, flush=True)
+        else:
+            print(1e3 * median_time([operator.run for operator in operators], seconds), flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--threads", type=int, default=2)
+    parser = parser_of_builds(__doc__)
     parser.add_argument("--n-kv", type=int, default=8000)
     parser.add_argument("--n-q", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
@@ -149,15 +126,19 @@ def main() -> None:
                     "n_threads": options.threads}  # fmt: skip
             base_case = {**case, **dict(zip("kv", BASE.split("/")))}
             cases = [base_case if options.against_base and i == 0 else case for i in range(len(options.folders))]
-            builds = [Build(folder, of, options.mib) for folder, of in zip(options.folders, cases)]
+            builds = [
+                Process(__file__, folder, "--case", json.dumps(of), "--mib", options.mib)
+                for folder, of in zip(options.folders, cases)
+            ]
+            sizes = [build.ask(None) for build in builds]
             times: list[list[float]] = [[] for _ in builds]
             for _ in range(options.rounds):
-                for build, found in zip(builds, times):
-                    if build.n_bytes:
-                        found.append(build.run(options.seconds))
+                for build, size, found in zip(builds, sizes, times):
+                    if size:
+                        found.append(build.ask(options.seconds))
             for build in builds:
                 build.close()
-            sizes, ms = [build.n_bytes for build in builds], [median(t) if t else None for t in times]
+            ms = [median(t) if t else None for t in times]
             base = ms[0] if options.against_base else base or ms[0]
             columns = "".join(
                 f"{t:10.3f}{size / t / 1e6:8.1f}{size / t / 1e6 / speed:7.0%}" if t else f"{'-':>10}{'-':>8}{'-':>7}"

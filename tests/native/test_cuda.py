@@ -3,58 +3,27 @@ codecs."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from compiling import compiled, of_library
 
 pytestmark = pytest.mark.native
 
-ROOT = Path(__file__).resolve().parents[2]
+SOURCES = Path(__file__).resolve().parents[1] / "cuda"
 OURS = ["q2_64", "q2_32", "q3_64", "q3_32", "q6_32", "k2_64", "k3_64", "k4_64", "k5_64", "t2_64", "t3_64", "t4_64"]
-
-
-def compiled(name: str, folder: Path, *libs: str) -> Path:
-    """A program of tests/cuda, built against the library that is tested."""
-    from kvtuner_gguf import native
-
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    lib, program = native.lib_dir(), folder / name
-    trees = (lib.parent, ROOT / "build" / "editable")  # of a build that is tested in its folder, or of the package
-    headers = [path for tree in trees if (path := tree / "llama.cpp" / "ggml" / "include").is_dir()]
-    if not compiler or not headers:
-        pytest.skip("no C++ compiler" if not compiler else "no source tree in build/: install with 'pip install -e .'")
-    command = [
-        compiler,
-        "-std=c++17",
-        "-O2",
-        "-ffp-contract=off",
-        f"-I{headers[0]}",
-        f"-I{ROOT / 'native/ggml-base'}",
-        f"-I{ROOT / 'native/ggml-cuda'}",
-        str(ROOT / "tests" / "cuda" / f"{name}.cpp"),
-        f"-L{lib}",
-        *libs,
-        f"-Wl,-rpath,{lib}",
-        f"-Wl,-rpath-link,{lib}",
-        "-o",
-        str(program),
-    ]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr[-3000:]
-    return program
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Lines "ok|FAIL type what" of tests/cuda/host.cpp, on the library that is tested."""
-    program = compiled("host", tmp_path_factory.mktemp("cuda"), "-lggml-base")
+    program = compiled(SOURCES / "host.cpp", tmp_path_factory.mktemp("cuda"), *of_library("ggml-base"))
     return subprocess.run([str(program)], capture_output=True, text=True).stdout.splitlines()
 
 
 def test_what_a_gpu_checks_says_that_there_is_none(tmp_path):
-    program = compiled("device", tmp_path, "-lggml", "-lggml-base")
+    program = compiled(SOURCES / "device.cpp", tmp_path, *of_library("ggml", "ggml-base"))
     run = subprocess.run([str(program), "bytes"], capture_output=True, text=True)
     if run.returncode != 2:  # there is one
         assert run.returncode == 0, run.stdout

@@ -1,5 +1,6 @@
 """Attention is right as compiled for other instruction sets than this machine's: plain x86-64, AVX2, AVX-512, each with
-and without products of bytes, and aarch64 with and without them under qemu."""
+and without products of bytes, and aarch64 with and without them under qemu. What is
+written has the same bytes there."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,3 +85,34 @@ def test_attention_on_aarch64(aarch64_bin, cases):
     )
     assert run.returncode == 0 and "FAIL" not in run.stdout, (run.stdout + run.stderr)[-3000:]
     assert "\n  0/0 tests passed" not in run.stdout, f"no case is called {cases}"
+
+
+ENCODERS = {"x86-64": "sse2", "x86-64-v2": "sse4_2", "haswell": "avx2", "skylake-avx512": "avx512bw", "armv8-a": ""}
+"""GCC's name of an instruction set -> what the processor must have to run it; without, it runs under qemu."""
+
+
+@pytest.mark.parametrize("march", ENCODERS)
+def test_our_types_are_written_alike_everywhere(march, tmp_path):
+    from compiling import compiled
+    from test_cuda import OURS
+
+    from kvtuner_gguf import native
+
+    source, runs, args, compiler = ROOT / "tests" / "native" / "encode.cpp", [], [f"-march={march}"], None
+    if not ENCODERS[march]:
+        if shutil.which("qemu-aarch64") is None:
+            pytest.skip("qemu-aarch64 is missing: apt install qemu-user")
+        runs, compiler = ["qemu-aarch64"], "aarch64-linux-gnu-g++"
+        args.append("-static")
+    elif platform.machine() != "x86_64" or ENCODERS[march] not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {ENCODERS[march]}")
+    program = compiled(source, tmp_path, *args, compiler=compiler)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((300, 64), np.float32) * rng.choice(np.array([1e-6, 1, 30], np.float32), (300, 1))
+    x[::7, ::9] *= 40
+    x[5], x[6, 3], x[7, 2] = 0, np.nan, np.inf
+    out = subprocess.run([*runs, str(program)], input=x.tobytes(), capture_output=True, check=True).stdout
+    names, _, found = out.partition(b"\n")
+    expected = [native.encode(name, x).tobytes() for name in names.decode().split()]
+    assert len(expected) == len(OURS)
+    assert found == b"".join(expected)
