@@ -9,44 +9,24 @@ slow for.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+
+from process import llama_bench
 
 PAIRS = ("f16/f16", "q8_0/q8_0", "q8_0/q4_0", "q4_0/q4_0", "q5_1/iq4_nl", "q5_0/q4_1", "bf16/bf16", "f32/f32")
 BASE = "f16/f16"
 BASES = (BASE, "q8_0/q8_0")
 
 
-def bench(folder: Path, model: Path, pair: str, depth: int, threads: int, tests: list[str]) -> dict[str, float]:
-    """Test -> tokens per second, of one run."""
-    k, v = pair.split("/")
-    command = [
-        str(folder / "llama-bench"),
-        "-m",
-        str(model),
-        "-fa",
-        "1",
-        "-ctk",
-        k,
-        "-ctv",
-        v,
-        "-d",
-        str(depth),
-        "-t",
-        str(threads),
-        "-r",
-        "1",
-        "-o",
-        "jsonl",
-        *tests,
-    ]
-    env = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
-    lines = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
-    runs = [json.loads(line) for line in lines]
-    return {f"pp{r['n_prompt']}" if r["n_prompt"] else f"tg{r['n_gen']}": r["avg_ts"] for r in runs}
+def table(rows: dict[str, dict[str, list[float | None]]], pairs: Sequence[str]) -> str:
+    """In Markdown: tokens per second of each build -> of the next, by tests and pairs."""
+    lines = [f"| tokens/s | {' | '.join(pairs)} |", "|---" * (1 + len(pairs)) + "|"]
+    for name, of_pairs in rows.items():
+        cells = [" -> ".join(f"{t:.0f}" for t in of_pairs[pair] if t) for pair in pairs]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -60,6 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--n-prompt", type=int, default=512)
     parser.add_argument("--n-gen", type=int, default=32)
+    parser.add_argument("--markdown", action="store_true", help="ends with the table of docs/performance.md")
     options = parser.parse_args()
 
     pairs = [BASE, *(p for p in options.pairs.split(",") if p != BASE)]
@@ -71,17 +52,19 @@ def main() -> None:
         + "".join(f"{f'build {i}':>10}" for i in range(n))
         + "".join(f"{f'/ first {p}':>18}" for p in ("same", *BASES))
     )
+    rows: dict[str, dict[str, list[float | None]]] = {}
     for threads in map(int, options.threads.split(",")):
         for depth in map(int, options.depths.split(",")):
             first: dict[tuple[str, str], float] = {}
             for pair in pairs:
                 folders = [f if i or pair in of_first else None for i, f in enumerate(options.folders)]
                 runs = [
-                    [bench(f, options.model, pair, depth, threads, tests) if f else {} for f in folders]
+                    [llama_bench(f, options.model, pair, depth, threads, tests) if f else {} for f in folders]
                     for _ in range(options.rounds)
                 ]
                 for test in runs[0][-1]:
                     ts = [median(r[i][test] for r in runs) if test in runs[0][i] else None for i in range(n)]
+                    rows.setdefault(f"{test} at depth {depth}, threads {threads}", {})[pair] = ts
                     if ts[0]:
                         first[test, pair] = ts[0]
                     numbers = "".join(f"{t:10.1f}" if t else f"{'-':>10}" for t in ts)
@@ -91,6 +74,8 @@ def main() -> None:
                         + "".join(f"{r:18.2f}" if r else f"{'-':>18}" for r in ratios),
                         flush=True,
                     )
+    if options.markdown:
+        print(table(rows, pairs))
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from statistics import median
 
-from process import Process, median_time, parser_of_builds
+from process import Process, in_turns, median_time, parser_of_builds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
 
@@ -68,7 +69,7 @@ def cache_bytes(ggml: object, case: dict) -> int:
 
 def one_case(text: str, folder: Path, mib: float) -> None:
     """In a process of its own: for each line of seconds that comes in, calls for so long, and prints their median in
-    milliseconds; for a null the bytes of a call, 0 if the library does not know a type."""
+    milliseconds, null if the library does not know a type; for a null the bytes of a call."""
     from attention import Ggml
 
     ggml, case = Ggml(folder), json.loads(text)
@@ -76,10 +77,52 @@ def one_case(text: str, folder: Path, mib: float) -> None:
     operators = operators_of(folder, case, mib) if known else []
     for line in sys.stdin:
         seconds = json.loads(line)
-        if seconds is None:
-            print(cache_bytes(ggml, case) if known else 0, flush=True)
+        if not known:
+            print("null", flush=True)
+        elif seconds is None:
+            print(cache_bytes(ggml, case), flush=True)
         else:
             print(1e3 * median_time([operator.run for operator in operators], seconds), flush=True)
+
+
+def case_of(shape: tuple[int, int, int], pair: str, n_kv: int, n_q: int, n_threads: int) -> dict | None:
+    """One for tests/native/attention.py; None for types whose blocks the head does not fill.
+
+    shape  head size, query heads of a KV head, sequences
+    """
+    d, n_gqa, n_stream = shape
+    k, v = pair.split("/")
+    if any(d % (1 if t in ("f32", "f16", "bf16") else 64 if t.endswith("_64") else 32) for t in (k, v)):
+        return None
+    return {"k": k, "v": v, "dk": d, "dv": d, "n_gqa": n_gqa, "n_head_kv": 3 if d == 64 else 2, "n_q": n_q,
+            "n_kv": max(64, n_kv // n_stream), "n_stream": n_stream, "mask": "causal",
+            "n_threads": n_threads}  # fmt: skip
+
+
+def started(folders: Sequence[Path], cases: Sequence[dict], mib: float) -> list[Process]:
+    """A build for each folder, which answers seconds with milliseconds, and null with bytes."""
+    return [Process(__file__, folder, "--case", json.dumps(case), "--mib", mib) for folder, case in zip(folders, cases)]
+
+
+def shapes_of(text: str) -> list[tuple[int, int, int]]:
+    return [(d, n_gqa, n_stream) for d, n_gqa, n_stream in (map(int, s.split(":")) for s in text.split(","))]
+
+
+def short(ms: float) -> str:
+    return f"{ms:.2f}".removeprefix("0") if ms < 10 else f"{ms:.1f}"
+
+
+def table(found: dict[tuple[int, int, int], dict[str, list[float | None]]], pairs: Sequence[str]) -> str:
+    """In Markdown: milliseconds of the first build -> of the last one, by shapes and pairs."""
+    lines = [
+        f"| head size, query heads per KV head, sequences | {' | '.join(pairs)} |",
+        "|---" * (1 + len(pairs)) + "|",
+    ]
+    for shape, of_pairs in found.items():
+        times = [[t for t in of_pairs.get(pair, []) if t] for pair in pairs]
+        cells = [" -> ".join(map(short, dict.fromkeys((t[0], t[-1])))) if t else "" for t in times]
+        lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -98,6 +141,7 @@ def main() -> None:
         "--against-base", action="store_true", help=f"the first build runs {BASE} only, beside each pair"
     )
     parser.add_argument("--shapes", default=SHAPES, help="head size:query heads of a KV head:sequences, comma between")
+    parser.add_argument("--markdown", action="store_true", help="ends with the table of docs/performance.md")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -114,31 +158,22 @@ def main() -> None:
         + "".join(f"{'ms':>10}{'GB/s':>8}{'read':>7}" for _ in options.folders)
         + f"   first/last   first {BASE}/last"
     )
-    for d, n_gqa, n_stream in (map(int, s.split(":")) for s in options.shapes.split(",")):
+    shapes, pairs = shapes_of(options.shapes), [BASE, *(p for p in names if p != BASE)]
+    all_ms: dict[tuple[int, int, int], dict[str, list[float | None]]] = {shape: {} for shape in shapes}
+    for shape in shapes:
         base = 0.0
-        for pair in [BASE, *(p for p in names if p != BASE)]:
-            k, v = pair.split("/")
-            if any(d % (1 if t in ("f32", "f16", "bf16") else 64 if t.endswith("_64") else 32) for t in (k, v)):
+        for pair in pairs:
+            case = case_of(shape, pair, options.n_kv, options.n_q, options.threads)
+            if not case:
                 continue
-            case = {"k": k, "v": v, "dk": d, "dv": d, "n_gqa": n_gqa, "n_head_kv": 3 if d == 64 else 2,
-                    "n_q": options.n_q,
-                    "n_kv": max(64, options.n_kv // n_stream), "n_stream": n_stream, "mask": "causal",
-                    "n_threads": options.threads}  # fmt: skip
             base_case = {**case, **dict(zip("kv", BASE.split("/")))}
             cases = [base_case if options.against_base and i == 0 else case for i in range(len(options.folders))]
-            builds = [
-                Process(__file__, folder, "--case", json.dumps(of), "--mib", options.mib)
-                for folder, of in zip(options.folders, cases)
-            ]
+            builds = started(options.folders, cases, options.mib)
             sizes = [build.ask(None) for build in builds]
-            times: list[list[float]] = [[] for _ in builds]
-            for _ in range(options.rounds):
-                for build, size, found in zip(builds, sizes, times):
-                    if size:
-                        found.append(build.ask(options.seconds))
+            times = in_turns(builds, options.seconds, options.rounds)
             for build in builds:
                 build.close()
-            ms = [median(t) if t else None for t in times]
+            ms = all_ms[shape][pair] = [median(t) if t else None for t in times]
             base = ms[0] if options.against_base else base or ms[0]
             columns = "".join(
                 f"{t:10.3f}{size / t / 1e6:8.1f}{size / t / 1e6 / speed:7.0%}" if t else f"{'-':>10}{'-':>8}{'-':>7}"
@@ -146,7 +181,9 @@ def main() -> None:
             )
             turns = [first / last for first, last in zip(times[0], times[-1])]
             same = f"{median(turns):13.2f}" if turns and not options.against_base else f"{'-':>13}"
-            print(f"{d:4}  {n_gqa:3}  {n_stream:4}  {pair:16}{columns}{same}{base / ms[-1]:20.2f}", flush=True)
+            print("{:4}  {:3}  {:4}".format(*shape), f" {pair:16}{columns}{same}{base / ms[-1]:20.2f}", flush=True)
+    if options.markdown:
+        print(table(all_ms, pairs))
 
 
 if __name__ == "__main__":

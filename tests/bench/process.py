@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -38,6 +39,12 @@ class Process:
         self._process.wait()
 
 
+def in_turns(builds: Sequence[Process], question: Any, rounds: int) -> list[list[Any]]:
+    """The answers of each build, which are asked one after the other in each round; [] of one that answers null."""
+    answers = [[build.ask(question) for build in builds] for _ in range(rounds)]
+    return [[one for one in of_build if one is not None] for of_build in zip(*answers)]
+
+
 def median_time(calls: Sequence[Callable[[], object]], seconds: float) -> float:
     """Seconds of a call, the calls in turns for so long in all."""
     times: list[float] = []
@@ -47,3 +54,14 @@ def median_time(calls: Sequence[Callable[[], object]], seconds: float) -> float:
             call()
             times.append(time.perf_counter() - start)
     return median(times)
+
+
+def llama_bench(folder: Path, model: Path, pair: str, depth: int, n_threads: int, tests: list[str]) -> dict[str, float]:
+    """Test -> tokens per second, of one run of a build's llama-bench. tests: its options, as -p 512 -n 32"""
+    k, v = pair.split("/")
+    options = ("-fa", 1, "-ctk", k, "-ctv", v, "-d", depth, "-t", n_threads, "-r", 1, "-o", "jsonl")
+    command = [folder / "llama-bench", "-m", model, *options, *tests]
+    env = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+    run = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, check=True)
+    runs = [json.loads(line) for line in run.stdout.splitlines()]
+    return {f"pp{r['n_prompt']}" if r["n_prompt"] else f"tg{r['n_gen']}": r["avg_ts"] for r in runs}

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from process import Process, median_time, parser_of_builds
+from process import Process, in_turns, median_time, parser_of_builds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
 
@@ -103,8 +103,7 @@ def main() -> None:
                 if n_heads * head_dim % (64 if name.endswith("_64") else 32):
                     continue
                 case = [name, n_heads, head_dim, n_tokens, options.threads]
-                turns = [[build.ask(case) for build in builds] for _ in range(options.rounds)]
-                ns = [None if of[0] is None else median(of) for of in zip(*turns)]
+                ns = [median(of) if of else None for of in in_turns(builds, case, options.rounds)]
                 f16 = f16 or ns[-1]
                 line = f"{n_heads:8}  {head_dim:4}  {n_tokens:6}  {name:8}"
                 line += "".join(f"{x:14.0f}" if x else f"{'-':>14}" for x in ns)
