@@ -152,10 +152,12 @@ def tasks_tables(c: TaskComparison) -> list[tuple[Sequence[str], list[Sequence[s
             else (f"{flips.lost} + {flips.gained}", f"{flips.p_value:.2f}", f"{flips.changed}")
         )
         size = (f"{row.bits_per_value:.2f}", f"{row.n_bytes / MIB:.1f}")
-        rows.append((row.name, *size, _share(accuracy), *beside))
+        valid = [f"{100 * row.valid.share:.0f} %"] if row.valid else []
+        rows.append((row.name, *size, _share(accuracy), *beside, *valid))
         areas.append((row.name, *(f"{100 * a.share:.0f} %" for a in row.areas().values())))
     of_areas = c.rows[0].areas()
-    all_together: Sequence[str] = ("cache", "bits", f"MiB at {c.n_ctx}", "right", "flips", "p", "other text")
+    last = ("valid JSON",) if c.rows[0].valid else ()
+    all_together: Sequence[str] = ("cache", "bits", f"MiB at {c.n_ctx}", "right", "flips", "p", "other text", *last)
     of_each = ("right", *(f"{name or 'others'} ({a.n})" for name, a in of_areas.items()))
     return [(all_together, rows), (of_each, areas)][: 1 + (len(of_areas) > 1)]
 
@@ -166,6 +168,8 @@ def tasks_note(c: TaskComparison) -> str:
         f"{len(c.rows[0].answers)} tasks of {printable(c.tasks)}, greedy; +-: standard error. Flips against f16: right "
         "there and wrong here + the other way; p: McNemar's exact test of the two."
     )
+    if valid := c.rows[0].valid:
+        about += f" Valid JSON: of {valid.n} answers that were to be JSON, those that their schema takes, right or not."
     return "\n\n".join([about, *(f"note: {printable(note)}" for note in c.notes)])
 
 
@@ -188,6 +192,7 @@ def tasks_json(c: TaskComparison) -> dict[str, Any]:
                 "gained": flips.gained,
                 "p_value": flips.p_value,
                 "changed": flips.changed,
+                "valid": vars(row.valid) if row.valid else None,
                 "areas": {name: vars(accuracy) for name, accuracy in row.areas().items()},
                 "answers": [vars(answer) for answer in row.answers],
             }

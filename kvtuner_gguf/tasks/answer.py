@@ -66,6 +66,10 @@ class Answer:
         """Whether a model's text gives this answer."""
         return _JUDGES[self.kind](self, text)
 
+    def is_valid(self, text: str) -> bool | None:
+        """Whether the text has JSON that the schema takes, be its values right or not; None where none is expected."""
+        return _is_valid(self, text) if self.kind == "json" else None
+
 
 def _exact(answer: Answer, text: str) -> bool:
     return text.strip() == answer.expected.strip()
@@ -108,15 +112,16 @@ def _matches(answer: Answer, text: str) -> bool:
 
 
 def _is_json(answer: Answer, text: str) -> bool:
-    found, value = json_in(text)
-    if not found:
-        return False
-    if answer.schema is not None:
-        from jsonschema.validators import validator_for
+    return _is_valid(answer, text) and (answer.expected is None or _has(json_in(text)[1], answer.expected))
 
-        if not validator_for(answer.schema)(answer.schema).is_valid(value):
-            return False
-    return answer.expected is None or _has(value, answer.expected)
+
+def _is_valid(answer: Answer, text: str) -> bool:
+    found, value = json_in(text)
+    if not found or answer.schema is None:
+        return found
+    from jsonschema.validators import validator_for
+
+    return validator_for(answer.schema)(answer.schema).is_valid(value)
 
 
 def json_in(text: str) -> tuple[bool, Any]:

@@ -135,7 +135,10 @@ class _Asking:
                 left = tuple(p for p in group.prompts if p.id not in texts)
                 if left:
                     write_answers(self.session, plan, Group(left, group.n_prefix), n_slots, keep, flash_attn=flash_attn)
-        return tuple(Answered(t.id, t.area, texts[t.id], t.answer.is_in(texts[t.id])) for t in self.tasks)
+        return tuple(
+            Answered(t.id, t.area, text, t.answer.is_in(text), t.answer.is_valid(text))
+            for t, text in ((t, texts[t.id]) for t in self.tasks)
+        )
 
 
 def _tasks(session: Session, tasks: str, seed: int) -> tuple[Task, ...]:

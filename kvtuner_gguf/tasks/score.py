@@ -13,26 +13,28 @@ class Answered:
 
     text   what the model wrote
     right  whether it gives what was expected
+    valid  whether it has JSON that its schema takes; None where no JSON was asked for
     """
 
     id: str
     area: str
     text: str
     right: bool
+    valid: bool | None = None
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of right answers, 0 to 1, with its standard error (binomial), of n tasks."""
+    """Share of right (or valid) answers, 0 to 1, with its standard error (binomial), of n tasks."""
 
     share: float
     se: float
     n: int
 
     @classmethod
-    def of(cls, answers: Sequence[Answered]) -> Accuracy:
-        n = len(answers)
-        share = sum(a.right for a in answers) / n
+    def of(cls, outcomes: Sequence[bool]) -> Accuracy:
+        n = len(outcomes)
+        share = sum(outcomes) / n
         return cls(share, math.sqrt(share * (1 - share) / n), n)
 
 
@@ -81,12 +83,18 @@ class TaskRow:
 
     @property
     def accuracy(self) -> Accuracy:
-        return Accuracy.of(self.answers)
+        return Accuracy.of([a.right for a in self.answers])
+
+    @property
+    def valid(self) -> Accuracy | None:
+        """Of the answers that were to be JSON; None if none was."""
+        outcomes = [a.valid for a in self.answers if a.valid is not None]
+        return Accuracy.of(outcomes) if outcomes else None
 
     def areas(self) -> dict[str, Accuracy]:
         """Of each area by itself."""
         names = dict.fromkeys(a.area for a in self.answers)
-        return {name: Accuracy.of([a for a in self.answers if a.area == name]) for name in names}
+        return {name: Accuracy.of([a.right for a in self.answers if a.area == name]) for name in names}
 
 
 @dataclass(frozen=True)

@@ -44,8 +44,9 @@ def plan(model: Path, bits: str, work: Path) -> Path:
 
 
 def cell(row: dict[str, Any]) -> str:
-    """Right answers, and how many are lost and gained against f16."""
-    return f"{row['share']:.0%} +-{row['se']:.0%}, {row['lost']} + {row['gained']} of {row['n']}"
+    """Right answers, how many are lost and gained against f16, and how many are valid of those that were to be JSON."""
+    valid = f", JSON {row['valid']['share']:.0%}" if row["valid"] else ""
+    return f"{row['share']:.0%} +-{row['se']:.0%}, {row['lost']} + {row['gained']} of {row['n']}{valid}"
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from kvtuner_gguf.errors import TaskError
 from kvtuner_gguf.report import tasks_json, tasks_text
+from kvtuner_gguf.tasks.answer import Answer
 from kvtuner_gguf.tasks.made import N_EACH, is_made, made_tasks
 from kvtuner_gguf.tasks.score import Accuracy, Answered, Flips, TaskComparison, TaskRow
 from kvtuner_gguf.tasks.task import read_tasks
@@ -126,7 +127,7 @@ def answered(right: str, text: str = "") -> tuple[Answered, ...]:
 
 
 def test_accuracy_and_its_error():
-    accuracy = Accuracy.of(answered("+++-"))
+    accuracy = Accuracy.of([True, True, True, False])
     assert (accuracy.share, accuracy.n) == (0.75, 4) and accuracy.se == pytest.approx(math.sqrt(0.75 * 0.25 / 4))
 
 
@@ -136,6 +137,24 @@ def test_flips_are_counted_either_way():
     assert Flips.of(answered("----------"), answered("++++++++++")).p_value == pytest.approx(2 / 2**10)
     assert Flips.of(answered("+-", "x"), answered("+-")).changed == 2
     assert Flips.of(answered("+-"), answered("+-")).p_value == 1
+
+
+def test_json_may_be_valid_and_wrong():
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    answer = Answer("json", {"n": 3}, (), schema)
+    assert [(answer.is_in(t), answer.is_valid(t)) for t in ('so: {"n": 3}', '{"n": 4}', '{"n": "3"}', "3")] == [
+        (True, True),
+        (False, True),
+        (False, False),
+        (False, False),
+    ]
+    assert Answer("json", {"n": 3}).is_valid('{"m": 4}') is True and Answer("exact", "3").is_valid('{"n": 3}') is None
+    answers = (Answered("a", "", "", False, True), Answered("b", "", "", False, False), Answered("c", "", "", True))
+    row = TaskRow("f16", 16.0, 4 << 20, answers)
+    assert row.valid is not None and (row.valid.share, row.valid.n) == (0.5, 2)
+    comparison = TaskComparison("t.jsonl", 8192, (row, row))
+    assert "valid JSON" in tasks_text(comparison) and "of 2 answers that were to be JSON" in tasks_text(comparison)
+    assert tasks_json(comparison)["rows"][0]["valid"]["share"] == 0.5
 
 
 def test_the_table_and_its_json():
@@ -149,7 +168,8 @@ def test_the_table_and_its_json():
         and "50.0 +-25.0 %" in text
     )
     assert "4 tasks of t.jsonl" in text and "a (2)" in text and "note: a note" in text
+    assert "valid JSON" not in text
     row = tasks_json(comparison)["rows"][1]
     assert (row["lost"], row["gained"], row["share"], row["areas"]["b"]["share"]) == (1, 0, 0.5, 0.5)
-    assert row["answers"][1] == {"id": "1", "area": "b", "text": "-", "right": False}
+    assert row["answers"][1] == {"id": "1", "area": "b", "text": "-", "right": False, "valid": None}
     json.dumps(tasks_json(comparison), allow_nan=False)
