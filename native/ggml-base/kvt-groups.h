@@ -42,7 +42,7 @@ struct kvt_codec_k : kvt_codec_ring<block, ring> {
         if constexpr (R::finer > 0) {
             for (int i = 0; i < n_group; i++) {
                 const float v = a[n_first * n_group + i] * inv, s = x[n_first * n_group + i] < 0.0f ? -v : v;
-                c[n_first * n_group + i] |= (s > kvt_phase<R, 0>::level(m[i])) << R::bits[0];
+                c[n_first * n_group + i] |= (s > m[i]) << R::bits[0];
             }
         }
         if constexpr (n_first > 0) {

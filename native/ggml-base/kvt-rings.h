@@ -15,7 +15,7 @@
 //            weights that errors have: for groups the inverse of what a normal value's is
 template <int k> struct kvt_ring_even {
     static const int       n_value = 4, n_phase = 1, finer = 0;
-    static constexpr int   bits[] = { k }, fine[] = { 64 }, shift[] = { 0 };
+    static constexpr int   bits[1] = { k }, fine[1] = { 64 }, shift[1] = { 0 };
     static constexpr float sigma = 32.0f;
 };
 

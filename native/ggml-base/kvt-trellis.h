@@ -26,7 +26,7 @@ struct kvt_codec_t : kvt_codec_ring<block, ring> {
         }
         kvt_ways<R, T>::find(q, c, m);
         for (int i = 0; i < n_own; i++) {
-            v[i] = (x[i] < 0.0f ? -a[i] : a[i]) * kvt_phase<R, 0>::level(m[i]);
+            v[i] = (x[i] < 0.0f ? -a[i] : a[i]) * m[i];
         }
         const float along = kvt_sum<n_own, T>(v);
         return kvt_to_e5m3(along > 0.0f ? all / along : d, 127.0f);

@@ -167,7 +167,10 @@ static inline KVT_WITHIN kvt_vw kvt_twice(kvt_vw a) {
 template <int k> struct kvt_spread {
     alignas(32) int16_t of[256 >> k];
 
-    template <int i> void put(kvt_vw v) { kvt_store(of + KVT_WAYS_LANES * i, v); }
+    template <int i> void put(kvt_vw v) {
+        kvt_store(of + KVT_WAYS_LANES * i, v);
+        __asm__("" : "+m"(of)); // GCC would take them out of registers, by two or three instructions each
+    }
 
     template <int r> kvt_vw windows() const {
         const int16_t * x = of + (KVT_WAYS_LANES * r >> k);
@@ -226,7 +229,7 @@ template <typename R> struct kvt_ways_simd {
         kvt_each<n_after>([&](auto h) KVT_WITHIN {
             kvt_vw least, at = {};
             kvt_each<n_way>([&](auto way) KVT_WITHIN {
-                constexpr int r = h + n_after * way;
+                constexpr int r = decltype(h)::value + n_after * decltype(way)::value;
                 kvt_vw        c = before.template windows<r>();
                 if constexpr (apart) {
                     c = (kvt_vw) ((kvt_vu) c + (kvt_vu) kvt_load(kvt_of_windows<P>.v + KVT_WAYS_LANES * r));

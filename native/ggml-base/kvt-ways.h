@@ -170,14 +170,14 @@ struct kvt_ways {
         }
     }
 
-    // back over values i .. 0 of a lane, from the state after value i to the one before value 0; c and m are given their codes and windows
+    // back over values i .. 0 of a lane, from the state after value i to the one before value 0; c and m are given their codes and levels
     template <int i> KVT_FN int back(kvt_ways & w, int lane, int n, uint8_t * c, int16_t * m) {
         typedef kvt_phase<R, i % R::n_phase> P;
         const int                            j      = kvt_numbers<T>::template take<P::next>(w.from, R::n_value * lane + i, n);
         const int                            window = n | (j & ((1 << P::next) - 1)) << (8 - P::next);
         if (T == 1 || kvt_lane<T>(0) == lane) {
             c[i * n_lane + (T == 1 ? lane : 0)] = (uint8_t) (window & ((1 << P::bits) - 1));
-            m[i * n_lane + (T == 1 ? lane : 0)] = (int16_t) window;
+            m[i * n_lane + (T == 1 ? lane : 0)] = (int16_t) P::level(window);
         }
         if constexpr (i > 0) {
             return back<i - 1>(w, lane, window >> P::bits, c, m);
@@ -212,7 +212,7 @@ struct kvt_ways {
         }
     }
 
-    // the codes and windows of the best way that begins and ends at one state: that of a way over the end of the ring, of 24 bits or more
+    // the codes and levels of the best way that begins and ends at one state: that of a way over the end of the ring, of 24 bits or more
     KVT_FN void find(const int16_t * q, uint8_t * c, int16_t * m) {
         const int last = R::n_value - 1, n_over = (23 + kvt_bits_of_lane<R>) / kvt_bits_of_lane<R>;
         kvt_ways  w;

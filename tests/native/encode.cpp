@@ -3,26 +3,22 @@
 #include "kvt-quants.h"
 #include "kvt-trellis.h"
 
+#include <cmath>
 #include <cstdio>
 #include <vector>
 
-#ifdef __aarch64__
-typedef __fp16 half;
-#else
-typedef _Float16 half;
-#endif
-
+// as ggml's, for values within f16's range: no library is linked
 float ggml_fp16_to_fp32(ggml_fp16_t x) {
-    half h;
-    memcpy(&h, &x, sizeof(h));
-    return (float) h;
+    const int   exponent = x >> 10 & 31, mantissa = x & 1023;
+    const float size = exponent ? ldexpf((float) (1024 + mantissa), exponent - 25) : ldexpf((float) mantissa, -24);
+    return x >> 15 ? -size : size;
 }
 
 ggml_fp16_t ggml_fp32_to_fp16(float x) {
-    const half  h = (half) x;
-    ggml_fp16_t res;
-    memcpy(&res, &h, sizeof(res));
-    return res;
+    const float a        = fabsf(x);
+    const int   exponent = a >= ldexpf(1.0f, -14) ? ilogbf(a) : -14;
+    const int   steps    = (int) nearbyintf(ldexpf(a, 10 - exponent)); // 2048: the next exponent's first
+    return (ggml_fp16_t) ((std::signbit(x) ? 0x8000 : 0) + ((exponent + 14) << 10) + steps);
 }
 
 template <typename C>

@@ -87,26 +87,34 @@ def test_attention_on_aarch64(aarch64_bin, cases):
     assert "\n  0/0 tests passed" not in run.stdout, f"no case is called {cases}"
 
 
-ENCODERS = {"x86-64": "sse2", "x86-64-v2": "sse4_2", "haswell": "avx2", "skylake-avx512": "avx512bw", "armv8-a": ""}
-"""GCC's name of an instruction set -> what the processor must have to run it; without, it runs under qemu."""
+ENCODERS = [
+    ("", "x86-64", "sse2"),
+    ("", "x86-64-v2", "sse4_2"),
+    ("", "haswell", "avx2"),
+    ("", "skylake-avx512", "avx512bw"),
+    ("clang++", "haswell", "avx2"),
+    ("clang++", "skylake-avx512", "avx512bw"),
+    ("aarch64-linux-gnu-g++", "armv8-a", ""),
+]
+"""A compiler ("": this machine's), its name of an instruction set, and what the processor must have to run it; without
+that it runs under qemu."""
 
 
-@pytest.mark.parametrize("march", ENCODERS)
-def test_our_types_are_written_alike_everywhere(march, tmp_path):
+@pytest.mark.parametrize("compiler, march, feature", ENCODERS)
+def test_our_types_are_written_alike_everywhere(compiler, march, feature, tmp_path):
     from compiling import compiled
     from test_cuda import OURS
 
     from kvtuner_gguf import native
 
-    source, runs, args, compiler = ROOT / "tests" / "native" / "encode.cpp", [], [f"-march={march}"], None
-    if not ENCODERS[march]:
+    source, runs, args = ROOT / "tests" / "native" / "encode.cpp", [], [f"-march={march}"]
+    if not feature:
         if shutil.which("qemu-aarch64") is None:
             pytest.skip("qemu-aarch64 is missing: apt install qemu-user")
-        runs, compiler = ["qemu-aarch64"], "aarch64-linux-gnu-g++"
-        args.append("-static")
-    elif platform.machine() != "x86_64" or ENCODERS[march] not in Path("/proc/cpuinfo").read_text():
-        pytest.skip(f"this processor has no {ENCODERS[march]}")
-    program = compiled(source, tmp_path, *args, compiler=compiler)
+        runs, args = ["qemu-aarch64"], [*args, "-static"]
+    elif platform.machine() != "x86_64" or feature not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {feature}")
+    program = compiled(source, tmp_path, *args, compiler=compiler or None)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((300, 64), np.float32) * rng.choice(np.array([1e-6, 1, 30], np.float32), (300, 1))
     x[::7, ::9] *= 40
