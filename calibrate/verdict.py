@@ -26,7 +26,7 @@ PLAN = "the plan"
 TEXT = Passage(stream=1024, n_chunk=4, written=256)  # short sequences, so that many are written at once
 GLANCE = Passage(stream=512, n_chunk=1, written=128)  # which shows what is broken beyond doubt
 _BEYOND_DOUBT = 4  # standard errors, as few blocks tell little of their own spread
-RECORDS = 1  # counted up when grades come to mean something else
+RECORDS = 2  # counted up when grades come to mean something else
 _GRADES = "grades"
 
 

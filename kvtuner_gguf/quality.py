@@ -92,7 +92,7 @@ def standard_error(blocks: Sequence[float]) -> float:
     return stdev(blocks, fmean(blocks)) / math.sqrt(len(blocks)) if len(blocks) > 1 else 0.0
 
 
-SAFE, BROKEN = 0.01, 0.5  # mean KLD, in nats; docs/tasks.md says why
+SAFE, BROKEN = 0.01, 0.1  # mean KLD, in nats; docs/tasks.md says why
 
 
 @dataclass(frozen=True)

@@ -67,8 +67,9 @@ def test_a_rival_without_any_kld():
         (0.009, 0.001, "safe", False),
         (0.012, 0.0005, "visible", True),
         (0.012, 0.002, "visible", False),
-        (0.4, 0.02, "visible", True),
-        (0.6, 0.2, "broken", False),
+        (0.08, 0.005, "visible", True),
+        (0.08, 0.02, "visible", False),
+        (0.12, 0.02, "broken", False),
         (1.6, 0.2, "broken", True),
     ],
 )
