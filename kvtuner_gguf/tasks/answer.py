@@ -68,7 +68,7 @@ class Answer:
 
     def is_valid(self, text: str) -> bool | None:
         """Whether the text has JSON that the schema takes, be its values right or not; None where none is expected."""
-        return _is_valid(self, text) if self.kind == "json" else None
+        return _valid_json(self, text)[0] if self.kind == "json" else None
 
 
 def _exact(answer: Answer, text: str) -> bool:
@@ -112,16 +112,18 @@ def _matches(answer: Answer, text: str) -> bool:
 
 
 def _is_json(answer: Answer, text: str) -> bool:
-    return _is_valid(answer, text) and (answer.expected is None or _has(json_in(text)[1], answer.expected))
+    valid, value = _valid_json(answer, text)
+    return valid and (answer.expected is None or _has(value, answer.expected))
 
 
-def _is_valid(answer: Answer, text: str) -> bool:
+def _valid_json(answer: Answer, text: str) -> tuple[bool, Any]:
+    """(whether there is one that the schema takes, the first JSON object or array in a text)"""
     found, value = json_in(text)
     if not found or answer.schema is None:
-        return found
+        return found, value
     from jsonschema.validators import validator_for
 
-    return validator_for(answer.schema)(answer.schema).is_valid(value)
+    return validator_for(answer.schema)(answer.schema).is_valid(value), value
 
 
 def json_in(text: str) -> tuple[bool, Any]:

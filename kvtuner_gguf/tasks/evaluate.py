@@ -135,10 +135,7 @@ class _Asking:
                 left = tuple(p for p in group.prompts if p.id not in texts)
                 if left:
                     write_answers(self.session, plan, Group(left, group.n_prefix), n_slots, keep, flash_attn=flash_attn)
-        return tuple(
-            Answered(t.id, t.area, text, t.answer.is_in(text), t.answer.is_valid(text))
-            for t, text in ((t, texts[t.id]) for t in self.tasks)
-        )
+        return tuple(Answered.of(task, texts[task.id]) for task in self.tasks)
 
 
 def _tasks(session: Session, tasks: str, seed: int) -> tuple[Task, ...]:

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvtuner_gguf.tasks.task import Task
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -21,6 +23,10 @@ class Answered:
     text: str
     right: bool
     valid: bool | None = None
+
+    @classmethod
+    def of(cls, task: Task, text: str) -> Answered:
+        return cls(task.id, task.area, text, task.answer.is_in(text), task.answer.is_valid(text))
 
 
 @dataclass(frozen=True)

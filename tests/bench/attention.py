@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from process import llama_bench
+from process import llama_bench, markdown
 
 PAIRS = ("f16/f16", "q8_0/q8_0", "q8_0/q4_0", "q4_0/q4_0", "q5_1/iq4_nl", "q5_0/q4_1", "bf16/bf16", "f32/f32")
 BASE = "f16/f16"
@@ -22,11 +22,11 @@ BASES = (BASE, "q8_0/q8_0")
 
 def table(rows: dict[str, dict[str, list[float | None]]], pairs: Sequence[str]) -> str:
     """In Markdown: tokens per second of each build -> of the next, by tests and pairs."""
-    lines = [f"| tokens/s | {' | '.join(pairs)} |", "|---" * (1 + len(pairs)) + "|"]
-    for name, of_pairs in rows.items():
-        cells = [" -> ".join(f"{t:.0f}" for t in of_pairs[pair] if t) for pair in pairs]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = [
+        (name, *(" -> ".join(f"{t:.0f}" for t in of_pairs[pair] if t) for pair in pairs))
+        for name, of_pairs in rows.items()
+    ]
+    return markdown(("tokens/s", *pairs), cells)
 
 
 def main() -> None:

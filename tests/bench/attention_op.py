@@ -21,7 +21,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from process import Process, in_turns, median_time, parser_of_builds
+from process import Process, in_turns, markdown, median_time, parser_of_builds
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
 
@@ -73,7 +73,7 @@ def one_case(text: str, folder: Path, mib: float) -> None:
     from attention import Ggml
 
     ggml, case = Ggml(folder), json.loads(text)
-    known = hasattr(ggml.cpu, "kvt_attn_ref") or (case["k"] not in OUR_TYPES and case["v"] not in OUR_TYPES)
+    known = ggml.knows(case["k"], case["v"])
     operators = operators_of(folder, case, mib) if known else []
     for line in sys.stdin:
         seconds = json.loads(line)
@@ -114,15 +114,12 @@ def short(ms: float) -> str:
 
 def table(found: dict[tuple[int, int, int], dict[str, list[float | None]]], pairs: Sequence[str]) -> str:
     """In Markdown: milliseconds of the first build -> of the last one, by shapes and pairs."""
-    lines = [
-        f"| head size, query heads per KV head, sequences | {' | '.join(pairs)} |",
-        "|---" * (1 + len(pairs)) + "|",
-    ]
+    rows = []
     for shape, of_pairs in found.items():
         times = [[t for t in of_pairs.get(pair, []) if t] for pair in pairs]
         cells = [" -> ".join(map(short, dict.fromkeys((t[0], t[-1])))) if t else "" for t in times]
-        lines.append(f"| {', '.join(map(str, shape))} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append((", ".join(map(str, shape)), *cells))
+    return markdown(("head size, query heads per KV head, sequences", *pairs), rows)
 
 
 def main() -> None:

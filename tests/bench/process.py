@@ -65,3 +65,9 @@ def llama_bench(folder: Path, model: Path, pair: str, depth: int, n_threads: int
     run = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, check=True)
     runs = [json.loads(line) for line in run.stdout.splitlines()]
     return {f"pp{r['n_prompt']}" if r["n_prompt"] else f"tg{r['n_gen']}": r["avg_ts"] for r in runs}
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    first, *others = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return "\n".join([first, "|---" * len(head) + "|", *others])

@@ -17,6 +17,7 @@ import json
 import sys
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from process import Process, in_turns, median_time, parser_of_builds
@@ -26,16 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
 TYPES_SHOWN = "f16,q8_0,q5_1,q4_0,iq4_nl,q6_32,k5_64,t4_64,k4_64,t3_64,k3_64,t2_64,k2_64,q3_64,q2_64"
 N_CACHE = 32  # of a graph
 N_ROW = 1024  # of a cache
-F32, I64, FIRST_OF_OURS = 0, 27, 200
+F32, I64 = 0, 27
 
 
 class Writes:
     """A graph that writes n_tokens rows of n_heads * head_dim values into each of N_CACHE caches."""
 
-    def __init__(self, folder: Path, name: str, n_heads: int, head_dim: int, n_tokens: int, n_threads: int) -> None:
-        from attention import TYPES, Ggml
+    def __init__(self, ggml: Any, name: str, n_heads: int, head_dim: int, n_tokens: int, n_threads: int) -> None:
+        from attention import TYPES, Graph
 
-        self.ggml = ggml = Ggml(folder)
+        self.ggml = ggml
         p, base, n = c.c_void_p, ggml.base, n_heads * head_dim
         base.ggml_set_rows.restype, base.ggml_set_rows.argtypes = p, [p, p, p, p]
         of_cache = N_ROW * base.ggml_row_size(TYPES[name], n)
@@ -46,17 +47,11 @@ class Writes:
         rows = base.ggml_new_tensor_4d(self.ctx, I64, n_tokens, 1, 1, 1)
         for tensor, data in ((src, x), (rows, to)):
             c.memmove(base.ggml_get_data(tensor), data.ctypes.data, data.nbytes)
-        self.graph = base.ggml_new_graph(self.ctx)
+        writes = []
         for _ in range(N_CACHE):
             cache = base.ggml_new_tensor_4d(self.ctx, TYPES[name], n, N_ROW, 1, 1)
-            base.ggml_build_forward_expand(self.graph, base.ggml_set_rows(self.ctx, cache, src, rows))
-        self.plan = ggml.cpu.ggml_graph_plan(self.graph, n_threads, None)
-        self.plan.n_threads = n_threads  # as in a model: alone, this operator asks for one
-        self.work = (c.c_uint8 * max(1, self.plan.work_size))()
-        self.plan.work_data = c.addressof(self.work)
-
-    def run(self) -> None:
-        assert self.ggml.cpu.ggml_graph_compute(self.graph, c.addressof(self.plan)) == 0
+            writes.append(base.ggml_set_rows(self.ctx, cache, src, rows))
+        self.run = Graph(ggml, self.ctx, writes, n_threads).run
 
     def free(self) -> None:
         self.ggml.base.ggml_free(self.ctx)
@@ -64,18 +59,18 @@ class Writes:
 
 def one_build(folder: Path) -> None:
     """In a process of its own: for each line of JSON that comes in, prints nanoseconds; null if it has no such type."""
-    from attention import TYPES, Ggml
+    from attention import Ggml
 
-    ours, last, writes = hasattr(Ggml(folder).cpu, "kvt_attn_ref"), "", None
+    ggml, last, writes = Ggml(folder), "", None
     for line in sys.stdin:
         case = json.loads(line)
-        if not ours and TYPES[case[0]] >= FIRST_OF_OURS:
+        if not ggml.knows(case[0]):
             print("null", flush=True)
             continue
         if line != last:
             if writes:
                 writes.free()
-            last, writes = line, Writes(folder, *case)
+            last, writes = line, Writes(ggml, *case)
         print(1e9 * median_time([writes.run], 0.05) / N_CACHE, flush=True)
 
 

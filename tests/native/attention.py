@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes as c
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import reference
 TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20,
          "q2_64": 200, "q2_32": 201, "q3_64": 202, "q3_32": 203, "q6_32": 204,
          "k2_64": 205, "k3_64": 206, "k4_64": 207, "t2_64": 208, "t3_64": 209, "t4_64": 210, "k5_64": 211}  # fmt: skip
+FIRST_OF_OURS = 200
 
 DEFAULT = {
     "k": "f16", "v": "f16", "dk": 64, "dv": 64, "n_head_kv": 2, "n_gqa": 3, "n_q": 1, "n_kv": 256, "n_stream": 1,
@@ -80,11 +82,32 @@ class Ggml:
             return data, data.view(np.float16).astype(np.float32)
         if name == "bf16":
             return data, (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        if TYPES[name] >= 200:  # ours
+        if TYPES[name] >= FIRST_OF_OURS:
             return data, reference.dequantize(name, data.reshape(-1, data.shape[-1])).reshape(x.shape)
         from gguf import GGMLQuantizationType, dequantize
 
         return data, dequantize(data, GGMLQuantizationType[name.upper()]).astype(np.float32)
+
+    def knows(self, *names: str) -> bool:
+        """Whether the libraries have these types: stock's have none of ours."""
+        return hasattr(self.cpu, "kvt_attn_ref") or all(TYPES[name] < FIRST_OF_OURS for name in names)
+
+
+class Graph:
+    """A graph of these operators, and what it works with on so many threads."""
+
+    def __init__(self, ggml: Ggml, ctx: int, outs: Sequence[int], n_threads: int):
+        self.ggml, self.graph = ggml, ggml.base.ggml_new_graph(ctx)
+        for out in outs:
+            ggml.base.ggml_build_forward_expand(self.graph, out)
+        self.plan = ggml.cpu.ggml_graph_plan(self.graph, n_threads, None)
+        self.plan.n_threads = n_threads  # as in a model: some operators alone ask for one
+        self.work = (c.c_uint8 * self.plan.work_size)()
+        c.memset(self.work, 0xFF, self.plan.work_size)  # NaN, so that nothing is read before it is written
+        self.plan.work_data = c.addressof(self.work)
+
+    def run(self) -> None:
+        assert self.ggml.cpu.ggml_graph_compute(self.graph, c.addressof(self.plan)) == 0
 
 
 @dataclass(frozen=True)
@@ -181,15 +204,7 @@ class Operator:
         self.out = base.ggml_flash_attn_ext(self.ctx, q, k, v, mask, self.scale, case["max_bias"], case["softcap"])
         if self.inputs.sinks is not None:
             base.ggml_flash_attn_ext_add_sinks(self.out, tensor("f32", n_head, 1, 1, 1, data=self.inputs.sinks))
-        self.graph = base.ggml_new_graph(self.ctx)
-        base.ggml_build_forward_expand(self.graph, self.out)
-        self.plan = ggml.cpu.ggml_graph_plan(self.graph, case["n_threads"], None)
-        self.work = (c.c_uint8 * self.plan.work_size)()
-        c.memset(self.work, 0xFF, self.plan.work_size)  # NaN, so that nothing is read before it is written
-        self.plan.work_data = c.addressof(self.work)
-
-    def run(self) -> None:
-        assert self.ggml.cpu.ggml_graph_compute(self.graph, c.addressof(self.plan)) == 0
+        self.run = Graph(ggml, self.ctx, [self.out], case["n_threads"]).run
 
     def compute(self) -> np.ndarray:
         """(n_stream, n_q, n_head, dv), by the library."""

@@ -1,6 +1,6 @@
 """Attention is right as compiled for other instruction sets than this machine's: plain x86-64, AVX2, AVX-512, each with
-and without products of bytes, and aarch64 with and without them under qemu. What is
-written has the same bytes there."""
+and without products of bytes, and aarch64 with and without them under qemu. What is written
+has the same bytes there."""
 
 from __future__ import annotations
 
