@@ -38,11 +38,7 @@ template <typename R, int p> struct kvt_phase {
     // of a window, as the block's levels are
     KVT_FN int level(int window) {
         const int i = window & 15, j = window >> 4;
-#ifndef __CUDACC__
-        return R::low[p][i] + R::high[p][j];
-#else
         return (int8_t) ((i < 8 ? own_low_0 : own_low_8) >> 8 * (i % 8)) + (int8_t) ((j < 8 ? own_high_0 : own_high_8) >> 8 * (j % 8));
-#endif
     }
 
     KVT_FN int of_low(int i) {
