@@ -5,63 +5,17 @@ from __future__ import annotations
 
 import copy
 import pickle
-from itertools import islice
 
 import pytest
-from running import feed, mixture, prompt, vectors
+from chats import LONG, N_LONG, OTHER_TYPES, OTHERS, SHORT, START, THIRD, VECTORS, answer, every_arch, text
+from running import feed, prompt
 
 from kvtuner_gguf import native
 from kvtuner_gguf.errors import KvtunerError, NativeError, StateError, StoppedError
-from kvtuner_gguf.gguf_file import write_plan
 from kvtuner_gguf.pair import Pair
 from kvtuner_gguf.plan import Plan
 
 pytestmark = pytest.mark.native
-
-ARCHS = [
-    "gemma2",
-    "gemma3",
-    "gemma4",
-    "gpt_oss",
-    "hybrid",
-    "mamba",
-    "qwen2 with images",
-    "llama",
-]  # a window of 64 in the first three
-every_arch = pytest.mark.parametrize("arch", ARCHS)
-N_LONG = 450  # tokens, more than a window's cache of 256 cells holds
-
-START = prompt(4, seed=9)  # what a template begins every chat with
-LONG, SHORT, THIRD = ([*START, *prompt(n - 3, seed)[1:]] for n, seed in ((N_LONG, 1), (23, 2), (90, 3)))
-
-
-@pytest.fixture
-def llama(tiny):
-    """llama(arch, **arguments) -> a Llama of a tiny model in small batches, closed at the end of the test."""
-    from kvtuner_gguf import Llama
-
-    opened = []
-
-    def make(arch, *, path=None, **arguments):
-        sizes = {"n_ctx": 1024, "n_batch": 64, "n_ubatch": 64, "n_threads": 1, "n_threads_batch": 1} | arguments
-        path = path or (tiny("qwen2", images=True) if arch == "qwen2 with images" else tiny(arch))
-        opened.append(Llama(path, verbose=False, **sizes))
-        return opened[-1]
-
-    yield make
-    for llm in opened:
-        llm.close()
-
-
-def answer(llm, tokens, n=12):
-    """The n likeliest tokens after a prompt."""
-    return list(islice(llm.generate(list(tokens), temp=0.0), n))
-
-
-def text(llm, tokens):
-    """The same through what a prompt cache serves."""
-    return llm.create_completion(list(tokens), max_tokens=12, temperature=0.0)["choices"][0]["text"]
-
 
 # ---- one object, several prompts
 
@@ -299,31 +253,6 @@ def test_a_state_fits_an_object_of_other_sizes(llama):
         other.load_state(one.save_state())
 
 
-VECTORS = tuple(vectors(il) for il in range(4))
-PLAN, OTHER_TYPES = Plan(tuple(mixture(4))), Plan((Pair("q5_0", "q5_0"),) * 4)
-OTHERS = {
-    "other types": {"plan": OTHER_TYPES},
-    "no plan": {"plan": False},
-    "vectors": {"plan": Plan(PLAN.pairs, k_vectors=VECTORS)},
-    "other weights": {"seed": 1},
-    "other rope": {"rope_freq_base": 5000.0},
-    "no flash attention": {"flash_attn": False},
-}
-
-
-@pytest.fixture
-def objects(llama, tiny, tmp_path):
-    """objects(**arguments) -> a Llama of PLAN's file; `seed` of other weights."""
-
-    def make(seed=0, **arguments):
-        path = tmp_path / f"{seed}.gguf"
-        if not path.exists():
-            write_plan(tiny("llama", seed=seed), PLAN, path)
-        return llama("llama", path=path, **arguments)
-
-    return make
-
-
 @pytest.mark.parametrize("case", OTHERS)
 def test_a_refused_state_leaves_an_object_as_after_a_reset(objects, case):
     one = objects()
@@ -432,121 +361,6 @@ def test_an_answer_is_stopped_between_two_tokens(llama):
         for token in llm.generate(list(SHORT), temp=0.0):
             said.append(token)
     assert said == want[:5]
-
-
-# ---- sessions
-
-
-def n_evaluated(llm, monkeypatch) -> list[int]:
-    """Sizes of what the object reads from now on."""
-    sizes, read = [], llm.eval
-    monkeypatch.setattr(llm, "eval", lambda tokens: sizes.append(len(tokens)) or read(tokens))
-    return sizes
-
-
-@every_arch
-def test_a_session_goes_on_in_another_object_without_reading_again(llama, arch, tmp_path, monkeypatch):
-    """Three turns, of which the last is asked of a new object."""
-    path, unbroken = tmp_path / "s.session", llama(arch)
-    turns = [*LONG, *answer(unbroken, LONG)]
-    turns += [*SHORT, *answer(unbroken, [*turns, *SHORT])]
-    unbroken.save_session(path)
-    held = unbroken.n_tokens
-    want = answer(unbroken, [*turns, *THIRD])
-    other = llama(arch)
-    answer(other, SHORT)
-    other.load_session(path)
-    assert other.n_tokens == held and list(other.input_ids[:held]) == turns[:held]
-    sizes = n_evaluated(other, monkeypatch)
-    assert answer(other, [*turns, *THIRD]) == want
-    assert sizes[0] == len(turns) + len(THIRD) - held
-    assert path.stat().st_mode & 0o777 == 0o600
-
-
-def test_a_session_is_as_large_as_its_cells(objects, tmp_path):
-    """A plan makes it smaller by what it takes less a token."""
-    sizes = {}
-    for name, plan in (("plan", PLAN), ("f16", False)):
-        llm = objects(plan=plan)
-        llm.eval(LONG)
-        llm.save_session(tmp_path / name)
-        cells = llm.kv_bytes * llm.n_tokens // 1024
-        assert cells < (tmp_path / name).stat().st_size < cells + 8 * 1024 + 20 * llm.n_tokens
-        sizes[name] = (tmp_path / name).stat().st_size
-    assert sizes["plan"] < 0.6 * sizes["f16"]
-
-
-REASONS = {
-    "other types": "layer 0: the state has K q8_0, this context has q5_0",
-    "no plan": "layer 0: the state has K q8_0, this context has f16",
-    "vectors": "layer 0: the state has K q8_0, this context has q8_0 (conditioned)",
-    "other weights": "was saved with other weights or settings",
-    "other rope": "was saved with other weights or settings",
-    "no flash attention": "incompatible V transposition",
-}
-
-
-@pytest.mark.parametrize("case", OTHERS)
-def test_a_refused_session_says_why_and_leaves_an_object_as_after_a_reset(objects, case, tmp_path):
-    one, other = objects(), objects(**OTHERS[case])
-    one.eval(LONG)
-    one.save_session(tmp_path / "s")
-    answer(other, THIRD)
-    with pytest.raises(StateError, match="session: .*Give the prompt again") as error:
-        other.load_session(tmp_path / "s")
-    assert REASONS[case] in str(error.value)
-    assert other.n_tokens == 0
-    assert answer(other, [*LONG, *SHORT]) == answer(objects(**OTHERS[case]), [*LONG, *SHORT])
-
-
-@pytest.mark.parametrize("damage", ["cut", "changed", "other file", "missing", "folder"])
-def test_a_session_that_is_none_is_refused(llama, damage, tmp_path):
-    llm, path = llama("llama"), tmp_path / "s"
-    llm.eval(SHORT)
-    llm.save_session(path)
-    data = bytearray(path.read_bytes())
-    if damage == "cut":
-        path.write_bytes(data[: len(data) // 2])
-    elif damage == "changed":
-        data[len(data) // 2] ^= 1
-        path.write_bytes(data)
-    elif damage == "other file":
-        path.write_text("no session")
-    elif damage == "missing":
-        path.unlink()
-    else:
-        path.unlink()
-        path.mkdir()
-    with pytest.raises(StateError, match=r"session '.*': (is none, or is damaged|cannot be read \(No such file)"):
-        llm.load_session(path)
-    assert llm.n_tokens == 0 and answer(llm, THIRD) == answer(llama("llama"), THIRD)
-
-
-def test_a_session_that_cannot_be_written_leaves_what_stood_there(llama, tmp_path):
-    llm = llama("llama")
-    llm.eval(SHORT)
-    with pytest.raises(StateError, match="no/s"):
-        llm.save_session(tmp_path / "no" / "s")
-    (tmp_path / "s").mkdir()
-    with pytest.raises(StateError):
-        llm.save_session(tmp_path / "s")
-    assert (tmp_path / "s").is_dir() and llm.n_tokens == len(SHORT)
-
-
-def test_an_empty_session_is_one(llama, tmp_path):
-    llama("llama").save_session(tmp_path / "s")
-    llm = llama("llama")
-    llm.eval(LONG)
-    llm.load_session(tmp_path / "s")
-    assert llm.n_tokens == 0 and answer(llm, SHORT) == answer(llama("llama"), SHORT)
-
-
-def test_a_session_of_more_tokens_than_the_context_is_refused(llama, tmp_path):
-    llm = llama("llama")
-    llm.eval(LONG)
-    llm.save_session(tmp_path / "s")
-    with pytest.raises(StateError, match=f"session: has {N_LONG} tokens, this context 256"):
-        llama("llama", n_ctx=256).load_session(tmp_path / "s")
 
 
 # ---- copies
