@@ -135,7 +135,11 @@ class _Asking:
                 left = tuple(p for p in group.prompts if p.id not in texts)
                 if left:
                     write_answers(self.session, plan, Group(left, group.n_prefix), n_slots, keep, flash_attn=flash_attn)
-        return tuple(Answered.of(task, texts[task.id]) for task in self.tasks)
+        return tuple(_judged(task, texts[task.id]) for task in self.tasks)
+
+
+def _judged(task: Task, text: str) -> Answered:
+    return Answered(task.id, task.area, text, task.answer.is_in(text), task.answer.is_valid(text))
 
 
 def _tasks(session: Session, tasks: str, seed: int) -> tuple[Task, ...]:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtuner_gguf.tasks.task import Task
-
 
 @dataclass(frozen=True)
 class Answered:
@@ -23,10 +21,6 @@ class Answered:
     text: str
     right: bool
     valid: bool | None = None
-
-    @classmethod
-    def of(cls, task: Task, text: str) -> Answered:
-        return cls(task.id, task.area, text, task.answer.is_in(text), task.answer.is_valid(text))
 
 
 @dataclass(frozen=True)
