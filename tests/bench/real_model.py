@@ -1,6 +1,6 @@
 """What plans do to a real model: KLD, and tasks of several kinds, beside usual pairs. Prints the README's table.
 
-python tests/bench/real_model.py MODEL.gguf [--bits 4.5,3.5,3.25] [--tasks short,long:8192,gsm8k.jsonl] [--work DIR]
+python tests/bench/real_model.py MODEL.gguf [--bits 4.5,3.5,3.25] [--tasks gsm8k,long:8192] [--work DIR]
 
 Plans are those of `kvtuner-gguf calibrate` with its defaults. Everything is kept, so that the same command goes on.
 """
@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+import gsm8k
 
 PAIRS = ("q8_0/q8_0", "q8_0/q4_0", "q4_0/q4_0")
 
@@ -43,6 +45,17 @@ def plan(model: Path, bits: str, work: Path) -> Path:
     return path
 
 
+def task_set(name: str, work: Path) -> str | Path:
+    """What `evaluate --tasks` takes: GSM8K's cases are fetched, all else is known to it."""
+    if name != "gsm8k":
+        return name
+    path = work / "gsm8k.jsonl"
+    if not path.exists():
+        lines = "\n".join(gsm8k.tasks())
+        path.write_text(f"{lines}\n")
+    return path
+
+
 def cell(row: dict[str, Any]) -> str:
     """Right answers, how many are lost and gained against f16, and how many are valid of those that were to be JSON."""
     valid = f", JSON {row['valid']['share']:.0%}" if row["valid"] else ""
@@ -53,7 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--bits", default="4.5,3.5,3.25")
-    parser.add_argument("--tasks", default="short,long:8192", help="sets, or files of JSON Lines")
+    parser.add_argument("--tasks", default="gsm8k,long:8192", help="sets of evaluate --tasks, gsm8k, or files")
     parser.add_argument("--work", type=Path, help="folder for what is kept [default: MODEL.real]")
     options = parser.parse_args()
     model, work = options.model, options.work or options.model.with_suffix(".real")
@@ -66,7 +79,7 @@ def main() -> None:
     sets = options.tasks.split(",") if options.tasks else []
     answers = []
     for name in sets:
-        rows = kept(work / f"tasks-{Path(name).stem}.json", *asked, "--tasks", name)["rows"]
+        rows = kept(work / f"tasks-{Path(name).stem}.json", *asked, "--tasks", task_set(name, work))["rows"]
         answers.append({row["name"]: row for row in rows})
 
     print(f"| {model.name} | bits | KLD | same top token | {' | '.join(Path(s).stem for s in sets)} |")
