@@ -86,10 +86,55 @@ static kvt_attn kvt_attn_plan(const ggml_tensor * dst) {
     return a;
 }
 
-// few groups, as in decode: split the KV range as well, so that each thread has the same number of units
-static int64_t kvt_attn_split(const kvt_attn & a, int64_t n_threads) {
-    const int64_t n_tiles = (a.n_kv + a.n_tile - 1) / a.n_tile;
-    return a.n_groups < 4 * n_threads ? std::min(n_threads / std::gcd(a.n_groups, n_threads), n_tiles) : 1;
+static int64_t kvt_n_tiles(const kvt_attn & a) {
+    return (a.n_kv + a.n_tile - 1) / a.n_tile;
+}
+
+static const uint16_t * kvt_mask_row(const kvt_attn & a, int64_t token, int64_t head, int64_t i3) {
+    const ggml_tensor * m = a.mask;
+    return m ? (const uint16_t *) ((const char *) m->data + token * m->nb[1] + (head % m->ne[2]) * m->nb[2] + (i3 % m->ne[3]) * m->nb[3]) : nullptr;
+}
+
+// KV rows up to the last that any query row sees: the room behind them is nobody's work
+static int64_t kvt_n_seen(const kvt_attn & a) {
+    if (!a.mask) {
+        return a.n_kv;
+    }
+    int64_t n = 1;
+    for (int64_t i3 = 0; i3 < a.mask->ne[3]; i3++) {
+        for (int64_t head = 0; head < a.mask->ne[2]; head++) {
+            for (int64_t token = 0; token < a.q->ne[1]; token++) {
+                const uint16_t * row  = kvt_mask_row(a, token, head, i3);
+                int64_t          last = a.n_kv;
+                while (last > n && row[last - 1] == KVT_F16_NEG_INF) {
+                    last--;
+                }
+                n = last;
+            }
+        }
+    }
+    return n;
+}
+
+// Few groups, as in decode: every thread gets as many units, by parts of the KV range, or, where the range is too short for that, by
+// groups of fewer heads.
+static void kvt_attn_share(kvt_attn & a, int64_t n_threads) {
+    if (a.n_groups >= 4 * n_threads) {
+        return;
+    }
+    a.n_kv                = std::min(a.n_kv, GGML_PAD(kvt_n_seen(a), a.n_tile));
+    const int64_t n_tiles = kvt_n_tiles(a), n_items = a.n_groups * a.n_items_group, n_max = a.n_items_group;
+    int64_t       least   = INT64_MAX;
+    for (int64_t n = n_max; n >= 1; n--) {
+        if (n_max % n == 0) {
+            const int64_t n_groups = n_items / n, n_split = std::min(n_threads / std::gcd(n_groups, n_threads), n_tiles);
+            // heads times tiles of the busiest thread
+            const int64_t most = (n_groups * n_split + n_threads - 1) / n_threads * n * ((n_tiles + n_split - 1) / n_split);
+            if (most < least - least / 4) {
+                least = most, a.n_items_group = n, a.n_groups = n_groups, a.n_split = n_split;
+            }
+        }
+    }
 }
 
 size_t kvt_attn_work_size(const ggml_tensor * dst, int n_threads) {
@@ -129,11 +174,6 @@ struct kvt_state {
         rows = (kvt_row *) (out + a.n_items_group * a.n_rows_item * a.v.Dp);
     }
 };
-
-static const uint16_t * kvt_mask_row(const kvt_attn & a, int64_t token, int64_t head, int64_t i3) {
-    const ggml_tensor * m = a.mask;
-    return m ? (const uint16_t *) ((const char *) m->data + token * m->nb[1] + (head % m->ne[2]) * m->nb[2] + (i3 % m->ne[3]) * m->nb[3]) : nullptr;
-}
 
 static float kvt_slope(const kvt_attn & a, int64_t head) {
     if (a.max_bias <= 0.0f) {
@@ -276,8 +316,8 @@ bool kvt_attn_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     const int ith = params->ith, nth = params->nth;
 
     kvt_attn a = kvt_attn_plan(dst);
-    a.n_split  = kvt_attn_split(a, nth);
-    a.dst      = dst;
+    kvt_attn_share(a, nth);
+    a.dst = dst;
     memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
     memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
     memcpy(&a.softcap, (const float *) dst->op_params + 2, sizeof(float));
@@ -290,7 +330,7 @@ bool kvt_attn_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     float * partials = base + nth * a.n_scratch;
     GGML_ASSERT((char *) (partials + a.n_partials()) <= (char *) params->wdata + params->wsize);
 
-    const int64_t n_tiles = (a.n_kv + a.n_tile - 1) / a.n_tile, n_units = a.n_groups * a.n_split;
+    const int64_t n_tiles = kvt_n_tiles(a), n_units = a.n_groups * a.n_split;
     const auto    compute = [&](int64_t u) {
         const int64_t i = u / a.n_split, s = u % a.n_split;
         const int64_t ic0 = n_tiles * s / a.n_split * a.n_tile, ic1 = std::min(a.n_kv, n_tiles * (s + 1) / a.n_split * a.n_tile);

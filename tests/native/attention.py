@@ -25,7 +25,7 @@ FIRST_OF_OURS = 200
 DEFAULT = {
     "k": "f16", "v": "f16", "dk": 64, "dv": 64, "n_head_kv": 2, "n_gqa": 3, "n_q": 1, "n_kv": 256, "n_stream": 1,
     "mask": "causal",
-    "sinks": False, "softcap": 0.0, "max_bias": 0.0, "v_in_k": False, "n_threads": 2,
+    "sinks": False, "softcap": 0.0, "max_bias": 0.0, "v_in_k": False, "room": 0, "n_threads": 2,
 }  # fmt: skip
 
 
@@ -148,10 +148,10 @@ class Inputs:
 
 
 def _mask(case: dict, rng: np.random.Generator) -> np.ndarray:
-    """(n_stream, 1, n_q, n_kv): the last tokens are the queries; "holes": other sequences' cells lie between, and one
-    row sees nothing."""
+    """(n_stream, 1, n_q, n_kv): the last tokens before the room, if there is any, are the queries; "holes": other
+    sequences' cells lie between, and one row sees nothing."""
     n_q, n_kv, n_stream = (case[name] for name in ("n_q", "n_kv", "n_stream"))
-    distance = np.arange(n_kv)[None, :] - (n_kv - n_q + np.arange(n_q))[:, None]
+    distance = np.arange(n_kv)[None, :] - (n_kv - case["room"] - n_q + np.arange(n_q))[:, None]
     mask = np.where(distance > 0, -np.inf, distance if case["max_bias"] else 0.0) * np.ones((n_stream, 1, 1, 1))
     if case["mask"] == "holes":
         mask[

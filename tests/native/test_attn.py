@@ -71,6 +71,13 @@ LONG = [
         (("q8_0", "q8_0"), ("q4_0", "f16")), ((1, 4097), (512, 1000), (512, 512)), (1, 2, 3)
     )
 ]
+ROOM = [
+    {"k": k, "v": v, "n_head_kv": n_head_kv, "n_q": n_q, "n_kv": 512, "room": 512 - n_seen, "n_stream": n_stream,
+     "n_threads": n_threads}
+    for (k, v), (n_head_kv, n_stream), n_q, n_seen, n_threads in itertools.product(
+        (("f16", "f16"), ("q8_0", "q4_0")), ((1, 1), (2, 3), (3, 1), (8, 1)), (1, 7), (9, 64, 130, 300), (1, 2, 5, 16)
+    )
+]  # fmt: skip
 
 
 def run(folder: Path, cases: list[dict], name: str = "attention.py") -> list[dict]:
@@ -113,3 +120,8 @@ def test_head_sizes_that_fill_no_vector():
 
 def test_long_and_threads():
     check(LONG)
+
+
+def test_a_cache_with_room_behind_its_tokens():
+    """However the threads share heads and cells between them."""
+    check(ROOM)
