@@ -14,6 +14,7 @@ from .values import brief
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_HOSTS = f"{__name__}.hosts"
 MODEL = click.Path(exists=True, dir_okay=False, path_type=Path)
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -84,6 +85,38 @@ class ModelFirst(click.Command):
         return None
 
 
+def _use_hosts(ctx: click.Context, _param: click.Parameter, servers: str | None) -> None:
+    if servers is None or ctx.resilient_parsing:
+        return
+    from . import rpc
+
+    rpc.use(servers)
+    ctx.meta[_HOSTS] = rpc.ALL_LAYERS
+
+
+def _layers(ctx: click.Context, _param: click.Parameter, n: int | None) -> int:
+    return ctx.meta.get(_HOSTS, 0) if n is None else n
+
+
+def _devices(function: Command) -> Command:
+    """-ngl, and --rpc, which goes first, as -ngl then has another default."""
+    function = click.option(
+        "--rpc",
+        metavar="HOST:PORT,...",
+        is_eager=True,
+        expose_value=False,
+        callback=_use_hosts,
+        help="Hosts that run `kvtuner-gguf rpc-server`, to hold layers with their caches.",
+    )(function)
+    return click.option(
+        "-ngl",
+        "--n-gpu-layers",
+        type=click.IntRange(0),
+        callback=_layers,
+        help="Layers to keep on the GPU, or on the hosts of --rpc. [default: 0; with --rpc all]",
+    )(function)
+
+
 def shared(*names: str) -> Callable[[Command], Command]:
     """The options of these names, in this order."""
     options = {
@@ -106,14 +139,7 @@ def shared(*names: str) -> Callable[[Command], Command]:
         "t": click.option(
             "-t", "--threads", type=click.IntRange(1), help="Threads. Default: all processors this process may use."
         ),
-        "ngl": click.option(
-            "-ngl",
-            "--n-gpu-layers",
-            default=0,
-            show_default=True,
-            type=click.IntRange(0),
-            help="Layers to keep on the GPU.",
-        ),
+        "ngl": _devices,
         "plan": click.option(
             "--plan", "plan_file", type=MODEL, help="A sidecar to use instead of the plan in the file."
         ),

@@ -127,6 +127,36 @@ def serve(
         server.watch()
 
 
+@click.command(name="rpc-server")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen at. No key is asked for: everyone who reaches another one is let into the process.",
+)
+@click.option("--port", default=50052, show_default=True, type=click.IntRange(0, 65535), help="0: one that is free.")
+@click.option("-t", "--threads", type=click.IntRange(1), help="Threads. Default: all processors this process may use.")
+@click.option("--cache", "keep", is_flag=True, help="Keep large tensors in the cache folder: a model is sent once.")
+def rpc_server(host: str, port: int, threads: int | None, keep: bool) -> None:
+    """Hold layers of other machines' models, with their caches, and compute them: for commands with --rpc.
+
+    One client after another. Ctrl-C ends it.
+    """
+    import signal
+
+    from . import rpc
+    from .cache import open_cache
+    from .ports import LOOPBACK
+
+    if host not in LOOPBACK:
+        note(
+            f"note: {host} is reached by other machines. The protocol has no key; use it in networks of your own alone"
+        )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # C does not come back to let Python handle it
+    rpc.serve(host, port, n_threads=threads, cache=open_cache() / "rpc" if keep else None)
+
+
 def _open_llama(
     model: Path,
     plan_file: Path | None = None,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import rpc
 from .in_force import asked_plan
 from .machine import available_memory
 from .native import Memory
@@ -67,10 +68,11 @@ def fit(
     """What each cache takes at n_ctx tokens of one sequence, and how many tokens fit.
 
     plan    instead of the one in the file
-    memory  bytes that weights, cache and buffers may take together; None = what the machine has free
+    memory  bytes that weights, cache and buffers may take together; None = what the machine has free, or, with layers
+            on RPC hosts, what these have free together
     Raises NativeError for a model or a context that cannot be had, PlanError for a plan that is not the model's.
     """
-    limit = available_memory() if memory is None else memory
+    limit = memory if memory is not None else _free(n_gpu_layers)
     of_plan = shown(model, plan, n_ctx=n_ctx, n_gpu_layers=n_gpu_layers)
     notes = list(of_plan.notes)
     with Session(model, no_alloc=True, n_gpu_layers=n_gpu_layers) as session:
@@ -104,6 +106,11 @@ def fit(
     left = limit - (rows[0].memory.total - n_f16)  # f16's is the first
     left_bits = of_plan.geometry.bits_of(left)
     return Fit(n_ctx, n_ctx_train, limit, left, left_bits, (*rows, *planned), tuple(notes))
+
+
+def _free(n_gpu_layers: int) -> int:
+    hosts = rpc.in_use() if n_gpu_layers else ()
+    return sum(host.free for host in hosts) or available_memory()
 
 
 def largest(n_bytes: Callable[[int], int], limit: int, most: int) -> int:

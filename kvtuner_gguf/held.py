@@ -107,11 +107,27 @@ class HeldLlama(llama_cpp.Llama):
                 self.eval(before)  # apart: sampling counts the logits of a draft from the end of its batch
         start = self.n_tokens
         try:
-            with self._stoppable(len(tokens)):
+            with self._unless_lost(), self._stoppable(len(tokens)):
                 super().eval(tokens)
         finally:
             if start <= self._n_read:
                 self._n_read = self.n_tokens
+
+    @contextmanager
+    def _unless_lost(self) -> Iterator[None]:
+        """Raises NativeError out of the block where an RPC host is why it failed, or what it made is not there."""
+        try:
+            yield
+        except RuntimeError:
+            self._check_hosts()
+            raise
+        self._check_hosts()
+
+    def _check_hosts(self) -> None:
+        if host := native.lost_host(self._ctx.ctx):
+            raise NativeError(
+                f"RPC host {host}: was lost. Close this model, and load it again when the host is back, or without it."
+            ) from None
 
     @contextmanager
     def _stoppable(self, n_tokens: int) -> Iterator[None]:
@@ -189,7 +205,9 @@ class HeldLlama(llama_cpp.Llama):
         ctx = self._ctx.ctx
         size = llama_cpp.llama_state_seq_get_size(ctx, 0)
         buf = (ctypes.c_uint8 * size)()
-        if llama_cpp.llama_state_seq_get_data(ctx, buf, size, 0) != size:
+        with self._unless_lost():
+            n_bytes = llama_cpp.llama_state_seq_get_data(ctx, buf, size, 0)
+        if n_bytes != size:
             raise StateError("session: llama.cpp did not write its cells.")
         return bytes(buf)
 
@@ -201,7 +219,8 @@ class HeldLlama(llama_cpp.Llama):
             raise RuntimeError("llama.cpp did not take its cells")
 
     def save_state(self) -> LlamaState:
-        state: Any = super().save_state()
+        with self._unless_lost():
+            state: Any = super().save_state()
         state.identity, state.n_read = self._identity, self._n_read
         return state
 

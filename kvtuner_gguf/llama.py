@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from . import native
+from . import native, rpc
 from .errors import KvtunerError
 from .held import HeldLlama
 from .import_hook import AS_ASKED
@@ -33,6 +33,8 @@ class Llama(HeldLlama):
 
     plan  None obeys the plan in the file, or else that of a sidecar beside it, model.gguf.kvtuner.json; a Plan, or the
           path of its sidecar, is used instead of it, wholly; False = no plan
+    rpc_servers  hosts that run `kvtuner-gguf rpc-server`, "host:port,...", to hold layers with their caches: those of
+          n_gpu_layers, which then are all by default
     All other arguments are llama_cpp.Llama's. Two defaults differ: flash_attn is True, which a quantized V cache needs,
     and swa_full is False, which keeps sliding-window layers at their window: a prompt that goes back before it is read
     again. type_k and type_v also take names ("q8_0"); one that is not f16 makes its side uniform, whatever the plan
@@ -57,6 +59,8 @@ class Llama(HeldLlama):
         kv_overrides: dict[str, Any] | None = None,
         n_threads: int | None = None,
         n_threads_batch: int | None = None,
+        n_gpu_layers: int | None = None,
+        rpc_servers: str | None = None,
         **kwargs: Any,
     ) -> None:
         self._asked, self._n_ctx_asked = asked_plan(plan, kv_overrides), kwargs.get("n_ctx")
@@ -64,9 +68,14 @@ class Llama(HeldLlama):
         self._cache_bytes = partial(
             _cache_bytes, model_path, self._asked, (type_k, type_v), kv_overrides or {}, swa_full=bool(swa_full)
         )
+        if rpc_servers:
+            rpc.use(rpc_servers)
+        if n_gpu_layers is None:
+            n_gpu_layers = rpc.ALL_LAYERS if rpc_servers else 0
         try:
             super().__init__(
                 native.model_file(model_path),
+                n_gpu_layers=n_gpu_layers,
                 flash_attn=flash_attn,
                 swa_full=swa_full,
                 type_k=_type_number(type_k),

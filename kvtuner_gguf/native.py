@@ -110,6 +110,12 @@ class MemoryStruct(ctypes.Structure):
     _fields_ = [("weights", ctypes.c_uint64), ("cache", ctypes.c_uint64), ("compute", ctypes.c_uint64)]
 
 
+class HostStruct(ctypes.Structure):
+    """struct kvt_rpc_host."""
+
+    _fields_ = [("n_devices", ctypes.c_int32), ("free", ctypes.c_uint64), ("total", ctypes.c_uint64)]
+
+
 TapCallback = ctypes.CFUNCTYPE(None, ctypes.POINTER(TapNode), ctypes.c_void_p)
 
 _ptr, _str, _i32, _i64 = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int32, ctypes.c_int64
@@ -152,6 +158,9 @@ _SIGNATURES = {
     "kvt_hidden_keep": (None, [_ptr]),
     "kvt_hidden_start": (_i32, [_ptr, _i32, _i64]),
     "kvt_hidden_taken": (_i64, [_ptr]),
+    "kvt_rpc_use": (_i32, [_str, ctypes.POINTER(HostStruct)]),
+    "kvt_ctx_lost_host": (_str, [_ptr]),
+    "kvt_rpc_serve": (_i32, [_str, _str, _i32]),
 }
 
 
@@ -444,3 +453,21 @@ def ctx_memory(ctx: int) -> Memory:
 def ctx_notes(ctx: int) -> list[str]:
     """Every fallback from the plan in this context, one line each."""
     return _text(library().kvt_ctx_notes, ctx)
+
+
+def rpc_use(endpoint: str) -> tuple[int, int, int]:
+    """(devices, free bytes, all bytes) of a host, which models loaded from now on use. Raises NativeError."""
+    host = HostStruct()
+    check(library().kvt_rpc_use(endpoint.encode(), ctypes.byref(host)))
+    return host.n_devices, host.free, host.total
+
+
+def lost_host(ctx: int) -> str | None:
+    """host:port of one that the context's model has lost."""
+    host = library().kvt_ctx_lost_host(ctx)
+    return host and printable(host.decode(errors="replace"))
+
+
+def rpc_serve(endpoint: str, cache: str | None, n_threads: int) -> None:
+    """Be a host, until the process ends. Raises NativeError."""
+    check(library().kvt_rpc_serve(endpoint.encode(), os.fsencode(cache) if cache else None, n_threads))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,18 +18,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.request import ProxyHandler, Request, build_opener
 
-from . import native
+from . import native, rpc
 from .errors import NativeError
 from .gguf_file import write_plan_alone
 from .in_force import Asked, asked_plan
 from .machine import available_memory
 from .plan import Plan
+from .ports import LOOPBACK, free_port
 from .printable import printable
 from .report import MIB
 from .runtime import Session
 from .threads import checked_threads, default_threads
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PLAN_VARIABLE = "KVTUNER_GGUF_PLAN"  # native/llama/kvt-plan.cpp
 KEY_VARIABLE = "LLAMA_API_KEY"  # llama-server's own
 _KEPT_LINES = 200
@@ -93,7 +92,7 @@ class Server:
         try:
             program = server_program()
             _check_host(host, api_key)
-            self.port = _free_port(host, port)
+            self.port = free_port(host, port)
             self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
             if n_parallel < 1:
                 raise NativeError(f"slots: got {n_parallel}, need 1 or more.")
@@ -102,6 +101,8 @@ class Server:
             self._command += ["--ctx-size", str(n_ctx), "--parallel", str(n_parallel), "--kv-unified"]
             self._command += ["--threads", str(checked_threads(n_threads or default_threads()))]
             self._command += ["--n-gpu-layers", str(n_gpu_layers), "--offline"]
+            if hosts := rpc.in_use():
+                self._command += ["--rpc", ",".join(host.endpoint for host in hosts)]
             if slots is not None:
                 Path(slots).mkdir(mode=0o700, parents=True, exist_ok=True)
                 self._command += ["--slot-save-path", f"{Path(slots).resolve()}{os.sep}"]
@@ -257,18 +258,6 @@ def _check_host(host: str, api_key: str | None) -> None:
         )
     if api_key == "":
         raise NativeError("the key for requests is empty. Give another, or none.")
-
-
-def _free_port(host: str, port: int) -> int:
-    """The port, or one that is free for 0. Raises NativeError."""
-    try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as found:
-            return found.getsockname()[1]
-    except OSError as error:
-        raise NativeError(
-            f"port {port} of {host}: cannot be had ({os.strerror(error.errno or 0)}). Give another with "
-            "--port, or --port 0 for any that is free."
-        ) from None
 
 
 def _looked_at(model: str | os.PathLike[str], plan: Asked, n_ctx: int, n_gpu_layers: int) -> Plan | None:

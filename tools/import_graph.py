@@ -35,11 +35,11 @@ FLOORS = (
     "llama serve shown tasks.ask",
     "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples chat "
     "gguf_file import_hook runtime",
-    "calibrate.results gguf_header in_force report",
-    "geometry held plan tasks.made",
+    "arguments calibrate.results gguf_header in_force report",
+    "geometry held plan rpc tasks.made",
     "calibrate.corpus hidden kvectors log tap tasks.task uses",
-    "arguments calibrate.records default_model kept native pair quality session_file target tasks.answer",
-    "cache codecs machine reading room template terminal threads values",
+    "calibrate.records default_model kept native pair quality session_file target tasks.answer",
+    "cache codecs machine ports reading room template terminal threads values",
     "errors",
     "atomic calibrate calibrate.layers calibrate.progress calibrate.sizes interrupts printable tasks tasks.score words",
 )
@@ -49,7 +49,7 @@ PARTS = {"calibrate": "calibrate", "tasks": "kvtuner_gguf/tasks"}  # of the pack
 MAY_CALIBRATE = {"api", "cli", "cli_chat", "cli_measure"}
 
 # Native code: the folders are the targets that it is linked into.
-NATIVE_FLOORS = ("server", "llama ggml-cpu ggml-cuda tests", "ggml-base")
+NATIVE_FLOORS = ("server", "llama ggml-cpu ggml-cuda ggml-rpc tests", "ggml-base")
 
 Graph = dict[str, set[str]]
 

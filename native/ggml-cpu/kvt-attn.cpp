@@ -124,7 +124,7 @@ static void kvt_attn_share(kvt_attn & a, int64_t n_threads) {
     }
     a.n_kv                = std::min(a.n_kv, GGML_PAD(kvt_n_seen(a), a.n_tile));
     const int64_t n_tiles = kvt_n_tiles(a), n_items = a.n_groups * a.n_items_group, n_max = a.n_items_group;
-    int64_t       least   = INT64_MAX;
+    int64_t       least = INT64_MAX;
     for (int64_t n = n_max; n >= 1; n--) {
         if (n_max % n == 0) {
             const int64_t n_groups = n_items / n, n_split = std::min(n_threads / std::gcd(n_groups, n_threads), n_tiles);

@@ -2,13 +2,11 @@
 #include "kvt-cache.h"
 #include "kvt-arch.h"
 #include "kvt-plan.h"
-#include "kvt-reads-pair.h"
+#include "kvt-refuses.h"
 #include "kvt-text.h"
 
 #include "llama-impl.h"
 #include "llama-model.h"
-
-#include "ggml-cpp.h"
 
 kvt_cache::kvt_cache(const llama_model & model, const llama_hparams & hparams, ggml_type type_k, ggml_type type_v, bool v_trans, bool offload) :
     model(model), hparams(hparams), plan(model.kvt), type_k(type_k), type_v(type_v), v_trans(v_trans), offload(offload) {
@@ -21,63 +19,28 @@ kvt_cache::kvt_cache(const llama_model & model, const llama_hparams & hparams, g
 }
 
 // why the layer's device can not write these types, or attend over the pair; null if it can
-static const char * kvt_device_refuses(const llama_model & model, const llama_hparams & hparams, uint32_t il, bool offload, bool fa, ggml_type type_k, ggml_type type_v) {
+static const char * kvt_layer_refuses(const llama_model & model, const llama_hparams & hparams, uint32_t il, bool offload, bool fa, ggml_type type_k, ggml_type type_v) {
     ggml_backend_dev_t dev = offload ? model.dev_layer(il) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
     if (!dev) {
         return nullptr;
     }
-
-    ggml_init_params params = { 32 * ggml_tensor_overhead(), nullptr, true }; // mem_size, mem_buffer, no_alloc
-    ggml_context_ptr ctx_ptr { ggml_init(params) };
-    ggml_context *   ctx = ctx_ptr.get();
-
-    const int64_t n_kv      = 256;
-    const int64_t n_head    = hparams.n_head(il);
-    const int64_t n_head_kv = hparams.n_head_kv(il);
-    const int64_t dk        = hparams.n_embd_head_k(il);
-    const int64_t dv        = hparams.n_embd_head_v(il);
-
-    ggml_tensor * k = ggml_new_tensor_3d(ctx, type_k, dk, n_kv, n_head_kv);
-    ggml_tensor * v = ggml_new_tensor_3d(ctx, type_v, dv, n_kv, n_head_kv);
-
-    const auto can_write = [&](ggml_tensor * t, int64_t n_row) {
-        ggml_tensor * dst = ggml_new_tensor_2d(ctx, t->type, n_row, n_kv);
-        ggml_tensor * src = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_row, 1);
-        ggml_tensor * idx = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 1);
-        return ggml_backend_dev_supports_op(dev, ggml_set_rows(ctx, dst, src, idx));
+    const kvt_pair_of_layer pair = {
+        type_k,
+        type_v,
+        (int32_t) hparams.n_head(il),
+        (int32_t) hparams.n_head_kv(il),
+        (int32_t) hparams.n_embd_head_k(il),
+        (int32_t) hparams.n_embd_head_v(il),
+        fa,
+        hparams.f_max_alibi_bias,
+        hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f,
     };
-    const char * no_kernel = "the layer's device has no kernel for this pair";
-    if (!can_write(k, dk * n_head_kv) || !can_write(v, dv * n_head_kv)) {
-        return no_kernel;
+    switch (kvt_device_refuses(dev, &pair)) {
+        case KVT_REFUSES_NOTHING: return nullptr;
+        case KVT_REFUSES_AS_IT_IS: return "the layer's device has no decoding kernel for this pair and head size, and would convert it at every step";
+        case KVT_REFUSES_ALL: return "the layer's device did not say whether it has a kernel for this pair";
+        default: return "the layer's device has no kernel for this pair";
     }
-
-    for (const int64_t n_q : { 1, 64 }) { // decode and prefill may take different kernels
-        ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, dk, n_q, n_head);
-        ggml_tensor * op;
-        if (fa) {
-            // the graph casts an f32 cache to f16
-            if (k->type == GGML_TYPE_F32) {
-                k = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, dk, n_kv, n_head_kv);
-            }
-            if (v->type == GGML_TYPE_F32) {
-                v = ggml_new_tensor_3d(ctx, GGML_TYPE_F16, dv, n_kv, n_head_kv);
-            }
-            ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, n_q);
-            op                 = ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, hparams.f_max_alibi_bias, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f);
-        } else {
-            op = ggml_mul_mat(ctx, k, q);
-        }
-        if (!ggml_backend_dev_supports_op(dev, op)) {
-            return no_kernel;
-        }
-    }
-
-    // a GPU supports some pairs by converting all of the cache to f16 at every step
-    const auto reads_pair = (kvt_cuda_reads_pair_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), KVT_CUDA_READS_PAIR);
-    if (fa && reads_pair && !reads_pair(dk, dv, k->type, v->type)) {
-        return "the layer's device has no decoding kernel for this pair and head size, and would convert it at every step";
-    }
-    return nullptr;
 }
 
 // the planned type of one side, or f16 with a reason
@@ -115,7 +78,7 @@ kvt_cache_types kvt_cache::types(uint32_t il) {
         res.v = is_mla ? res.k : accept(il, "V", plan->type_v[il], hparams.n_embd_head_v(il), true);
     }
 
-    if (const char * reason = kvt_device_refuses(model, hparams, il, offload, !v_trans, res.k, res.v)) {
+    if (const char * reason = kvt_layer_refuses(model, hparams, il, offload, !v_trans, res.k, res.v)) {
         departures[format("%s/%s: %s: f16 there", ggml_type_name(res.k), ggml_type_name(res.v), reason)].push_back(il);
         res.k = plan_k ? GGML_TYPE_F16 : res.k;
         res.v = plan_v ? GGML_TYPE_F16 : res.v;

@@ -199,6 +199,28 @@ LLAMA_API int32_t kvt_hidden_start(struct kvt_hidden * hidden, int32_t il, int64
 // rows that runs took since: 0 where they were whole, more than there are where they went wrong
 LLAMA_API int64_t kvt_hidden_taken(const struct kvt_hidden * hidden);
 
+//
+// hosts over RPC: programs elsewhere that hold layers of a model, with their caches, and compute them
+//
+
+struct kvt_rpc_host {
+    int32_t  n_devices;
+    uint64_t free; // bytes of all its devices
+    uint64_t total;
+};
+
+// models that are loaded from now on use the host's devices, before this machine's own, for as many layers as n_gpu_layers says. "HOST:PORT".
+// KVT_E_NONE if it is not reached, or is of another build: the log says which
+LLAMA_API int32_t kvt_rpc_use(const char * endpoint, struct kvt_rpc_host * host);
+
+// "HOST:PORT" of one that the context's model has lost: it ended, or the network did. All is refused then until contexts and model are
+// freed, after which the host is reached anew. NULL if none is
+LLAMA_API const char * kvt_ctx_lost_host(struct llama_context * ctx);
+
+// be such a host, for one client after another: its GPUs, or else its processors. cache_dir: where large tensors are kept, so that they are
+// sent once; may be null. Does not return unless it fails
+LLAMA_API int32_t kvt_rpc_serve(const char * endpoint, const char * cache_dir, int32_t n_threads);
+
 #ifdef __cplusplus
 }
 #endif

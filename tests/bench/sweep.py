@@ -1,0 +1,156 @@
+"""One long prompt, and a few tokens at depths on its way, by builds in turns: tokens per second of decoding and of
+prefill at each depth, and seconds of the whole prompt up to there. With --peer also by ik_llama.cpp's llama-sweep-bench,
+which does the same.
+
+python tests/bench/sweep.py MODEL.gguf STOCK/bin OURS/bin [--peer IK/bin] [--pairs f16/f16,q8_0/q8_0,q4_0/q4_0,k3_64/t2_64]
+    [--depths 0,4096,16384,32768] [--threads 2] [--n-gen 16] [--rounds 1]
+
+A pair that a build does not know is left out there. Depths are multiples of 512, tokens read at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes as c
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import median
+
+from process import markdown
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
+
+PAIRS, DEPTHS = "f16/f16,q8_0/q8_0,q4_0/q4_0,k3_64/t2_64", "0,4096,16384,32768"
+STEP = 512  # tokens of a prompt that are read at once
+VARIABLE = "LLAMA_CPP_LIB_PATH"  # llama-cpp-python's own
+
+
+def sweep(model: Path, pair: str, depths: Sequence[int], n_threads: int, n_gen: int) -> Iterator[dict[str, float]]:
+    """In this process, by the library that llama_cpp loads: at each depth, seconds of n_gen tokens one by one, of the
+    next STEP, and of the prompt up to there."""
+    from attention import FIRST_OF_OURS, TYPES
+    from llama_cpp import llama_cpp as lc
+
+    types = [TYPES[name] for name in pair.split("/")]
+    if max(types) >= FIRST_OF_OURS and not hasattr(lc._lib, "kvt_build_id"):
+        return
+    silent = lc.llama_log_callback(lambda *_: None)
+    lc.llama_log_set(silent, c.c_void_p(0))
+    lc.llama_backend_init()
+    loaded = lc.llama_model_load_from_file(os.fsencode(model), lc.llama_model_default_params())
+    params = lc.llama_context_default_params()
+    params.n_ctx, params.n_batch, params.n_ubatch = max(depths) + 2 * STEP, STEP, STEP
+    params.n_threads = params.n_threads_batch = n_threads
+    params.flash_attn_type = lc.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    params.type_k, params.type_v = types
+    ctx = lc.llama_init_from_model(loaded, params)
+    if not ctx:
+        return
+    batch, memory = lc.llama_batch_init(STEP, 0, 1), lc.llama_get_memory(ctx)
+
+    def read(n: int, pos: int) -> float:
+        """Seconds of n tokens from pos on."""
+        batch.n_tokens = n
+        for i in range(n):
+            batch.token[i], batch.pos[i], batch.logits[i] = 100 + (pos + i) * 7919 % 20000, pos + i, i == n - 1
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+        start = time.perf_counter()
+        if lc.llama_decode(ctx, batch):
+            raise SystemExit(f"{pair}: a batch of {n} at {pos} was not read")
+        lc.llama_synchronize(ctx)
+        return time.perf_counter() - start
+
+    read(STEP, 0)  # what is made once
+    whole = 0.0
+    for pos in range(0, max(depths) + 1, STEP):
+        lc.llama_memory_seq_rm(memory, 0, pos, -1)
+        at = {"depth": pos, "whole": whole}
+        if pos in depths:
+            at["decode"] = sum(read(1, pos + i) for i in range(n_gen))
+            lc.llama_memory_seq_rm(memory, 0, pos, -1)
+        at["prefill"] = read(STEP, pos)
+        whole += at["prefill"]
+        if pos in depths:
+            yield at
+
+
+def of_build(folder: Path, model: Path, pair: str, options: argparse.Namespace) -> list[dict[str, float]]:
+    """`sweep` in a process of its own, with a build's library; [] if that does not know the pair."""
+    command = [sys.executable, __file__, str(model), "--one", pair, "--depths", options.depths]
+    command += ["--threads", str(options.threads), "--n-gen", str(options.n_gen)]
+    env = {**os.environ, VARIABLE: str(folder), "LD_LIBRARY_PATH": str(folder), "KVTUNER_GGUF_AUTO": "0"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def of_peer(folder: Path, model: Path, pair: str, options: argparse.Namespace) -> list[dict[str, float]]:
+    """The same by llama-sweep-bench, whose rows are of every 512 tokens; [] if it does not know the pair."""
+    depths = [int(d) for d in options.depths.split(",")]
+    k, v = pair.split("/")
+    command = [folder / "llama-sweep-bench", "-m", model, "-c", max(depths) + STEP, "-b", STEP, "-ub", STEP]
+    command += ["-ctk", k, "-ctv", v, "-fa", "-t", options.threads, "-n", options.n_gen, "--output-format", "jsonl"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not rows:
+        return []
+    whole, found = 0.0, []
+    for row in rows:
+        if row["n_kv"] in depths:
+            found.append({"depth": row["n_kv"], "whole": whole, "decode": row["t_tg"], "prefill": row["t_pp"]})
+        whole += row["t_pp"]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("folders", type=Path, nargs="*")
+    parser.add_argument("--peer", type=Path)
+    parser.add_argument("--pairs", default=PAIRS)
+    parser.add_argument("--first-pairs", help="pairs that the first build runs; by default all")
+    parser.add_argument("--depths", default=DEPTHS)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--n-gen", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    depths = [int(d) for d in options.depths.split(",")]
+    if options.one:
+        for row in sweep(options.model, options.one, depths, options.threads, options.n_gen):
+            print(json.dumps(row), flush=True)
+        return
+
+    builds = [(f"build {i}", of_build, folder) for i, folder in enumerate(options.folders)]
+    if options.peer:
+        builds.append(("peer", of_peer, options.peer))
+    first = set((options.first_pairs or options.pairs).split(","))
+    found: dict[tuple[str, str, int], list[dict[str, float]]] = {}
+    for _ in range(options.rounds):
+        for pair in options.pairs.split(","):
+            for name, measure, folder in builds:
+                if name == "build 0" and pair not in first:
+                    continue
+                for row in measure(folder, options.model, pair, options):
+                    found.setdefault((pair, name, int(row["depth"])), []).append(row)
+                    print(json.dumps({"pair": pair, "build": name, **row}), file=sys.stderr, flush=True)
+
+    columns = [key for key in dict.fromkeys((pair, name) for pair, name, _ in found)]
+    for what, label in (("decode", "decode, tokens/s"), ("prefill", "prefill of 512, tokens/s"), ("whole", "prompt, s")):
+        rows = []
+        for depth in depths:
+            cells = [f"{label} at {depth}"]
+            for pair, name in columns:
+                values = [row[what] for row in found.get((pair, name, depth), [])]
+                n = {"decode": options.n_gen, "prefill": STEP}.get(what)
+                cells.append("" if not values else f"{n / median(values) if n else median(values):.1f}")
+            rows.append(cells)
+        print(markdown(["", *(f"{pair} {name}" for pair, name in columns)], rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
