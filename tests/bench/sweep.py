@@ -1,9 +1,9 @@
 """One long prompt, and a few tokens at depths on its way, by builds in turns: tokens per second of decoding and of
-prefill at each depth, and seconds of the whole prompt up to there. With --peer also by ik_llama.cpp's llama-sweep-bench,
-which does the same.
+prefill at each depth, and seconds of the whole prompt up to there. With --peer also by ik_llama.cpp's
+llama-sweep-bench, which does the same.
 
-python tests/bench/sweep.py MODEL.gguf STOCK/bin OURS/bin [--peer IK/bin] [--pairs f16/f16,q8_0/q8_0,q4_0/q4_0,k3_64/t2_64]
-    [--depths 0,4096,16384,32768] [--threads 2] [--n-gen 16] [--rounds 1]
+python tests/bench/sweep.py MODEL.gguf STOCK/bin OURS/bin [--peer IK/bin] [--pairs f16/f16,q8_0/q8_0]
+[--depths 0,4096,16384,32768] [--threads 2] [--n-gen 16] [--rounds 1]
 
 A pair that a build does not know is left out there. Depths are multiples of 512, tokens read at once.
 """
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
 
 PAIRS, DEPTHS = "f16/f16,q8_0/q8_0,q4_0/q4_0,k3_64/t2_64", "0,4096,16384,32768"
 STEP = 512  # tokens of a prompt that are read at once
+Rows = dict[tuple[str, str], dict[int, list[dict[str, float]]]]  # (pair, build) -> depth -> of each round
 VARIABLE = "LLAMA_CPP_LIB_PATH"  # llama-cpp-python's own
 
 
@@ -106,6 +107,20 @@ def of_peer(folder: Path, model: Path, pair: str, options: argparse.Namespace) -
     return found
 
 
+def tables(found: Rows, depths: Sequence[int], n_gen: int) -> Iterator[str]:
+    """In Markdown, a column for each pair and build."""
+    labels = {"decode": "decode, tokens/s", "prefill": "prefill of 512, tokens/s", "whole": "prompt, s"}
+    n_tokens = {"decode": n_gen, "prefill": STEP}
+    for what, label in labels.items():
+
+        def cell(rows: list[dict[str, float]], what: str = what) -> str:
+            value = median(row[what] for row in rows) if rows else 0.0
+            return "" if not value else f"{n_tokens[what] / value if what in n_tokens else value:.1f}"
+
+        table = [(f"{label} at {d}", *(cell(of_depth.get(d, [])) for of_depth in found.values())) for d in depths]
+        yield markdown(["", *(f"{pair} {name}" for pair, name in found)], table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -129,27 +144,15 @@ def main() -> None:
     if options.peer:
         builds.append(("peer", of_peer, options.peer))
     first = set((options.first_pairs or options.pairs).split(","))
-    found: dict[tuple[str, str, int], list[dict[str, float]]] = {}
-    for _ in range(options.rounds):
-        for pair in options.pairs.split(","):
-            for name, measure, folder in builds:
-                if name == "build 0" and pair not in first:
-                    continue
-                for row in measure(folder, options.model, pair, options):
-                    found.setdefault((pair, name, int(row["depth"])), []).append(row)
-                    print(json.dumps({"pair": pair, "build": name, **row}), file=sys.stderr, flush=True)
-
-    columns = [key for key in dict.fromkeys((pair, name) for pair, name, _ in found)]
-    for what, label in (("decode", "decode, tokens/s"), ("prefill", "prefill of 512, tokens/s"), ("whole", "prompt, s")):
-        rows = []
-        for depth in depths:
-            cells = [f"{label} at {depth}"]
-            for pair, name in columns:
-                values = [row[what] for row in found.get((pair, name, depth), [])]
-                n = {"decode": options.n_gen, "prefill": STEP}.get(what)
-                cells.append("" if not values else f"{n / median(values) if n else median(values):.1f}")
-            rows.append(cells)
-        print(markdown(["", *(f"{pair} {name}" for pair, name in columns)], rows) + "\n")
+    asked = [
+        (pair, build) for pair in options.pairs.split(",") for build in builds if pair in first or build[0] != "build 0"
+    ]
+    found: Rows = {}
+    for pair, (name, measure, folder) in asked * options.rounds:
+        for row in measure(folder, options.model, pair, options):
+            found.setdefault((pair, name), {}).setdefault(int(row["depth"]), []).append(row)
+            print(json.dumps({"pair": pair, "build": name, **row}), file=sys.stderr, flush=True)
+    print("\n\n".join(tables(found, depths, options.n_gen)))
 
 
 if __name__ == "__main__":
