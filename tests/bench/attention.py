@@ -8,12 +8,10 @@ slow for.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import median
 
-from process import llama_bench, markdown
+from process import llama_bench, markdown, parser_of_sweeps
 
 PAIRS = ("f16/f16", "q8_0/q8_0", "q8_0/q4_0", "q4_0/q4_0", "q5_1/iq4_nl", "q5_0/q4_1", "bf16/bf16", "f32/f32")
 BASE = "f16/f16"
@@ -30,14 +28,8 @@ def table(rows: dict[str, dict[str, list[float | None]]], pairs: Sequence[str]) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("folders", type=Path, nargs="+")
-    parser.add_argument("--pairs", default=",".join(PAIRS))
-    parser.add_argument("--first-pairs", help="pairs that the first build runs; by default all")
-    parser.add_argument("--depths", default="0,4096,8000")
+    parser = parser_of_sweeps(__doc__, ",".join(PAIRS), "0,4096,8000", 3)
     parser.add_argument("--threads", default="2")
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--n-prompt", type=int, default=512)
     parser.add_argument("--n-gen", type=int, default=32)
     parser.add_argument("--markdown", action="store_true", help="ends with the table of docs/performance.md")

@@ -22,6 +22,18 @@ def parser_of_builds(what: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def parser_of_sweeps(what: str | None, pairs: str, depths: str, rounds: int) -> argparse.ArgumentParser:
+    """With a model, the builds that run it, and what they run."""
+    parser = argparse.ArgumentParser(description=what, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--pairs", default=pairs)
+    parser.add_argument("--first-pairs", help="pairs that the first build runs; by default all")
+    parser.add_argument("--depths", default=depths)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
+
+
 class Process:
     """A script that answers each line of JSON with another."""
 

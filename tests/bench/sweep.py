@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 
-from process import markdown
+from process import markdown, parser_of_sweeps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
 
@@ -82,7 +82,7 @@ def sweep(model: Path, pair: str, depths: Sequence[int], n_threads: int, n_gen: 
 
 def of_build(folder: Path, model: Path, pair: str, options: argparse.Namespace) -> list[dict[str, float]]:
     """`sweep` in a process of its own, with a build's library; [] if that does not know the pair."""
-    command = [sys.executable, __file__, str(model), "--one", pair, "--depths", options.depths]
+    command = [sys.executable, __file__, str(model), str(folder), "--one", pair, "--depths", options.depths]
     command += ["--threads", str(options.threads), "--n-gen", str(options.n_gen)]
     env = {**os.environ, VARIABLE: str(folder), "LD_LIBRARY_PATH": str(folder), "KVTUNER_GGUF_AUTO": "0"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
@@ -122,16 +122,10 @@ def tables(found: Rows, depths: Sequence[int], n_gen: int) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("folders", type=Path, nargs="*")
+    parser = parser_of_sweeps(__doc__, PAIRS, DEPTHS, 1)
     parser.add_argument("--peer", type=Path)
-    parser.add_argument("--pairs", default=PAIRS)
-    parser.add_argument("--first-pairs", help="pairs that the first build runs; by default all")
-    parser.add_argument("--depths", default=DEPTHS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--n-gen", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     depths = [int(d) for d in options.depths.split(",")]
