@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +26,7 @@ class Search:
 
     spent     bytes of K's means and scales
     n_trials  real runs in all; None = as many as its way needs
+    ahead     told of plans whose KLD will be asked for, so that workers may run them; None = there are no workers
     """
 
     geometry: Geometry
@@ -33,6 +34,7 @@ class Search:
     n_trials: int | None
     seed: int
     progress: Progress
+    ahead: Callable[[Iterable[Pairs]], None] | None = None
 
 
 class Target(ABC):

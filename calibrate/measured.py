@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,6 +31,10 @@ from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.kvectors import KVectors, vector_bytes
 from kvtuner_gguf.runtime import Session
 
+if TYPE_CHECKING:
+    from kvtuner_gguf.calibrate.crew import Crew
+    from kvtuner_gguf.calibrate.jobs import Weights
+
 TEXT = "text.npz"  # the first record
 JUDGED_BITS = 4.5  # of the type of K that conditioning is judged with: an error of a rotated type has the same shape
 
@@ -41,12 +46,14 @@ class Bench:
     session   the model, or a copy of it to search on
     store     what is kept: records
     scratch   folder of what is not: captured tensors, references. Nothing is written there if the store is read-only
+    crew      workers that may do runs, and the weights that these are of
     """
 
     session: Session
     store: Store
     scratch: Path
     progress: Progress
+    crew: tuple[Crew, Weights] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from kvtuner_gguf.calibrate.goals import Search, Target
 from kvtuner_gguf.calibrate.kld_model import KldModel
 from kvtuner_gguf.calibrate.nsga2 import nsga2
 from kvtuner_gguf.calibrate.options import PAPER_TRIALS
-from kvtuner_gguf.calibrate.prices import N_FLOOR, floor_plans, price, price_ladders, replaced
+from kvtuner_gguf.calibrate.prices import N_FLOOR, ahead, floor_plans, price, price_ladders, replaced
 from kvtuner_gguf.calibrate.prune import pareto_menus
 from kvtuner_gguf.calibrate.results import ErrorTable, Evaluate, Trial
 from kvtuner_gguf.geometry import Geometry
@@ -46,6 +46,9 @@ def fitted(
     def run(pairs: Pairs) -> Trial:
         return Trial.of(pairs, kld(pairs), search.geometry)
 
+    if search.ahead is not None:
+        search.ahead([*uniform, *floors])
+        ahead(ladders, kld, search.ahead)
     known = []
     n_runs = len(uniform) + len(floors) + len(ladders)
     with search.progress.bar("search: price of each layer's K and V", n_runs) as advance:

@@ -50,6 +50,8 @@ class Options:
     n_trials      real runs of the search; None = two per layer and about 20 more, or PAPER_TRIALS
     n_threads     None = the processors that this process may use
     n_gpu_layers  layers of the model that are on the GPU
+    workers       who do the runs: "tcp://host:8786", a scheduler of dask.distributed, or a number of processes here;
+                  None = this process
     fresh         forget what was measured before, instead of going on with it
     types         cache types to choose from; () = the default ones
     k_mean        whether K may be cached without its mean, where that helps; None = as the method has it
@@ -67,6 +69,7 @@ class Options:
     n_trials: int | None = field(default=None, metadata=_NOTHING)
     n_threads: int | None = field(default=None, metadata=_NOTHING)
     n_gpu_layers: int = field(default=0, metadata=_VALUE)
+    workers: str | None = field(default=None, metadata=_NOTHING)
     fresh: bool = field(default=False, metadata=_NOTHING)
     types: tuple[str, ...] = field(default=(), metadata=_NOTHING)
     k_mean: bool | None = field(default=None, metadata=_NOTHING)

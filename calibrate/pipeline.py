@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvtuner_gguf.cache import scratch
 from kvtuner_gguf.calibrate.checks import Plannable, check_room, check_text, plannable_of
 from kvtuner_gguf.calibrate.corpus import readable
+from kvtuner_gguf.calibrate.crew import Crew
 from kvtuner_gguf.calibrate.estimate import seconds
 from kvtuner_gguf.calibrate.goals import Search
+from kvtuner_gguf.calibrate.jobs import Weights
 from kvtuner_gguf.calibrate.kld import N_UBATCH
 from kvtuner_gguf.calibrate.kld_model import KldModel, fit
 from kvtuner_gguf.calibrate.measured import TEXT, Bench, Measured, heldout_reference, measure_model, search_reference
@@ -26,8 +32,10 @@ from kvtuner_gguf.calibrate.solve import cheapest, front, sensitivities, uniform
 from kvtuner_gguf.calibrate.store import Store, claimed, work_dir
 from kvtuner_gguf.calibrate.weights import copy_type, search_session
 from kvtuner_gguf.calibrate.write import made_of, plan_of
+from kvtuner_gguf.identity import weights_sample
 from kvtuner_gguf.kept import write_about
 from kvtuner_gguf.kvectors import where_quantized
+from kvtuner_gguf.pair import Pairs
 from kvtuner_gguf.quality import Comparison
 from kvtuner_gguf.runtime import Session
 
@@ -66,10 +74,29 @@ def calibrate(options: Options, progress: Progress) -> Outcome:
                 shutil.rmtree(work, ignore_errors=True)
             write_about(work, options.model)
             staged = Staged(progress, PAPER_STAGES if options.method == "paper" else STAGES)
-            return _calibrate(options, plannable, Store(work), folder, staged)
+            with crew_of(options, progress) as crew:
+                return _calibrate(options, plannable, Store(work), folder, staged, crew)
 
 
-def _calibrate(options: Options, plannable: Plannable, store: Store, folder: Path, progress: Staged) -> Outcome:
+@contextmanager
+def crew_of(options: Options, progress: Progress) -> Iterator[Crew | None]:
+    """The workers that are asked for."""
+    if options.workers is None:
+        yield None
+        return
+    with Crew(options.workers, progress.say) as crew:
+        yield crew
+
+
+def weights_of(options: Options, copy: str | None) -> Weights:
+    """The model, or its copy of that type, as workers are told of it."""
+    sizes = options.n_threads, options.n_gpu_layers
+    return Weights(os.path.abspath(options.model), weights_sample(options.model), copy, *sizes)
+
+
+def _calibrate(
+    options: Options, plannable: Plannable, store: Store, folder: Path, progress: Staged, crew: Crew | None
+) -> Outcome:
     threads: dict[str, Any] = {"n_threads": options.n_threads, "n_gpu_layers": options.n_gpu_layers}
 
     def timed(own: Session, *per_token: float) -> None:
@@ -85,13 +112,15 @@ def _calibrate(options: Options, plannable: Plannable, store: Store, folder: Pat
         on_copy = session.path != options.model
         if not on_copy:
             progress.without(OWN_WEIGHTS)
-        bench = Bench(session, store, folder, progress)
+        weights = weights_of(options, copy_type(session, options.model, store.folder))
+        bench = Bench(session, store, folder, progress, (crew, weights) if crew else None)
         measured = measure_model(options, plannable, bench)
         outcome = proved(options, plannable, measured, search(options, plannable, measured, bench), bench)
         if not on_copy:
             return outcome
     with Session(options.model, **threads) as session:
-        return with_own(outcome, options, plannable, measured, replace(bench, session=session))
+        crew_of_own = (crew, replace(weights, copy=None)) if crew else None
+        return with_own(outcome, options, plannable, measured, replace(bench, session=session, crew=crew_of_own))
 
 
 def search(options: Options, plannable: Plannable, measured: Measured, bench: Bench) -> Found:
@@ -103,12 +132,18 @@ def search(options: Options, plannable: Plannable, measured: Measured, bench: Be
     uniform = uniform_pairs(kld_model, geometry, goal.max_bytes)
     reference = search_reference(plannable, measured.text, bench)
     name = runs_name(SEARCH, bench.session, options.model)
-    runs = Runs(bench.session, reference, bench.store.evaluations, name, measured.k_vectors)
-    by = Search(geometry, spent, options.n_trials, options.seed, bench.progress)
+    runs = Runs(bench.session, reference, bench.store.evaluations, name, measured.k_vectors, bench.crew)
+
+    def ahead(plans: Iterable[Pairs]) -> None:
+        runs.ahead(bench.progress, klds=plans)
+
+    hand_out = ahead if bench.crew else None
+    by = Search(geometry, spent, options.n_trials, options.seed, bench.progress, hand_out)
     if options.method == "paper":
         best = paper(measured.errors, options.candidate_types, runs.kld, goal, by)
     else:
         best = fitted(kld_model, uniform, runs.kld, goal, by)
+    runs.ahead(bench.progress, stock=uniform)
     rivals = []
     with bench.progress.bar("search: uniform pairs as stock has them", len(uniform)) as advance:
         for pairs in uniform:
@@ -123,7 +158,7 @@ def proved(options: Options, plannable: Plannable, measured: Measured, found: Fo
     geometry, session = plannable.geometry, bench.session
     reference = heldout_reference(plannable, measured.text, bench, n_chunk=plannable.sizes.n_chunk)
     name = runs_name(HELDOUT, session, options.model)
-    runs = Runs(session, reference, bench.store.evaluations, name, measured.k_vectors)
+    runs = Runs(session, reference, bench.store.evaluations, name, measured.k_vectors, bench.crew)
     allowed = max(found.best.n_bytes, plannable.goal.max_bytes or 0) + measured.spent
     supported = session.supported(("q8_0", "q4_0")).values()
     proof = prove(
@@ -134,6 +169,7 @@ def proved(options: Options, plannable: Plannable, measured: Measured, found: Fo
         named=[t for t in ("q8_0", "q4_0") if all(t in k for k, _ in supported)],
         seed=options.seed,
         progress=bench.progress,
+        ahead=partial(runs.ahead, bench.progress),
     )
     reference.discard()
     copied = copy_type(session, options.model, bench.store.folder)
@@ -153,7 +189,7 @@ def with_own(outcome: Outcome, options: Options, plannable: Plannable, measured:
     """What was proved on a copy, with the plan and the noise floor on the model itself, on a part of the text."""
     n_chunk = plannable.sizes.n_own
     reference = heldout_reference(plannable, measured.text, bench, n_chunk=n_chunk, title="own weights: f16 reference")
-    runs = Runs(bench.session, reference, bench.store.evaluations, HELDOUT + PART, measured.k_vectors)
+    runs = Runs(bench.session, reference, bench.store.evaluations, HELDOUT + PART, measured.k_vectors, bench.crew)
     own = prove_own(outcome.plan, runs, plannable.geometry, bench.progress)
     reference.discard()
     return replace(outcome, comparison=replace(outcome.comparison, own=own))

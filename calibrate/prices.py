@@ -56,6 +56,16 @@ def price(ladder: Plans, run: Callable[[tuple[Pair, ...]], Trial]) -> Trial:
     return trial
 
 
+def ahead(ladders: Sequence[Plans], kld: Callable[[tuple[Pair, ...]], float], run: Callable[[Plans], None]) -> None:
+    """Let all runs that `price` will make be made together, rung by rung."""
+    at_once = [ladder[0] for ladder in ladders]
+    for i in range(1, max(map(len, ladders), default=0) + 1):
+        run(at_once)
+        at_once = [ladder[i] for ladder in ladders if i < len(ladder) and all(kld(plan) > MOST for plan in ladder[:i])]
+        if not at_once:
+            return
+
+
 def replaced(trial: Trial) -> bool:
     """Whether a run, read back from the records, is a price that one of a finer type took the place of."""
     return trial.kld > MOST and F16 in trial.pairs

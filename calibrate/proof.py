@@ -70,16 +70,20 @@ def prove(
     named: Sequence[str] = (),
     seed: int,
     progress: Progress,
+    ahead: Callable[..., None] = lambda **runs: None,
 ) -> Proof:
     """Held-out quality of the plan, of the best of its rivals, and of what else the table shows.
 
     rivals  uniform plans that may have the plan's bytes
     named   types that the table shows for K and V everywhere, whatever their bytes
+    ahead   told of all runs, by the judge's ways, before the first: Runs.ahead
     """
     has_kv = [bool(k) for k in geometry.values_k]
     uniform = {str(Pair(t, t)): everywhere(t, has_kv) for t in named}
     shuffled, plain = _shuffled(found.pairs, has_kv, seed), ungrouped(found.pairs)
     vectors = judge.vectors_of(found.pairs)
+    f16, others = everywhere("f16", has_kv), [*(t.pairs for t in rivals), *uniform.values()]
+    ahead(floor=[f16], plans=[found.pairs, shuffled], stock=[*([plain] if any(vectors) else []), *others])
     n_runs = 3 + len(rivals) + len(uniform)  # the floor, the plan, and the plan shuffled beside them
     with progress.bar("prove: held-out text", n_runs + any(vectors)) as advance:
 
@@ -88,7 +92,6 @@ def prove(
             advance(1)
             return result
 
-        f16 = everywhere("f16", has_kv)
         floor = quality_of(f16, judge.of_floor)
         of_plan = quality_of(found.pairs, judge.of_plan)
         of_plain = quality_of(plain) if any(vectors) else None

@@ -76,11 +76,19 @@ class Evaluations:
 
     def get(self, what: str, measure: Callable[[Pairs], Quality], pairs: Pairs) -> Quality:
         """As it was measured, or, where it was not, measured and kept."""
-        key = (what, " ".join(map(str, pairs)))
-        if key not in self._known:
-            self._known[key] = measure(pairs)
-            append_line(self.path, {"what": what, "pairs": key[1], "quality": vars(self._known[key])})
-        return self._known[key]
+        if not self.knows(what, pairs):
+            self.keep(what, pairs, measure(pairs))
+        return self._known[_key(what, pairs)]
+
+    def knows(self, what: str, pairs: Pairs) -> bool:
+        """Whether it was measured."""
+        return _key(what, pairs) in self._known
+
+    def keep(self, what: str, pairs: Pairs, quality: Quality) -> None:
+        """What was measured, here or elsewhere."""
+        key = _key(what, pairs)
+        self._known[key] = quality
+        append_line(self.path, {"what": what, "pairs": key[1], "quality": vars(quality)})
 
     def of(self, what: str) -> list[tuple[Pairs, Quality]]:
         """All that was measured so, in order."""
@@ -89,6 +97,10 @@ class Evaluations:
             for (w, pairs), quality in self._known.items()
             if w == what
         ]
+
+
+def _key(what: str, pairs: Pairs) -> tuple[str, str]:
+    return what, " ".join(map(str, pairs))
 
 
 def _pair(text: str) -> Pair:

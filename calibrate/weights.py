@@ -77,6 +77,26 @@ def search_session(
         copy.unlink(missing_ok=True)
 
 
+@contextmanager
+def session_of(
+    model: Path, folder: Path, copy_kind: str | None, *, n_threads: int | None, n_gpu_layers: int
+) -> Iterator[Session]:
+    """A session of the model, or of a copy of that type, which is made in the folder."""
+    sizes: dict[str, Any] = {"n_threads": n_threads, "n_gpu_layers": n_gpu_layers}
+    if copy_kind is None:
+        with Session(model, **sizes) as session:
+            yield session
+        return
+    copy = folder / COPY
+    with Session(model, **sizes) as own:
+        _make(own, copy, copy_kind)
+    try:
+        with Session(copy, **sizes) as session:
+            yield session
+    finally:
+        copy.unlink(missing_ok=True)
+
+
 def _faster(own: Session, prompt: float, copy: Path, sizes: dict[str, Any]) -> tuple[str, float]:
     """The type of a copy that is worth making, and what it gains; OWN if none is. Leaves the copy on disk.
 

@@ -63,6 +63,11 @@ def fit(model: Path, plan_file: Path | None, memory: int | None, n_ctx: int, n_g
 @shared("types", "mean", "scale", "basis")
 @click.option("--report", type=FILE, help="Write a page of HTML about it, too: what was measured, in pictures.")
 @click.option("--tasks", help="Ask these tasks under f16 and the plan, too: see `kvtuner-gguf evaluate`.")
+@click.option(
+    "--workers",
+    metavar="tcp://HOST:PORT|N",
+    help="Who does the runs: workers of this dask scheduler, or so many processes here. Default: this process.",
+)
 @shared("fresh", "c", "f", "chunks", "seed", "t", "ngl", "force", "json")
 @click.pass_context
 def calibrate(

@@ -34,13 +34,14 @@ import numpy as np
 import kvtuner_gguf
 from kvtuner_gguf.calibrate.checks import plannable_of
 from kvtuner_gguf.calibrate.goals import WithinBits
+from kvtuner_gguf.calibrate.jobs import is_broken
 from kvtuner_gguf.calibrate.kld import make_reference, measure
 from kvtuner_gguf.calibrate.kld_model import KldModel, fit
 from kvtuner_gguf.calibrate.measured import Bench, measure_model
 from kvtuner_gguf.calibrate.methods import known_trials
 from kvtuner_gguf.calibrate.options import DEFAULT_TYPES, Options
 from kvtuner_gguf.calibrate.pipeline import search, sizes_of
-from kvtuner_gguf.calibrate.runs import SEARCH, is_broken, on_all_of, runs_name, tag
+from kvtuner_gguf.calibrate.runs import SEARCH, on_all_of, runs_name, tag
 from kvtuner_gguf.calibrate.solve import solve
 from kvtuner_gguf.calibrate.store import Store
 from kvtuner_gguf.calibrate.text import chunks_of, read_text, write_text
