@@ -196,9 +196,7 @@ class Crew:
             since = [work.since.setdefault(address, now) for work in theirs if work.key_in(keys[:1])]
             if since and now - since[0] > most and address not in self._stalled:
                 self._stalled.add(address)
-                self._say(
-                    f"worker {address}: a run takes {now - since[0]:.0f} s there, and is given to another as well"
-                )
+                self._say(f"worker {address}: a run takes {now - since[0]:.0f} s there, and is given to others, too")
                 for work in theirs:
                     self._send(work)
 

@@ -28,7 +28,7 @@ from fault import Fault, need
 import kvtuner_gguf.output
 import kvtuner_gguf.report  # noqa: F401
 from kvtuner_gguf import native
-from kvtuner_gguf.calibrate import pipeline, runs  # noqa: F401 - runs: for the attacks
+from kvtuner_gguf.calibrate import jobs, pipeline  # noqa: F401 - jobs: for the attacks
 from kvtuner_gguf.cli import main
 
 native.library()

@@ -105,7 +105,7 @@ class Attack:
 
 def _stop_in_the_search() -> None:
     """After some runs of the search: the capture and the reference are there still."""
-    real, measured = commands.runs.measure, []
+    real, measured = commands.jobs.measure, []
 
     def stopped(*args: object, **kwargs: object) -> object:
         measured.append(1)
@@ -113,4 +113,4 @@ def _stop_in_the_search() -> None:
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    commands.runs.measure = stopped
+    commands.jobs.measure = stopped

@@ -145,7 +145,7 @@ def leftover() -> None:
 
 def noise() -> None:
     """A plan is measured a little differently each time."""
-    from kvtuner_gguf.calibrate import runs
+    from kvtuner_gguf.calibrate import jobs
 
-    real = runs.measure
-    runs.measure = lambda *args, **kwargs: replace(real(*args, **kwargs), kld_p999=os.getpid() / 1e6)
+    real = jobs.measure
+    jobs.measure = lambda *args, **kwargs: replace(real(*args, **kwargs), kld_p999=os.getpid() / 1e6)

@@ -185,10 +185,10 @@ def test_a_text_too_short_names_the_tokens(tiny, tmp_path):
 
 
 def test_what_was_measured_is_not_measured_again(tiny, tmp_path, text, monkeypatch):
-    from kvtuner_gguf.calibrate import runs
+    from kvtuner_gguf.calibrate import jobs
 
     measured = []
-    real = runs.measure
+    real = jobs.measure
 
     def stopped(session, pairs, reference, **kwargs):
         if len(measured) == 5:
@@ -200,7 +200,7 @@ def test_what_was_measured_is_not_measured_again(tiny, tmp_path, text, monkeypat
         """What a run was of: the same pairs are measured with K conditioned, and without as rivals."""
         return pairs and (pairs, tuple(kwargs.get("k_vectors", ())))
 
-    monkeypatch.setattr(runs, "measure", stopped)
+    monkeypatch.setattr(jobs, "measure", stopped)
     args = [
         "calibrate",
         str(tiny("llama")),
@@ -218,27 +218,27 @@ def test_what_was_measured_is_not_measured_again(tiny, tmp_path, text, monkeypat
     stopped_at = CliRunner().invoke(main, [*args, "-o", str(tmp_path / "a.json")])
     assert stopped_at.exit_code != 0 and "the same command goes on with it" in stopped_at.stderr
     assert "all of it: about" in stopped_at.stderr.split("[1/10]")[0]
-    monkeypatch.setattr(runs, "measure", lambda s, p, r, **k: (measured.append(ran(p, k)), real(s, p, r, **k))[1])
+    monkeypatch.setattr(jobs, "measure", lambda s, p, r, **k: (measured.append(ran(p, k)), real(s, p, r, **k))[1])
     again = run(*args, "-o", tmp_path / "a.json")
     assert "going on with what was measured before" in again.stderr and "all of it" not in again.stderr
     search = measured[: -(1 + 1)]
     first, later = measured[:5], search[5:]
     assert not {p for p in first if p} & {p for p in later[: 12 - 5] if p}
-    monkeypatch.setattr(runs, "measure", real)
+    monkeypatch.setattr(jobs, "measure", real)
     assert "going on" not in run(*args, "--fresh", "-o", tmp_path / "b.json").stderr
     assert Plan.load(tmp_path / "a.json") == Plan.load(tmp_path / "b.json")
 
 
 def test_another_goal_reuses_what_was_measured(tiny, tmp_path, text, monkeypatch):
     """On a file that has its plan by now: text, errors and the runs of equal plans are there."""
+    from kvtuner_gguf.calibrate import jobs
     from kvtuner_gguf.calibrate import measured as measured_model
-    from kvtuner_gguf.calibrate import runs
 
     model = copy_of(tiny("llama"), tmp_path)
     calibrate(model, "-f", text, "--bits", 6.0)
     measured = []
-    real = runs.measure
-    monkeypatch.setattr(runs, "measure", lambda s, p, r, **k: (measured.append(p), real(s, p, r, **k))[1])
+    real = jobs.measure
+    monkeypatch.setattr(jobs, "measure", lambda s, p, r, **k: (measured.append(p), real(s, p, r, **k))[1])
     monkeypatch.setattr(measured_model, "error_table", None)
     calibrate(model, "-f", text, "--bits", 6.0)
     assert [p for p in measured if p is not None] == []
@@ -247,7 +247,7 @@ def test_another_goal_reuses_what_was_measured(tiny, tmp_path, text, monkeypatch
 
 
 def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkeypatch):
-    from kvtuner_gguf.calibrate import runs
+    from kvtuner_gguf.calibrate import jobs
 
     model = copy_of(tiny("llama"), tmp_path)
     same = ("--chunks", 2, "-c", 1024, "-f", text)
@@ -258,7 +258,7 @@ def test_solve_plans_for_another_goal_without_a_run(tiny, tmp_path, text, monkey
     def no_run(*args: object, **kwargs: object) -> None:
         raise AssertionError("solve measured a plan")
 
-    monkeypatch.setattr(runs, "measure", no_run)
+    monkeypatch.setattr(jobs, "measure", no_run)
     result = json.loads(run("solve", model, *same, "--bits", 4.6, "-o", tmp_path / "less.json", "--json").stdout)
     plan = Plan.load(tmp_path / "less.json")
     assert 4.0 < plan.bits_per_value <= 4.6 and plan.quality is None

@@ -16,8 +16,6 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-pytest.importorskip("distributed")
-
 from kvtuner_gguf import api
 from kvtuner_gguf.calibrate import crew
 from kvtuner_gguf.calibrate.progress import Silent
@@ -25,6 +23,7 @@ from kvtuner_gguf.cli import main
 from kvtuner_gguf.errors import CalibrationError
 from kvtuner_gguf.identity import weights_sample
 
+Client = pytest.importorskip("distributed").Client
 pytestmark = pytest.mark.native
 
 
@@ -65,6 +64,11 @@ def dask(tmp_path):
             args = (self.address, "--nthreads", "1", "--no-nanny", "--no-dashboard", "--death-timeout", "30")
             self.workers.append(self.start("worker", *args, **options))
             return self.workers[-1]
+
+        def wait(self):
+            """For all workers to be known."""
+            with Client(self.address, set_as_default=False) as client:
+                client.wait_for_workers(len(self.workers), timeout=60)
 
         def close(self):
             for process in (*self.workers, self.scheduler):
@@ -145,6 +149,7 @@ def test_a_worker_that_has_another_model_is_refused_by_its_weights(tiny, dask, s
     want = calibrated(model)
     dask.worker(cwd=folders["wrong"])
     dask.worker(cwd=folders["none"], env={**os.environ, "KVTUNER_GGUF_MODELS": str(folders["kept"])})
+    dask.wait()
     assert calibrated(model, told, workers=dask.address, fresh=True) == want
     (line,) = told.about("is passed over", "has other weights")
     assert weights_sample(model)[:12] in line
@@ -160,6 +165,7 @@ def test_a_worker_that_stalls_is_named_and_its_run_done_by_another(tiny, dask, s
     want = calibrated(model)
     dask.worker()
     stalling = dask.worker()
+    dask.wait()
 
     class Stopping(Told):
         def bar(self, title, total):
