@@ -27,6 +27,7 @@ _STALLED, _STALLED_S = (
 )  # a run that takes so many times the median, and so long, is given to another as well
 _TRIES = 3  # workers that a run may fail on, before it is the run that is at fault
 _DEATHS = 20  # workers that may die over one run
+_MOST_SAID = 200  # characters of an error of its
 _DONE, _REFUSED, _FAILED = "done", "refused", "failed"
 
 
@@ -53,6 +54,7 @@ class _Work:
     n_deaths: int = 0
     n_sent: int = 0
     since: dict[str, float] = field(default_factory=dict)  # worker -> when it was first seen at it
+    allowed: frozenset[str] = frozenset()  # workers that it was last sent to; none: to any
 
     def key_in(self, keys: Sequence[str]) -> bool:
         """Whether one of its futures is among these."""
@@ -126,6 +128,7 @@ class Crew:
             left = [work for work in left if work.futures]
             with self._scheduler_or_error():
                 self._look_for_stalled(left)
+                self._look_for_gone(left)
             time.sleep(_POLL_S if left else 0)
 
     # ---- inside
@@ -139,6 +142,7 @@ class Crew:
         if workers and not allowed and self._refused:
             reasons = "; ".join(f"{address}: {reason}" for address, reason in self._refused.items())
             raise CalibrationError(f"workers '{self._where}': none is left that may do the runs. {reasons}")
+        work.allowed = frozenset(allowed if barred else ())
         work.n_sent += 1
         work.futures.add(
             self._client.submit(
@@ -146,7 +150,7 @@ class Crew:
                 work.job,
                 key=f"kvtuner-{work.job.key}-{work.n_sent}-{time.monotonic_ns()}",
                 pure=False,
-                workers=allowed if barred and allowed else None,
+                workers=sorted(work.allowed) or None,
             )
         )
 
@@ -178,8 +182,8 @@ class Crew:
 
     def _died(self, work: _Work, future: Future[Any]) -> None:
         work.n_deaths += 1
-        error = future.exception() if future.status == "error" else future.status
-        self._say(f"a worker was lost with a run ({type(error).__name__ if future.status == 'error' else error})")
+        why = repr(future.exception())[:_MOST_SAID] if future.status == "error" else future.status
+        self._say(f"a worker was lost with a run ({why}), which is given to another")
         if work.n_deaths >= _DEATHS:
             raise CalibrationError(
                 f"workers '{self._where}': {work.n_deaths} were lost over one run. Look at their logs."
@@ -199,6 +203,13 @@ class Crew:
                 self._say(f"worker {address}: a run takes {now - since[0]:.0f} s there, and is given to others, too")
                 for work in theirs:
                     self._send(work)
+
+    def _look_for_gone(self, works: Sequence[_Work]) -> None:
+        """A run whose workers are all gone would wait for ever, though others have come."""
+        workers = self._workers()
+        for work in works:
+            if work.allowed and workers and work.allowed.isdisjoint(workers):
+                self._send(work)
 
     def _drop(self, work: _Work) -> None:
         for future in work.futures:

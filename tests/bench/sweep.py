@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 from process import markdown, parser_of_sweeps
 
@@ -93,9 +94,25 @@ def of_peer(folder: Path, model: Path, pair: str, options: argparse.Namespace) -
     """The same by llama-sweep-bench, whose rows are of every 512 tokens; [] if it does not know the pair."""
     depths = [int(d) for d in options.depths.split(",")]
     k, v = pair.split("/")
-    command = [folder / "llama-sweep-bench", "-m", model, "-c", max(depths) + STEP, "-b", STEP, "-ub", STEP]
-    command += ["-ctk", k, "-ctv", v, "-fa", "-t", options.threads, "-n", options.n_gen, "--output-format", "jsonl"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    command = [folder.resolve() / "llama-sweep-bench", "-m", model.resolve(), "-c", max(depths) + STEP, "-b", STEP, "-ub", STEP]
+    command += [
+        "-ctk",
+        k,
+        "-ctv",
+        v,
+        "-fa",
+        "on",
+        "-t",
+        options.threads,
+        "-n",
+        options.n_gen,
+        "--output-format",
+        "jsonl",
+    ]
+    with TemporaryDirectory() as place:  # for its log
+        done = subprocess.run(
+            list(map(str, command)), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not rows:
         return []
