@@ -94,7 +94,8 @@ def of_peer(folder: Path, model: Path, pair: str, options: argparse.Namespace) -
     """The same by llama-sweep-bench, whose rows are of every 512 tokens; [] if it does not know the pair."""
     depths = [int(d) for d in options.depths.split(",")]
     k, v = pair.split("/")
-    command = [folder.resolve() / "llama-sweep-bench", "-m", model.resolve(), "-c", max(depths) + STEP, "-b", STEP, "-ub", STEP]
+    command = [folder.resolve() / "llama-sweep-bench", "-m", model.resolve(), "-c", max(depths) + STEP]
+    command += ["-b", STEP, "-ub", STEP]
     command += [
         "-ctk",
         k,
