@@ -103,7 +103,7 @@ def test_workers_that_are_killed_all_the_while_give_the_plan_and_records_of_one_
     ended = threading.Event()
 
     def kill_and_start():
-        while not ended.wait(2.0):
+        while not ended.wait(3.0):
             dask.worker()
             end(dask.workers.pop(0))
 
