@@ -8,6 +8,13 @@
 #include "kvt-refuses.h"
 #include "kvt-rpc-build.h"
 
+// in the place of an abort, where a host is connected to
+#define KVT_RPC_FAILS(...)           \
+    do {                             \
+        GGML_LOG_ERROR(__VA_ARGS__); \
+        return false;                \
+    } while (0)
+
 // of the HELLO, and whenever a device is asked
 struct kvt_rpc_req {
     int32_t           device; // -1: its build alone
