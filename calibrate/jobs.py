@@ -11,14 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kvtuner_gguf import native
 from kvtuner_gguf.cache import scratch
 from kvtuner_gguf.calibrate.hidden import hidden_of
 from kvtuner_gguf.calibrate.kld import Chunks, Reference, make_reference, measure
 from kvtuner_gguf.calibrate.weights import session_of
-from kvtuner_gguf.errors import CalibrationError, KvtunerError
+from kvtuner_gguf.errors import KvtunerError
 from kvtuner_gguf.identity import weights_sample
 from kvtuner_gguf.kvectors import KVectors
 from kvtuner_gguf.pair import Pairs
@@ -72,12 +70,17 @@ class Job:
     k_vectors: tuple[KVectors, ...] = ()
 
     @cached_property
+    def text_key(self) -> str:
+        """Names the text, and what of it is scored."""
+        what = self.text.tokens.tobytes() + repr((self.text.n_skip, self.text.every)).encode()
+        return hashlib.sha256(what).hexdigest()[:16]
+
+    @cached_property
     def key(self) -> str:
         """Names it."""
-        text = hashlib.sha256(self.text.tokens.tobytes()).hexdigest(), self.text.n_skip, self.text.every
         weights = self.weights.sample, self.weights.copy, self.weights.n_threads, self.weights.n_gpu_layers
         run = self.chunks, self.what, self.pairs, self.k_vectors
-        return hashlib.sha256(repr((self.build, weights, text, self.is_kept, run)).encode()).hexdigest()[:32]
+        return hashlib.sha256(repr((self.build, weights, self.text_key, self.is_kept, run)).encode()).hexdigest()[:32]
 
 
 def run(session: Session, reference: Reference, what: str, pairs: Pairs, vectors: tuple[KVectors, ...]) -> Quality:
@@ -113,8 +116,7 @@ class _Desk:
         )
 
     def reference(self, job: Job) -> Reference:
-        text = job.text
-        key = hashlib.sha256(text.tokens.tobytes() + repr((text.n_skip, text.every)).encode()).hexdigest()[:16]
+        text, key = job.text, job.text_key
         if key not in self.references:
             hidden = hidden_of(self.session, text.tokens.size, self.folder / f"{key}.f32") if job.is_kept else None
             self.references[key] = make_reference(self.session, text, self.folder / f"{key}.f16", hidden=hidden)
@@ -143,10 +145,7 @@ def perform(job: Job) -> dict[str, Any]:
             leave()
             _desk = _Desk(job.weights)
         reference = _desk.reference(job).of_chunks(range(*job.chunks))
-        quality = run(_desk.session, reference, job.what, job.pairs, job.k_vectors)
-    if not np.isfinite(quality.kld_mean):
-        raise CalibrationError(f"a KLD of {quality.kld_mean}")
-    return vars(quality)
+        return vars(run(_desk.session, reference, job.what, job.pairs, job.k_vectors))
 
 
 def leave() -> None:
