@@ -4,6 +4,7 @@
 // scores = Q K^T and out += P V, with one pass of exponentials in between. K and V are unpacked a tile at a time.
 // What a row gets depends on the cells that it sees alone, bit for bit: not on the rows beside it, nor on what other cells hold.
 #include "kvt-attn.h"
+#include "kvt-attn-params.h"
 #include "kvt-attn-simd.h"
 
 #include <algorithm>
@@ -30,7 +31,7 @@ struct kvt_attn {
     const ggml_tensor * sinks;
     ggml_tensor *       dst;
     kvt_side            k, v;
-    float               scale, max_bias, softcap;
+    kvt_attn_params     params;
 
     int64_t n_kv, n_gqa;      // query heads that share a KV head
     int64_t n_rows;           // query rows that share a KV head: token * n_gqa + head
@@ -175,22 +176,14 @@ struct kvt_state {
     }
 };
 
-static float kvt_slope(const kvt_attn & a, int64_t head) {
-    if (a.max_bias <= 0.0f) {
-        return 1.0f;
-    }
-    const uint32_t n_log2 = 1u << (uint32_t) floor(log2((double) a.q->ne[2]));
-    return head < n_log2 ? powf(powf(2.0f, -a.max_bias / n_log2), head + 1) : powf(powf(2.0f, -a.max_bias / 2.0f / n_log2), 2 * (head - n_log2) + 1);
-}
-
 // r0: the item's first row of the group
 static void kvt_item_begin(const kvt_attn & a, const kvt_item & it, const kvt_state & s, int r0, kvt_tile & tile) {
     memset(s.out + r0 * a.v.Dp, 0, it.n * a.v.Dp * sizeof(float));
     for (int r = 0; r < it.n; r++) {
         const char *  q     = (const char *) a.q->data + it.token(a, r) * a.q->nb[1] + it.head(a, r) * a.q->nb[2] + it.i3 * a.q->nb[3];
         const int64_t head  = it.head(a, r);
-        const float   scale = a.scale * kvt_set_q(a.k, (const float *) q, s.Q + (r0 + r) * kvt_q_size(a.k), tile);
-        s.rows[r0 + r]      = { kvt_mask_row(a, it.token(a, r), head, it.i3), scale, kvt_slope(a, head), -INFINITY, 0.0f };
+        const float   scale = a.params.scale * kvt_set_q(a.k, (const float *) q, s.Q + (r0 + r) * kvt_q_size(a.k), tile);
+        s.rows[r0 + r]      = { kvt_mask_row(a, it.token(a, r), head, it.i3), scale, kvt_attn_slope(a.params, head), -INFINITY, 0.0f };
     }
 }
 
@@ -214,7 +207,7 @@ static void kvt_group_tile(const kvt_attn & a, int n_rows, const char * k0, cons
         const char * k = k0 + i * a.k.t->nb[2] + ic * a.k.t->nb[1];
         kvt_scores(a.k, k, seen.part((int) i * n_rows, n_rows), s.Q + i * n_rows * kvt_q_size(a.k), tile, kvt_next(a, a.k, i, k + tile.n * a.k.t->nb[1], n_next));
     }
-    kvt_weights({ a.softcap, a.v.integer }, seen, s.rows, s.out, a.v.Dp, tile);
+    kvt_weights({ a.params.softcap, a.v.integer }, seen, s.rows, s.out, a.v.Dp, tile);
     for (int64_t i = 0; i < a.n_items_group; i++) {
         const char * v = v0 + i * a.v.t->nb[2] + ic * a.v.t->nb[1];
         kvt_values(a.v, v, seen.part((int) i * n_rows, n_rows), s.out + i * n_rows * a.v.Dp, tile, kvt_next(a, a.v, i, v + tile.n * a.v.t->nb[1], n_next));
@@ -317,13 +310,8 @@ bool kvt_attn_forward(const ggml_compute_params * params, ggml_tensor * dst) {
 
     kvt_attn a = kvt_attn_plan(dst);
     kvt_attn_share(a, nth);
-    a.dst = dst;
-    memcpy(&a.scale, (const float *) dst->op_params + 0, sizeof(float));
-    memcpy(&a.max_bias, (const float *) dst->op_params + 1, sizeof(float));
-    memcpy(&a.softcap, (const float *) dst->op_params + 2, sizeof(float));
-    if (a.softcap != 0.0f) {
-        a.scale /= a.softcap;
-    }
+    a.dst    = dst;
+    a.params = kvt_attn_params_of(dst);
 
     float * base     = (float *) GGML_PAD((uintptr_t) params->wdata, 64);
     float * scratch  = base + ith * a.n_scratch;

@@ -1,5 +1,5 @@
-// kvt-blocks.cuh - our cache types, and iq4_nl, on a GPU: one kvt_codec<type> each
-// Read four values at a time, as int8 levels in one register: what a dot product with q8_1 takes, and d*level is the value.
+// kvt-blocks.cuh - cache types on a GPU: one kvt_codec<type> each, which for ggml's own reads only
+// Read four values at a time, as int8 levels in one register: d*level is the value, or d*level + m.
 // Written by KVT_THREADS threads for each block, with the code of kvt-blocks.h, kvt-groups.h and kvt-trellis.h, and of what they include.
 // Host code, too, with the instructions spelled out, so that tests compare it with the CPU's without a GPU.
 #pragma once
@@ -10,14 +10,14 @@
 
 static const int KVT_THREADS = 16; // that share a block when it is written
 
-// rows of attention whose loads are in flight at once: more would spill registers at head size 256
-static const int KVT_AHEAD = 8, KVT_AHEAD_RING = 4;
-
 // ggml's, with the scale as bits
-typedef struct {
-    kvt_half d;
-    uint8_t  qs[16];
-} kvt_block_iq4_nl;
+// clang-format off
+typedef struct { kvt_half d; uint8_t qs[32]; }                      kvt_block_q8_0;
+typedef struct { kvt_half d; uint8_t qs[16]; }                      kvt_block_q4_0;
+typedef struct { kvt_half d, m; uint8_t qs[16]; }                   kvt_block_q4_1;
+typedef struct { kvt_half d; uint8_t qh[4], qs[16]; }               kvt_block_q5_0;
+typedef struct { kvt_half d, m; uint8_t qh[4], qs[16]; }            kvt_block_q5_1;
+// clang-format on
 
 //
 // instructions
@@ -32,19 +32,6 @@ KVT_FN uint32_t kvt_prmt(uint32_t lo, uint32_t hi, uint32_t sel) {
     uint32_t       res   = 0;
     for (int i = 0; i < 4; i++) {
         res |= (uint32_t) (bytes >> 8 * (sel >> 4 * i & 7) & 0xFF) << 8 * i;
-    }
-    return res;
-#endif
-}
-
-// sum of the products of four int8
-KVT_FN int kvt_dp4a(int a, int b) {
-#ifdef __CUDACC__
-    return ggml_cuda_dp4a(a, b, 0);
-#else
-    int res = 0;
-    for (int i = 0; i < 4; i++) {
-        res += (int8_t) (a >> 8 * i) * (int8_t) (b >> 8 * i);
     }
     return res;
 #endif
@@ -135,8 +122,6 @@ template <typename C> struct kvt_cuda;
 
 template <typename block, int N>
 struct kvt_cuda<kvt_codec_q2<block, N>> : kvt_codec_q2<block, N> {
-    static const int n_ahead = KVT_AHEAD;
-
     KVT_FN uint32_t levels(const block & x, unsigned i) {
         return kvt_prmt(kvt_q2_0, 0, kvt_nibbles(kvt_read2<N>(x.qs, i)));
     }
@@ -148,8 +133,6 @@ struct kvt_cuda<kvt_codec_q2<block, N>> : kvt_codec_q2<block, N> {
 
 template <typename block, int N>
 struct kvt_cuda<kvt_codec_q3<block, N>> : kvt_codec_q3<block, N> {
-    static const int n_ahead = KVT_AHEAD;
-
     KVT_FN uint32_t levels(const block & x, unsigned i) {
         const uint32_t high = x.qh[i / 2] >> 4 * (i % 2) & 0x0F;
         return kvt_prmt(kvt_q3_0, kvt_q3_4, kvt_nibbles(kvt_read2<N>(x.qs, i)) | kvt_third_bits(high));
@@ -171,8 +154,6 @@ struct kvt_cuda<kvt_codec_q3<block, N>> : kvt_codec_q3<block, N> {
 
 template <>
 struct kvt_cuda<kvt_codec_q6_32> : kvt_codec_q6_32 {
-    static const int n_ahead = KVT_AHEAD;
-
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
         const uint32_t code     = (kvt_load4(x.ql + 4 * (i % 4)) >> 4 * (i / 4) & 0x0F0F0F0F) | kvt_read2<n>(x.qh, i) << 4;
         const uint32_t negative = ~code & 0x20202020; // code - 32 as int8: bits 5, 6 and 7 are the sign
@@ -259,8 +240,6 @@ KVT_FN uint32_t kvt_halves(const uint8_t * qh, unsigned i) {
 
 template <typename C>
 struct kvt_cuda_ring : C {
-    static const int n_ahead = KVT_AHEAD_RING;
-
     // the number of a thread's lane
     KVT_FN void write(const uint8_t * c, typename C::block_t * y, int j) {
         constexpr int n_high = kvt_n_high<typename C::block_t>, rest = n_high / 16;
@@ -350,20 +329,61 @@ struct kvt_cuda<kvt_codec_t<block, ring>> : kvt_cuda_ring<kvt_codec_t<block, rin
     }
 };
 
-// for reading only: ggml has the rest
-struct kvt_cuda_iq4_nl {
-    static const int         n = 32, n_ahead = KVT_AHEAD;
-    typedef kvt_block_iq4_nl block_t;
+//
+// ggml's own: for reading only
+//
 
+template <typename block>
+struct kvt_cuda_ggml {
+    static const int n = 32;
+    typedef block    block_t;
+
+    // of 4 bits
+    KVT_FN uint32_t code(const block_t & x, unsigned i) {
+        return kvt_load4(x.qs + 4 * (i % 4)) >> 4 * (i / 4) & 0x0F0F0F0F;
+    }
+
+    // the fifth
+    KVT_FN uint32_t high(const block_t & x, unsigned i) {
+        return (kvt_load4(x.qh) >> 4 * i & 15) * 0x00204081 << 4 & 0x10101010;
+    }
+
+    // code - less
+    KVT_FN uint32_t levels_of(uint32_t code, int less) {
+        return (code + 0x01010101 * (128 - less)) ^ 0x80808080;
+    }
+};
+
+struct kvt_cuda_q8_0 : kvt_cuda_ggml<kvt_block_q8_0> {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) { return kvt_load4(x.qs + 4 * i); }
+};
+
+struct kvt_cuda_q4_0 : kvt_cuda_ggml<kvt_block_q4_0> {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) { return levels_of(code(x, i), 8); }
+};
+
+struct kvt_cuda_q4_1 : kvt_cuda_ggml<kvt_block_q4_1> {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) { return code(x, i); }
+};
+
+struct kvt_cuda_q5_0 : kvt_cuda_ggml<kvt_block_q5_0> {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) { return levels_of(code(x, i) | high(x, i), 16); }
+};
+
+struct kvt_cuda_q5_1 : kvt_cuda_ggml<kvt_block_q5_1> {
+    KVT_FN uint32_t levels(const block_t & x, unsigned i) { return code(x, i) | high(x, i); }
+};
+
+struct kvt_cuda_iq4_nl : kvt_cuda_ggml<kvt_block_q4_0> {
     KVT_FN uint32_t levels(const block_t & x, unsigned i) {
-        const uint32_t code = kvt_nibbles(kvt_load4(x.qs + 4 * (i % 4)) >> 4 * (i / 4) & 0x0F0F0F0F);
-        return kvt_lookup16(kvt_iq4_nl_0, kvt_iq4_nl_4, kvt_iq4_nl_8, kvt_iq4_nl_c, code);
+        return kvt_lookup16(kvt_iq4_nl_0, kvt_iq4_nl_4, kvt_iq4_nl_8, kvt_iq4_nl_c, kvt_nibbles(code(x, i)));
     }
 };
 
 template <ggml_type type>
 struct kvt_codec {
-    static const int n = 0, n_ahead = 32; // not ours: all rows
+    static const int n = 0; // not read
+    typedef char     block_t;
 };
 
 #define KVT_CODEC_CUDA(NAME, name, number, n, bits) \
@@ -371,19 +391,16 @@ struct kvt_codec {
 KVT_TYPES(KVT_CODEC_CUDA)
 #undef KVT_CODEC_CUDA
 
+template <> struct kvt_codec<GGML_TYPE_Q8_0> : kvt_cuda_q8_0 {};
+template <> struct kvt_codec<GGML_TYPE_Q5_1> : kvt_cuda_q5_1 {};
+template <> struct kvt_codec<GGML_TYPE_Q5_0> : kvt_cuda_q5_0 {};
+template <> struct kvt_codec<GGML_TYPE_Q4_1> : kvt_cuda_q4_1 {};
+template <> struct kvt_codec<GGML_TYPE_Q4_0> : kvt_cuda_q4_0 {};
 template <> struct kvt_codec<GGML_TYPE_IQ4_NL> : kvt_cuda_iq4_nl {};
 
 //
 // what kernels ask for. row: an array of blocks; i: in fours of values
 //
-
-// dot product with four values of q8_1, whose scale is d
-template <ggml_type type>
-KVT_FN float kvt_dot4(const void * row, unsigned i, int q, float d) {
-    constexpr unsigned n = kvt_codec<type>::n / 4;
-    const auto &       x = ((const typename kvt_codec<type>::block_t *) row)[i / n];
-    return kvt_from_half(KVT_HALF_OF(x.d)) * d * kvt_dp4a(kvt_codec<type>::levels(x, i % n), q);
-}
 
 template <ggml_type type>
 KVT_FN void kvt_dequantize4(const void * row, unsigned i, float * y) {

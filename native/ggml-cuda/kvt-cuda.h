@@ -6,8 +6,6 @@
 
 struct ggml_backend_cuda_context;
 
-typedef void (*kvt_fattn_t)(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
-
 #if !defined(GGML_USE_HIP) && !defined(GGML_USE_MUSA)
 
 #define KVT_CUDA_TYPES(X)  KVT_TYPES(X)
@@ -20,8 +18,8 @@ bool kvt_cuda_can_cpy(ggml_type src, ggml_type dst);
 bool kvt_cuda_set_rows(ggml_backend_cuda_context & ctx, const ggml_tensor * src, const ggml_tensor * rows, ggml_tensor * dst);
 bool kvt_cuda_cpy(ggml_backend_cuda_context & ctx, const ggml_tensor * src, ggml_tensor * dst);
 
-// the kernel that decodes over a pair of types, one of which is ours or iq4_nl; null: not compiled
-kvt_fattn_t kvt_cuda_fattn(int64_t head_dim, ggml_type type_k, ggml_type type_v);
+// attention of few queries over a quantized cache
+bool kvt_cuda_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
 bool kvt_cuda_reads_pair(int64_t head_dim_k, int64_t head_dim_v, ggml_type type_k, ggml_type type_v);
 
@@ -30,12 +28,12 @@ bool kvt_cuda_reads_pair(int64_t head_dim_k, int64_t head_dim_v, ggml_type type_
 #define KVT_CUDA_TYPES(X)
 #define KVT_CUDA_IQ4_NL(X)
 
-static inline bool        kvt_cuda_is_type(ggml_type) { return false; }
-static inline bool        kvt_cuda_can_cpy(ggml_type, ggml_type) { return false; }
-static inline bool        kvt_cuda_set_rows(ggml_backend_cuda_context &, const ggml_tensor *, const ggml_tensor *, ggml_tensor *) { return false; }
-static inline bool        kvt_cuda_cpy(ggml_backend_cuda_context &, const ggml_tensor *, ggml_tensor *) { return false; }
-static inline kvt_fattn_t kvt_cuda_fattn(int64_t, ggml_type, ggml_type) { return nullptr; }
-static inline bool        kvt_cuda_reads_pair(int64_t, int64_t, ggml_type, ggml_type) { return true; }
+static inline bool kvt_cuda_is_type(ggml_type) { return false; }
+static inline bool kvt_cuda_can_cpy(ggml_type, ggml_type) { return false; }
+static inline bool kvt_cuda_set_rows(ggml_backend_cuda_context &, const ggml_tensor *, const ggml_tensor *, ggml_tensor *) { return false; }
+static inline bool kvt_cuda_cpy(ggml_backend_cuda_context &, const ggml_tensor *, ggml_tensor *) { return false; }
+static inline bool kvt_cuda_attn(ggml_backend_cuda_context &, ggml_tensor *) { return false; }
+static inline bool kvt_cuda_reads_pair(int64_t, int64_t, ggml_type, ggml_type) { return true; }
 
 #endif
 

@@ -16,6 +16,8 @@
 #define __host__
 #define __device__
 #define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static // blocks run after one another
 
 struct dim3 {
     unsigned x, y, z;
@@ -34,6 +36,7 @@ struct fiber {
     bool              started = false;
     uint32_t          slot[2]; // in turns: a thread may be one shuffle ahead of another, not two
     int               n_shuffle = 0;
+    int               n_barrier = 0;
     bool              done      = false;
 };
 
@@ -76,8 +79,22 @@ static T shuffle(T v, unsigned thread) {
     return v;
 }
 #define KVT_LANE                  (threadIdx.x % 16)
+#define KVT_LANE_OF_WARP          (threadIdx.x % 32)
 #define KVT_SHUFFLE(v, bit)       shuffle(v, threadIdx.x ^ (bit))
 #define KVT_SHUFFLE_FROM(v, lane) shuffle(v, (threadIdx.x & ~15u) + (lane) % 16)
+#define KVT_SHUFFLE_WARP(v, lane) shuffle(v, (threadIdx.x & ~31u) + (lane) % 32)
+
+static void __syncthreads() {
+    const unsigned self = threadIdx.x;
+    const int      mine = ++fibers[self].n_barrier;
+    for (bool all = false; !all; ) {
+        wait(fibers[self]);
+        all = true;
+        for (const auto & f : fibers) {
+            all = all && f.n_barrier >= mine;
+        }
+    }
+}
 
 static void run_block(int n_thread, const std::function<void()> & code) {
     fiber_code = &code;
@@ -98,9 +115,9 @@ static void run_block(int n_thread, const std::function<void()> & code) {
             }
         }
     }
-    for (const auto & f : fibers) {
-        if (f.n_shuffle != fibers[0].n_shuffle) {
-            printf("FAIL threads of a block took different numbers of shuffles\n");
+    for (size_t i = 0; i < fibers.size(); i++) {
+        if (fibers[i].n_shuffle != fibers[i & ~31u].n_shuffle || fibers[i].n_barrier != fibers[0].n_barrier) {
+            printf("FAIL threads of a warp took different numbers of shuffles, or those of a block of barriers\n");
             exit(1);
         }
     }
@@ -108,9 +125,11 @@ static void run_block(int n_thread, const std::function<void()> & code) {
 
 // as kernel<<<grid, n_thread>>>
 static void launch(dim3 grid, int n_thread, const std::function<void()> & code) {
-    for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++) {
-        for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) {
-            run_block(n_thread, code);
+    for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++) {
+        for (blockIdx.y = 0; blockIdx.y < grid.y; blockIdx.y++) {
+            for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) {
+                run_block(n_thread, code);
+            }
         }
     }
 }

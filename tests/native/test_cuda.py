@@ -3,11 +3,15 @@ codecs."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from compiling import compiled, of_library
+
+from kvtuner_gguf.calibrate.options import DEFAULT_TYPES, PAPER_TYPES
+from kvtuner_gguf.codecs import CODECS
 
 pytestmark = pytest.mark.native
 
@@ -38,5 +42,16 @@ def test_device_code_gives_the_bytes_and_values_of_the_cpu(results):
 @pytest.mark.parametrize("name", [*OURS, "iq4_nl"])
 def test_every_type_is_read_and_ours_are_written(results, name):
     tried = [line.split(" ", 2)[2] for line in results if line.split(" ", 2)[1] == name]
-    assert sum(what.startswith("dot product") for what in tried) == 3
+    assert "dequantize, for conversions and rows" in tried
     assert sum(what.startswith("set rows") for what in tried) == (0 if name == "iq4_nl" else 2)
+
+
+def test_attention_reads_every_type_that_a_plan_may_give_to_k_or_to_v(results):
+    """Of each K type and each V type in one kernel: so every pair is read."""
+    tried = set(re.findall(r"attention over (\w+)-(\w+), head size (\d+)", "\n".join(results)))
+    names = set(CODECS) - {"f32", "bf16"}  # the graph casts an f32 cache to f16; bf16 stands beside itself only
+    assert names >= set(DEFAULT_TYPES + PAPER_TYPES)
+    sizes = {"64", "128", "256"}
+    assert {(k, d) for k, _, d in tried} == {(name, d) for name in names for d in sizes}
+    for_v = {name for name in names if not CODECS[name].groups}
+    assert {(v, d) for _, v, d in tried} == {(name, d) for name in for_v for d in sizes}
