@@ -1,5 +1,5 @@
 """Workers of dask.distributed, who do the runs of a calibration: handed out, waited for, and handed to another where
-one dies, stalls, or is wrong."""
+one dies, stalls, or is wrong. One that has not the model is sent it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from kvtuner_gguf.calibrate.jobs import Job, RefusedError, perform
+from kvtuner_gguf.calibrate.delivery import Delivery
+from kvtuner_gguf.calibrate.jobs import Job, MissingError, RefusedError, Weights, perform
 from kvtuner_gguf.errors import CalibrationError, KvtunerError
 from kvtuner_gguf.quality import Quality
+from kvtuner_gguf.room import mib
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -28,7 +31,7 @@ _STALLED, _STALLED_S = (
 _TRIES = 3  # workers that a run may fail on, before it is the run that is at fault
 _DEATHS = 20  # workers that may die over one run
 _MOST_SAID = 200  # characters of an error of its
-_DONE, _REFUSED, _FAILED = "done", "refused", "failed"
+_DONE, _MISSING, _REFUSED, _FAILED = "done", "missing", "refused", "failed"
 
 
 def _perform_here(job: Job) -> tuple[str, str, Any]:
@@ -38,15 +41,22 @@ def _perform_here(job: Job) -> tuple[str, str, Any]:
     address = str(get_worker().address)
     try:
         return address, _DONE, perform(job)
+    except MissingError as error:
+        return address, _MISSING, str(error)
     except RefusedError as error:
         return address, _REFUSED, str(error)
     except KvtunerError as error:
         return address, _FAILED, str(error)
 
 
+def _machine(address: str) -> str:
+    return address.rpartition(":")[0]
+
+
 @dataclass
 class _Work:
-    """One job: the futures that may bring it, and whom it was no good with."""
+    """One job: the futures that may bring it, and whom it was no good with. None, and it waits for a worker to have
+    the model."""
 
     job: Job
     futures: set[Future[Any]] = field(default_factory=set)
@@ -55,6 +65,7 @@ class _Work:
     n_sent: int = 0
     since: dict[str, float] = field(default_factory=dict)  # worker -> when it was first seen at it
     allowed: frozenset[str] = frozenset()  # workers that it was last sent to; none: to any
+    is_done: bool = False
 
     def key_in(self, keys: Sequence[str]) -> bool:
         """Whether one of its futures is among these."""
@@ -85,6 +96,7 @@ class Crew:
         self._say, self._where, self._stack = say, where, ExitStack()
         self._refused: dict[str, str] = {}
         self._stalled: set[str] = set()
+        self._deliveries: dict[str, Delivery] = {}  # by the workers that they go to
         self._seconds: list[float] = []
         try:
             if where.isdigit():
@@ -124,21 +136,25 @@ class Crew:
             for work in left:
                 if (quality := self._outcome(work)) is not None:
                     self._drop(work)
+                    work.is_done = True
                     yield work.job, quality
-            left = [work for work in left if work.futures]
+            left = [work for work in left if not work.is_done]
             with self._scheduler_or_error():
                 self._look_for_stalled(left)
                 self._look_for_gone(left)
+                self._look_for_delivered(left)
             time.sleep(_POLL_S if left else 0)
 
     # ---- inside
 
     def _send(self, work: _Work) -> None:
-        """To any worker but those that refused, failed with it, or stall."""
+        """To any worker but those that refused, failed with it, stall, or have not the model yet."""
         self._check_scheduler()
-        barred = {*self._refused, *work.failed, *self._stalled}
+        barred = {*self._refused, *work.failed, *self._stalled, *self._deliveries}
         workers = self._workers()
         allowed = [address for address in workers if address not in barred]
+        if not allowed and self._deliveries:
+            return
         if workers and not allowed and self._refused:
             reasons = "; ".join(f"{address}: {reason}" for address, reason in self._refused.items())
             raise CalibrationError(f"workers '{self._where}': none is left that may do the runs. {reasons}")
@@ -167,18 +183,47 @@ class Crew:
                     self._seconds.append(time.monotonic() - work.since[address])
                 self._stalled.discard(address)
                 return Quality(**what)
-            if how == _REFUSED and address not in self._refused:
-                self._refused[address] = what
-                self._say(f"worker {address} is passed over: {what}")
-            if how == _FAILED:
-                work.failed[address] = what
-                self._say(f"worker {address}: {what}. The run is given to another")
-                if len(work.failed) >= min(_TRIES, len(self._workers())):
-                    raise CalibrationError(what)
+            self._no_good(work, address, how, what)
             self._send(work)
         if not work.futures:
             self._send(work)
         return None
+
+    def _no_good(self, work: _Work, address: str, how: str, why: str) -> None:
+        if how == _MISSING:
+            self._deliver(address, work.job.weights)
+        elif how == _REFUSED:
+            self._refuse(address, why)
+        else:
+            work.failed[address] = why
+            self._say(f"worker {address}: {why}. The run is given to another")
+            if len(work.failed) >= min(_TRIES, len(self._workers())):
+                raise CalibrationError(why)
+
+    def _refuse(self, address: str, why: str) -> None:
+        if address not in self._refused:
+            self._refused[address] = why
+            self._say(f"worker {address} is passed over: {why}")
+
+    def _deliver(self, address: str, weights: Weights) -> None:
+        """Send it the model, unless that is under way to its machine, for all workers there."""
+        there = [sent for other, sent in self._deliveries.items() if _machine(other) == _machine(address)]
+        if not there:
+            path = Path(weights.path)
+            self._say(f"worker {address} has not the model: it is sent {mib(path.stat().st_size)}")
+            there = [Delivery(self._client, address, path, weights.sample)]
+        self._deliveries.setdefault(address, there[0])
+
+    def _look_for_delivered(self, works: Sequence[_Work]) -> None:
+        """Who has the model now takes part in what nobody is at."""
+        over = {address: sent for address, sent in self._deliveries.items() if sent.is_over}
+        for address, sent in over.items():
+            del self._deliveries[address]
+            if sent.why_not:
+                self._refuse(address, sent.why_not)
+        for work in works if over else ():
+            if not work.since:
+                self._send(work)
 
     def _died(self, work: _Work, future: Future[Any]) -> None:
         work.n_deaths += 1

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvtuner_gguf import native
 from kvtuner_gguf.cache import scratch
+from kvtuner_gguf.calibrate.delivery import place
 from kvtuner_gguf.calibrate.hidden import hidden_of
 from kvtuner_gguf.calibrate.kld import Chunks, Reference, make_reference, measure
 from kvtuner_gguf.calibrate.weights import session_of
@@ -29,6 +30,10 @@ FOLDERS = "KVTUNER_GGUF_MODELS"  # where a worker looks for a model that is not 
 
 class RefusedError(KvtunerError):
     """Why a worker can do no run of a calibration."""
+
+
+class MissingError(RefusedError):
+    """It has not the model."""
 
 
 @dataclass(frozen=True)
@@ -157,18 +162,19 @@ def leave() -> None:
 
 
 def found(weights: Weights) -> Path:
-    """The file of these weights on this machine: at the path that is asked for, or in a folder of FOLDERS. Raises
-    RefusedError."""
+    """The file of these weights on this machine: at the path that is asked for, in a folder of FOLDERS, or as it was
+    sent here. Raises MissingError; RefusedError if other weights are where these should be."""
     asked = Path(weights.path)
     folders = [Path(part) for part in os.environ.get(FOLDERS, "").split(os.pathsep) if part]
-    candidates = [asked, *(folder / asked.name for folder in folders), *(p for f in folders for p in f.glob("*.gguf"))]
+    named = [asked, *(folder / asked.name for folder in folders)]
     others = []
-    for path in dict.fromkeys(candidates):
+    for path in dict.fromkeys([*named, *(p for f in folders for p in f.glob("*.gguf")), place(weights.sample)]):
         if path.is_file():
             if weights_sample(path) == weights.sample:
                 return path
-            others.append(str(path))
-    looked = f"{', '.join(others)} has other weights" if others else f"'{asked}' is not there"
-    raise RefusedError(
+            others.append(path)
+    kind = RefusedError if set(others) & set(named) else MissingError
+    looked = f"{', '.join(map(str, others))} has other weights" if others else f"'{asked}' is not there"
+    raise kind(
         f"{looked}. Put the model whose weights are {weights.sample[:12]} there, or name its folder in {FOLDERS}."
     )

@@ -85,6 +85,7 @@ def paper(
             seed=search.seed,
             max_bits=None if budget is None else geometry.bits_of(budget),
             progress=advance,
+            ahead=search.ahead or (lambda plans: None),
         )
     return goal.choose(tried, search.spent)
 

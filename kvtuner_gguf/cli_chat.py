@@ -146,6 +146,7 @@ def rpc_server(host: str, port: int, threads: int | None, keep: bool) -> None:
 
     from . import rpc
     from .cache import open_cache
+    from .kept import RPC
     from .ports import LOOPBACK
 
     if host not in LOOPBACK:
@@ -154,7 +155,7 @@ def rpc_server(host: str, port: int, threads: int | None, keep: bool) -> None:
         )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # C does not come back to let Python handle it
-    rpc.serve(host, port, n_threads=threads, cache=open_cache() / "rpc" if keep else None)
+    rpc.serve(host, port, n_threads=threads, cache=open_cache() / RPC if keep else None)
 
 
 def _open_llama(

@@ -9,7 +9,7 @@ import click
 
 from .arguments import FILE, MODEL, ModelFirst, shared
 from .errors import PlanError
-from .kept import KINDS
+from .kept import KINDS, RPC
 from .plan import Plan
 from .terminal import note, print_json, show, show_json, show_path
 
@@ -108,12 +108,12 @@ def export(model: Path, output: Path | None, card: bool, n_ctx: int, n_gpu_layer
 
 @click.command()
 @click.option(
-    "--clear", type=click.Choice([*KINDS, "model", "all"]), help="Remove what is kept of this kind, or all of it."
+    "--clear", type=click.Choice([*KINDS, "model", RPC, "all"]), help="Remove what is kept of this kind, or all of it."
 )
 @shared("json")
 def cache(clear: str | None, as_json: bool) -> None:
-    """List what is kept: measurements of calibrations, answers to tasks, grades of verdicts, the fetched default
-    model."""
+    """List what is kept: measurements of calibrations, answers to tasks, grades of verdicts, models that were fetched
+    or sent to a worker here, and what clients of an rpc-server sent."""
     from . import kept
     from .report import kept_json, kept_text
 

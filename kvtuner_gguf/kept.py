@@ -13,6 +13,7 @@ from .cache import cache_dir, lock
 from .printable import printable
 
 KINDS = ("calibrate", "tasks", "verdict")  # folders of folders of records, one for each model, text and sizes
+RPC = "rpc"  # a folder of tensors that clients sent to this machine
 ABOUT = "about.txt"  # in each of those: what it is of
 
 
@@ -20,7 +21,7 @@ ABOUT = "about.txt"  # in each of those: what it is of
 class Kept:
     """What is kept, at a path.
 
-    kind     one of KINDS, or model, of a fetched one
+    kind     one of KINDS, RPC, or model, of one that was fetched, or sent to a worker here
     about    the model it is of; "" where that is not known
     age_s    seconds since something was last written there
     """
@@ -78,6 +79,8 @@ def _places() -> Iterator[tuple[str, Path]]:
         for path in sorted((base / kind).glob("*")):
             if path.is_dir():
                 yield kind, path
+    if (base / RPC).is_dir():
+        yield RPC, base / RPC
 
 
 def _of(kind: str, path: Path) -> Kept:

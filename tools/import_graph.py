@@ -28,9 +28,9 @@ FLOORS = (
     "calibrate.pipeline",
     "calibrate.measured calibrate.verdict tasks.evaluate",
     "calibrate.estimate calibrate.evaluate calibrate.runs",
-    "calibrate.checks calibrate.methods calibrate.store calibrate.write",
-    "calibrate.condition calibrate.crew calibrate.error calibrate.options page",
-    "__init__ calibrate.basis calibrate.capture calibrate.goals calibrate.jobs calibrate.text card fit output",
+    "calibrate.checks calibrate.crew calibrate.methods calibrate.store calibrate.write",
+    "calibrate.condition calibrate.error calibrate.jobs calibrate.options page",
+    "__init__ calibrate.basis calibrate.capture calibrate.delivery calibrate.goals calibrate.text card fit output",
     "calibrate.hidden calibrate.kld calibrate.moments calibrate.prices calibrate.solve calibrate.weights identity "
     "llama serve shown tasks.ask",
     "calibrate.cluster calibrate.kld_model calibrate.nsga2 calibrate.proof calibrate.prune calibrate.samples chat "

@@ -1,9 +1,10 @@
 """A llama of any size with random weights in Q4_0, to measure time and memory by: what it writes means nothing.
 
-python tests/bench/geometry.py OUT.gguf [--layers 32] [--heads 32] [--heads-kv 8] [--head-dim 128] [--ff 14336]
-    [--vocab 128256] [--plan k3_64/t2_64,k4_64/t3_64]
+python tests/bench/geometry.py OUT.gguf [--layers 32] [--heads 32] [--heads-kv 8] [--head-dim 128] [--embd 4096]
+    [--ff 14336] [--vocab 128256] [--plan k3_64/t2_64,k4_64/t3_64]
 
-By default an 8B. --plan adds a plan whose layers have these pairs in turns, with a basis for each type of groups.
+By default an 8B, and else as wide as its heads together. --plan adds a plan whose layers have these pairs in turns,
+with a basis for each type of groups.
 """
 
 from __future__ import annotations
@@ -37,8 +38,10 @@ def q4_0(rng: np.random.Generator, n_out: int, n_in: int) -> np.ndarray:
     return np.resize(rows, (n_out, rows.shape[1]))
 
 
-def write(path: Path, n_layer: int, n_head: int, n_head_kv: int, head_dim: int, n_ff: int, n_vocab: int) -> None:
-    n_embd, rng = n_head * head_dim, np.random.default_rng(0)
+def write(
+    path: Path, n_layer: int, n_head: int, n_head_kv: int, head_dim: int, n_embd: int, n_ff: int, n_vocab: int
+) -> None:
+    rng = np.random.default_rng(0)
     gguf = GGUFWriter(path, "llama")
     gguf.add_file_type(LlamaFileType.MOSTLY_Q4_0)
     gguf.add_context_length(131072)
@@ -73,10 +76,10 @@ def write(path: Path, n_layer: int, n_head: int, n_head_kv: int, head_dim: int, 
         norm(f"blk.{il}.attn_norm")
         norm(f"blk.{il}.ffn_norm")
         for name, n_out, n_in in (
-            ("attn_q", n_embd, n_embd),
+            ("attn_q", n_head * head_dim, n_embd),
             ("attn_k", n_head_kv * head_dim, n_embd),
             ("attn_v", n_head_kv * head_dim, n_embd),
-            ("attn_output", n_embd, n_embd),
+            ("attn_output", n_embd, n_head * head_dim),
             ("ffn_gate", n_ff, n_embd),
             ("ffn_up", n_ff, n_embd),
             ("ffn_down", n_embd, n_ff),
@@ -95,11 +98,13 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--heads-kv", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--embd", type=int, help="[default: heads times their size]")
     parser.add_argument("--ff", type=int, default=14336)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--plan", help="K/V,K/V...: the pairs of the layers, in turns")
     args = parser.parse_args()
-    write(args.out, args.layers, args.heads, args.heads_kv, args.head_dim, args.ff, args.vocab)
+    n_embd = args.embd or args.heads * args.head_dim
+    write(args.out, args.layers, args.heads, args.heads_kv, args.head_dim, n_embd, args.ff, args.vocab)
     if args.plan:
         pairs = [Pair(*pair.split("/")) for pair in args.plan.split(",")]
         layers = [pairs[il % len(pairs)] for il in range(args.layers)]

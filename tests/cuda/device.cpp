@@ -159,17 +159,18 @@ struct shape {
     int64_t head_dim, n_head, n_head_kv, n_kv, n_token;
 };
 
-static const shape SHAPES[] = {
-    {  64,  9, 3,  8192, 1 },
-    { 128, 28, 4,  8192, 1 },
-    { 256,  8, 4,  8192, 1 },
-    { 128, 32, 8,   256, 1 },
-    { 128, 32, 8,  8192, 1 },
-    { 128, 32, 8, 32768, 1 },
-    { 128, 32, 8,  8192, 2 },
-    { 128, 32, 8,  8192, 4 },
-    { 128, 32, 8,  8192, 8 },
+static const shape MAIN[]   = { { 128, 32, 8, 8192, 1 }, { 128, 32, 8, 32768, 1 } };
+static const shape OTHERS[] = {
+    {  64,  9, 3, 8192, 1 },
+    { 128, 28, 4, 8192, 1 },
+    { 256,  8, 4, 8192, 1 },
+    { 128, 32, 8,  256, 1 },
+    { 128, 32, 8, 8192, 2 },
+    { 128, 32, 8, 8192, 4 },
+    { 128, 32, 8, 8192, 8 },
 };
+
+typedef std::vector<std::pair<ggml_type, ggml_type>> type_pairs;
 
 // microseconds of attention over one layer's cache, and its bytes. As many layers as pass the GPU's L2 by far
 static double us_of_attention(ggml_backend_t gpu, ggml_type type_k, ggml_type type_v, const shape & s, size_t & bytes) {
@@ -211,6 +212,21 @@ static double us_of_attention(ggml_backend_t gpu, ggml_type type_k, ggml_type ty
     return g.us(gpu, n_layer);
 }
 
+static void print_attention(ggml_backend_t gpu, const shape & s, const type_pairs & pairs) {
+    const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(gpu));
+    const auto reads_pair = (kvt_cuda_reads_pair_t) ggml_backend_reg_get_proc_address(reg, KVT_CUDA_READS_PAIR);
+    for (const auto & [type_k, type_v] : pairs) {
+        if (reads_pair && !reads_pair(s.head_dim, s.head_dim, type_k, type_v)) {
+            continue;
+        }
+        size_t bytes = 0;
+        const double us = us_of_attention(gpu, type_k, type_v, s, bytes);
+        printf("attention %d:%d:%d %d %d %s-%s %.1f %.0f\n", int(s.head_dim), int(s.n_head), int(s.n_head_kv), int(s.n_kv), int(s.n_token),
+            ggml_type_name(type_k), ggml_type_name(type_v), us, bytes*1e-3/us);
+        fflush(stdout);
+    }
+}
+
 #define OURS(NAME, name, number, n, bits) GGML_TYPE_##NAME,
 #define STOCK(NAME) GGML_TYPE_##NAME,
 
@@ -235,27 +251,21 @@ int main(int argc, char ** argv) {
         printf("write %s %.2f %.2f\n", ggml_type_name(type), us_of_writing(gpu.get(), type, 1), us_of_writing(gpu.get(), type, 512));
     }
 
-    // what a K type and a V type take does not depend on each other: each beside one
-    const std::vector<ggml_type> types = { KVT_CACHE_TYPES(STOCK, OURS) };
-    std::vector<std::pair<ggml_type, ggml_type>> pairs = { { GGML_TYPE_F16, GGML_TYPE_F16 }, { GGML_TYPE_Q8_0, GGML_TYPE_Q8_0 }, { GGML_TYPE_Q4_0, GGML_TYPE_Q4_0 } };
-    for (ggml_type type : types) {
-        pairs.push_back({ type, GGML_TYPE_T2_64 });
-        pairs.push_back({ GGML_TYPE_K3_64, type });
+    const type_pairs some = {
+        { GGML_TYPE_F16, GGML_TYPE_F16 }, { GGML_TYPE_Q8_0, GGML_TYPE_Q8_0 }, { GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 },
+        { GGML_TYPE_K4_64, GGML_TYPE_T3_64 }, { GGML_TYPE_K3_64, GGML_TYPE_T2_64 },
+    };
+    type_pairs all = some; // what a K type and a V type take does not depend on each other: each beside one
+    for (ggml_type type : { KVT_CACHE_TYPES(STOCK, OURS) }) {
+        all.push_back({ type, GGML_TYPE_T2_64 });
+        all.push_back({ GGML_TYPE_K3_64, type });
     }
-    const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(gpu.get()));
-    const auto reads_pair = (kvt_cuda_reads_pair_t) ggml_backend_reg_get_proc_address(reg, KVT_CUDA_READS_PAIR);
     printf("# us of attention of a layer, GB/s of its cache: head size, heads, KV heads, tokens in the cache, new tokens\n");
-    for (const shape & s : SHAPES) {
-        for (const auto & [type_k, type_v] : pairs) {
-            if (reads_pair && !reads_pair(s.head_dim, s.head_dim, type_k, type_v)) {
-                continue;
-            }
-            size_t bytes = 0;
-            const double us = us_of_attention(gpu.get(), type_k, type_v, s, bytes);
-            printf("attention %d:%d:%d %d %d %s-%s %.1f %.0f\n", int(s.head_dim), int(s.n_head), int(s.n_head_kv), int(s.n_kv), int(s.n_token),
-                ggml_type_name(type_k), ggml_type_name(type_v), us, bytes*1e-3/us);
-            fflush(stdout);
-        }
+    for (const shape & s : MAIN) {
+        print_attention(gpu.get(), s, all);
+    }
+    for (const shape & s : OTHERS) {
+        print_attention(gpu.get(), s, some);
     }
     return n_fail > 0;
 }

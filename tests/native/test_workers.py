@@ -17,10 +17,10 @@ import pytest
 from click.testing import CliRunner
 
 from kvtuner_gguf import api
-from kvtuner_gguf.calibrate import crew
+from kvtuner_gguf.calibrate import crew, delivery
 from kvtuner_gguf.calibrate.progress import Silent
 from kvtuner_gguf.cli import main
-from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.errors import CalibrationError, KvtunerError
 from kvtuner_gguf.identity import weights_sample
 
 Client = pytest.importorskip("distributed").Client
@@ -158,6 +158,37 @@ def test_a_worker_that_has_another_model_is_refused_by_its_weights(tiny, dask, s
         calibrated(model, workers=dask.address, fresh=True)
 
 
+def test_a_worker_that_has_not_the_model_is_sent_it_once(tiny, dask, short_chunks, tmp_path, monkeypatch):
+    """As on a machine of its own, with a cache of its own; while it is on its way, the other one works."""
+    here, there, cache = (tmp_path / name for name in ("here", "there", "cache"))
+    for folder in (here, there, cache):
+        folder.mkdir()
+    shutil.copy(tiny("llama"), here / "m.gguf")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(delivery, "PART_BYTES", 1 << 16)
+    model = Path("/proc/self/cwd/m.gguf")
+    want = calibrated(model)
+    dask.worker(cwd=there, env={**os.environ, "XDG_CACHE_HOME": str(cache)})
+    dask.wait()
+    for sent in (1, 0):
+        told = Told()
+        assert calibrated(model, told, workers=dask.address, fresh=True) == want
+        assert len(told.about("has not the model: it is sent")) == sent, told.lines
+    (kept,) = (cache / "kvtuner-gguf").glob("*.gguf")
+    assert kept.read_bytes() == model.read_bytes()
+    assert not list(cache.rglob("*.part"))
+
+
+def test_a_part_of_a_model_is_refused_where_it_has_no_room_and_a_model_that_is_another(tiny, own_cache):
+    model = tiny("llama").read_bytes()
+    sample = weights_sample(tiny("llama", seed=1))
+    with pytest.raises(KvtunerError, match=r"no space: \d+ MiB free.*Make room there"):
+        delivery.receive(sample, 0, 1 << 60, model)
+    with pytest.raises(KvtunerError, match=f"other weights than {sample[:12]}"):
+        delivery.receive(sample, 0, len(model), model)
+    assert not list(own_cache.rglob("*.part")) and not list(own_cache.rglob("*.gguf"))
+
+
 def test_a_worker_that_stalls_is_named_and_its_run_done_by_another(tiny, dask, short_chunks, monkeypatch):
     monkeypatch.setattr(crew, "_STALLED", 3.0)
     monkeypatch.setattr(crew, "_STALLED_S", 3.0)
@@ -178,8 +209,10 @@ def test_a_worker_that_stalls_is_named_and_its_run_done_by_another(tiny, dask, s
     assert told.about("a run takes", "given to others, too")
 
 
-def test_local_workers(tiny, short_chunks):
-    assert calibrated(tiny("llama"), workers="2") == calibrated(tiny("llama"), fresh=True)
+@pytest.mark.parametrize("method", ["fitted", "paper"])
+def test_local_workers(tiny, short_chunks, method):
+    how = {"method": method, "n_trials": 60 if method == "paper" else None}
+    assert calibrated(tiny("llama"), workers="2", **how) == calibrated(tiny("llama"), fresh=True, **how)
 
 
 @pytest.mark.parametrize("where", ["tcp://127.0.0.1:9", "nowhere", "tcp://", "0"])

@@ -4,6 +4,7 @@ import itertools
 from functools import cache
 
 import numpy as np
+import optuna
 import pytest
 
 from kvtuner_gguf.calibrate.nsga2 import assign, nsga2
@@ -145,3 +146,26 @@ def test_search_refuses_a_group_of_two_menus():
     menus = Menus(IL, (MENU,) * 2 + (MENU[:2],) + (MENU,) * 8)
     with pytest.raises(CalibrationError, match=r"group \(1, 2, 3\): 2 menus"):
         nsga2(GROUPS, menus, Model(), GEOMETRY, n_trials=2, seed=0)
+
+
+def test_a_generation_is_told_before_any_of_it_is_evaluated():
+    model, told = Model(), []
+    trials = search(model, n_trials=120, ahead=lambda plans: told.append((len(model.asked), list(plans))))
+    assert [pairs for _, plans in told for pairs in plans] == model.asked
+    assert [n for n, _ in told] == [0, len(told[0][1]), len(told[0][1]) + len(told[1][1])]
+    assert trials.trials == search(Model(), n_trials=120).trials
+
+
+def test_proposals_are_those_that_optuna_makes_one_by_one():
+    def objective(trial):
+        chosen = [MENU[trial.suggest_int(f"group_{i}", 0, len(MENU) - 1)] for i in range(5)]
+        pairs = assign(GROUPS, chosen, 12)
+        one_by_one.append(pairs)
+        return Model()(pairs), GEOMETRY.bytes(pairs)
+
+    one_by_one = []
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=optuna.samplers.NSGAIISampler(seed=1))
+    for end in (0, len(MENU) - 1):
+        study.enqueue_trial({f"group_{i}": end for i in range(5)})
+    study.optimize(objective, n_trials=120)
+    assert [trial.pairs for trial in search(Model(), n_trials=120).trials] == list(dict.fromkeys(one_by_one))
