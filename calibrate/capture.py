@@ -11,6 +11,7 @@ import numpy as np
 from kvtuner_gguf.calibrate.kld import N_UBATCH, Chunks, check_logits
 from kvtuner_gguf.calibrate.samples import Capture, LayerSample, save_sample
 from kvtuner_gguf.errors import CalibrationError
+from kvtuner_gguf.geometry import Geometry
 from kvtuner_gguf.native import TapNode
 from kvtuner_gguf.runtime import Session
 from kvtuner_gguf.tap import Tap
@@ -18,6 +19,15 @@ from kvtuner_gguf.tap import Tap
 N_Q = 256  # query rows of each layer and sample, spread over the last batch
 N_PLACE = 16  # places of the context at which K is looked at
 N_PROBE = 64  # tokens by which RoPE's turn to a place is measured
+
+
+def captured_bytes(geometry: Geometry, n_sample: int, n_gqa: int) -> int:
+    """Of the files of a capture of n_sample chunks of the geometry's n_ctx: K and V, and of N_Q queries, n_gqa heads to
+    a KV head, Q and the mask."""
+    n_q = min(N_Q, geometry.n_ctx)
+    q = n_gqa * sum(geometry.values_k) // geometry.n_ctx * n_q
+    mask = n_q * geometry.n_ctx * sum(map(bool, geometry.values_k))
+    return n_sample * (2 * geometry.n_values + 4 * (q + mask))
 
 
 def capture(
@@ -143,5 +153,4 @@ def _sample(
         n_rot=n_rot,
         far_pairs=rope[1],
         turns=turns,
-        output=copy(node.out, (node.n_head, node.n_q, node.head_dim_v)) if node.out else None,
     )

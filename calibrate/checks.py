@@ -8,6 +8,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvtuner_gguf.calibrate.capture import captured_bytes
 from kvtuner_gguf.calibrate.corpus import Corpus
 from kvtuner_gguf.calibrate.goals import Target
 from kvtuner_gguf.calibrate.hidden import hidden_bytes
@@ -55,8 +56,7 @@ def plannable_of(options: Options, sizes: Sizes) -> Plannable:
         geometry, supported = session.geometry(options.n_ctx), session.supported(options.measured_types)
         types = offered(supported, supported if options.conditioning[2] else ())
         sizes = sizes.fitting(session.fitting)
-        # Q takes as much as K and V where four heads share a K
-        captured = 2 * 2 * session.geometry(sizes.stream).n_values * sizes.n_captured
+        captured = captured_bytes(session.geometry(sizes.stream), sizes.n_captured, session.n_gqa)
         check_can_plan(options.model, geometry)
         goal = options.goal.at(geometry)
         goal.check(geometry, cheapest_bytes(geometry, types))

@@ -70,6 +70,9 @@ class Session:
         self.n_vocab = llama_cpp.llama_vocab_n_tokens(self.vocab)
         self.n_layer = native.n_layer(self.model)
         self.n_embd = llama_cpp.llama_model_n_embd(self.model)
+        # of the first layer: a model that caches nothing has no KV heads
+        n_head_kv = llama_cpp.llama_model_n_head_kv(self.model)
+        self.n_gqa = max(1, llama_cpp.llama_model_n_head(self.model) // max(1, n_head_kv))
         self.n_ctx_train = llama_cpp.llama_model_n_ctx_train(self.model)
         self.n_params = llama_cpp.llama_model_n_params(self.model)
 

@@ -17,17 +17,19 @@ from typing import Any
 
 from process import markdown
 
+from kvtuner_gguf.calibrate.capture import captured_bytes
 from kvtuner_gguf.calibrate.estimate import seconds
 from kvtuner_gguf.calibrate.hidden import hidden_bytes
 from kvtuner_gguf.calibrate.methods import n_runs_of
 from kvtuner_gguf.calibrate.options import Options
 from kvtuner_gguf.calibrate.pipeline import sizes_of
+from kvtuner_gguf.geometry import Geometry
 
-# layers, width, vocabulary, weights, KV heads, head: Llama-3 8B and 70B, Qwen2.5-32B
+# layers, width, vocabulary, weights, KV heads, query heads to one of them, head: Llama-3 8B and 70B, Qwen2.5-32B
 MODELS = {
-    "8B": (32, 4096, 128256, 8.03e9, 8, 128),
-    "32B": (64, 5120, 152064, 32.8e9, 8, 128),
-    "70B": (80, 8192, 128256, 70.6e9, 8, 128),
+    "8B": (32, 4096, 128256, 8.03e9, 8, 4, 128),
+    "32B": (64, 5120, 152064, 32.8e9, 8, 5, 128),
+    "70B": (80, 8192, 128256, 70.6e9, 8, 8, 128),
 }
 SIZES = sizes_of(Options(Path("model.gguf")))
 SHARED = ("search: price", "search: uniform", "prove")  # stages whose runs know nothing of each other
@@ -35,7 +37,7 @@ SHARED = ("search: price", "search: uniform", "prove")  # stages whose runs know
 
 def stages(name: str, per_weight: float, n_threads: int) -> tuple[dict[str, float], dict[str, int]]:
     """(seconds of each stage, runs of those that workers share). per_weight: seconds of a prompt's token."""
-    n_layer, n_embd, n_vocab, n_params, _, _ = MODELS[name]
+    n_layer, n_embd, n_vocab, n_params, *_ = MODELS[name]
     options: Any = SimpleNamespace(text=None, method="fitted", n_trials=None)
     plannable: Any = SimpleNamespace(sizes=SIZES, types=range(n_layer))
     session: Any = SimpleNamespace(n_vocab=n_vocab, n_embd=n_embd, n_params=n_params, n_threads=n_threads)
@@ -47,8 +49,9 @@ def stages(name: str, per_weight: float, n_threads: int) -> tuple[dict[str, floa
 
 def disk(name: str) -> float:
     """GiB that are kept at once: captured Q, K and V, or a reference with its hidden states."""
-    n_layer, n_embd, n_vocab, _, n_head_kv, head_dim = MODELS[name]
-    captured = 2 * 2 * 2 * n_layer * n_head_kv * head_dim * SIZES.n_calibration
+    n_layer, n_embd, n_vocab, _, n_head_kv, n_gqa, head_dim = MODELS[name]
+    values = (n_head_kv * head_dim * SIZES.stream,) * n_layer
+    captured = captured_bytes(Geometry(values, values, SIZES.stream), SIZES.n_captured, n_gqa)
     hidden = hidden_bytes(n_layer, SIZES.n_searched * SIZES.search_ctx, n_embd)
     return max(captured, 2 * n_vocab * SIZES.n_scored + hidden) / 2**30
 

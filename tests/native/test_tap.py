@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from running import feed, prompt, uniform
 
+from kvtuner_gguf.calibrate.capture import capture, captured_bytes
 from kvtuner_gguf.calibrate.error import attention
 from kvtuner_gguf.calibrate.samples import LayerSample
+from kvtuner_gguf.calibrate.text import chunks_of
 from kvtuner_gguf.errors import NativeError
 from kvtuner_gguf.tap import Tap
 
@@ -154,3 +156,14 @@ def test_an_error_in_the_callback_comes_back(load, tiny):
     with load(tiny("llama")).context(256, watch=tap) as ctx, pytest.raises(KeyError), tap.enabled():
         feed(ctx, prompt(8))
     tap.close()
+
+
+@every_arch
+def test_a_capture_takes_the_room_that_is_asked_for(load, tiny, tmp_path, arch):
+    """Before work, of the disk: within its small arrays."""
+    session, n_ctx = load(tiny(arch)), 512
+    tokens = np.array(prompt(2 * n_ctx), np.int32)
+    capture(session, chunks_of(tokens, n_ctx, 2, "text"), tmp_path, n_ctx=n_ctx)
+    taken = sum(path.stat().st_size for path in tmp_path.rglob("*"))
+    asked = captured_bytes(session.geometry(n_ctx), 2, session.n_gqa)
+    assert asked < taken < 1.2 * asked + 2**16
