@@ -65,7 +65,6 @@ class _Work:
     n_sent: int = 0
     since: dict[str, float] = field(default_factory=dict)  # worker -> when it was first seen at it
     allowed: frozenset[str] = frozenset()  # workers that it was last sent to; none: to any
-    is_done: bool = False
 
     def key_in(self, keys: Sequence[str]) -> bool:
         """Whether one of its futures is among these."""
@@ -133,12 +132,14 @@ class Crew:
         left = works
         while left:
             self._check_scheduler()
+            open_works = []
             for work in left:
-                if (quality := self._outcome(work)) is not None:
+                if (quality := self._outcome(work)) is None:
+                    open_works.append(work)
+                else:
                     self._drop(work)
-                    work.is_done = True
                     yield work.job, quality
-            left = [work for work in left if not work.is_done]
+            left = open_works
             with self._scheduler_or_error():
                 self._look_for_stalled(left)
                 self._look_for_gone(left)

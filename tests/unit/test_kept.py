@@ -31,6 +31,7 @@ def records(tmp_path):
         (base / kind / f"{key}.lock").touch()
     (base / "calibrate" / "old").mkdir()
     (base / "small.gguf").write_bytes(b"GGUF")
+    (base / "ab12.345.part").write_bytes(b"GG")  # of one that was being sent
     (base / "rpc").mkdir()
     (base / "rpc" / "cbf29ce484222325").write_bytes(b"tensor")
     return base
@@ -48,6 +49,7 @@ def test_each_is_listed_with_its_model_and_size(records, tmp_path):
         ("tasks", about): 1001 + len(about),
         ("calibrate", ""): 0,
         ("model", "small.gguf"): 4,
+        ("model", "ab12.345.part"): 2,
         ("rpc", ""): 6,
     }
     assert about in run().output and "just now" in run().output
@@ -56,7 +58,7 @@ def test_each_is_listed_with_its_model_and_size(records, tmp_path):
 def test_a_kind_is_cleared_and_the_others_stay(records):
     out = json.loads(run("--clear", "calibrate", "--json").output)
     assert out["freed_bytes"] > 1000 and out["left"] == []
-    assert sorted(p.name for p in records.iterdir()) == ["calibrate", "rpc", "small.gguf", "tasks"]
+    assert sorted(p.name for p in records.iterdir()) == ["ab12.345.part", "calibrate", "rpc", "small.gguf", "tasks"]
     assert list((records / "calibrate").iterdir()) == []
     run("--clear", "all")
     assert [p for p in records.rglob("*") if p.is_file()] == []
