@@ -41,12 +41,13 @@ struct kvt_ahead {
 };
 
 // one step of the sum: a value of A, of N_SUMS planes, times a vector of B, whose elements may be of a narrower type. MR rows of A by NR
-// vectors are summed at once; the sums of a row start at from()
+// vectors are summed at once; the sums of a row start at from(). A step may take N_ROWS rows of B, ld apart, and as many values, as N_PARTS
+// vectors
 struct kvt_step_float {
-    static const int     MR = 6, NR = KVT_REGISTERS / 8, N_SUMS = 1;
+    static const int     MR = 6, NR = KVT_REGISTERS / 8, N_SUMS = 1, N_ROWS = 1, N_PARTS = 1;
     typedef float        value, element;
     typedef vf           vector;
-    static KVT_INLINE vf load(const float * p) { return vf_load(p); }
+    static KVT_INLINE vf load(const float * p, int64_t = 0, int = 0) { return vf_load(p); }
     static KVT_INLINE vf from(int32_t, int) { return vf_set1(0); }
     static KVT_INLINE vf plane(const float * a, int) { return vf_set1(*a); }
     static KVT_INLINE vf fma(vf a, vf b, vf c) { return vf_fma(a, b, c); }
@@ -55,12 +56,12 @@ struct kvt_step_float {
 
 struct kvt_step_f16 : kvt_step_float {
     typedef uint16_t     element;
-    static KVT_INLINE vf load(const uint16_t * p) { return vf_load_f16(p); }
+    static KVT_INLINE vf load(const uint16_t * p, int64_t = 0, int = 0) { return vf_load_f16(p); }
 };
 
 struct kvt_step_bf16 : kvt_step_float {
     typedef uint16_t     element;
-    static KVT_INLINE vf load(const uint16_t * p) { return vf_load_bf16(p); }
+    static KVT_INLINE vf load(const uint16_t * p, int64_t = 0, int = 0) { return vf_load_bf16(p); }
 };
 
 #ifdef KVT_BYTES
@@ -73,12 +74,44 @@ struct kvt_planes {
     int32_t hi, lo;
 };
 
+static KVT_INLINE int8_t kvt_low(int16_t x) {
+    return (int8_t) x;
+}
+
+static KVT_INLINE int8_t kvt_high(int16_t x) {
+    return (int8_t) ((x - kvt_low(x)) / 256);
+}
+
+#ifdef KVT_MATRICES
+
+// both planes of eight values at once: 8 bytes of hi, then 8 of lo
 struct kvt_step_int {
-    static const int     MR = 3, NR = KVT_REGISTERS / 8, N_SUMS = 2;
+    static const int     MR = 6, NR = KVT_REGISTERS / 16, N_SUMS = 2, N_ROWS = 2, N_PARTS = 2, N_PUT = 8;
     typedef kvt_planes   value;
     typedef int32_t      element;
     typedef vi           vector;
-    static KVT_INLINE vi load(const int32_t * p) { return vi_load(p); }
+    static KVT_INLINE vi load(const int32_t * p, int64_t ld, int part) { return vi_zip(vi_load(p), vi_load(p + ld), part); }
+    static KVT_INLINE vi from(int32_t x, int) { return vi_halves(vi_set1(0), vi_set1(x), 0); }
+    static KVT_INLINE vi plane(const kvt_planes * a, int) { return vi_load(&a->hi); }
+    static KVT_INLINE vi fma(vi a, vi b, vi c) { return vi_matrix(a, b, c); }
+    static KVT_INLINE vf all(const vi * c) { return vi_float(vi_add(vi_shl8(vi_halves(c[0], c[1], 0)), vi_halves(c[0], c[1], 1))); }
+    static KVT_INLINE void put_k(const int16_t * x, kvt_planes * a) {
+        int8_t * hi = (int8_t *) a, * lo = hi + 8;
+        for (int i = 0; i < 8; i++) {
+            lo[i] = kvt_low(x[i]), hi[i] = kvt_high(x[i]);
+        }
+    }
+    static KVT_INLINE void put_v(vi x, int16_t * w, int j) { vi_store_planes((int8_t *) (w + j / 8 * 8) + j % 8, 8, x); }
+};
+
+#else
+
+struct kvt_step_int {
+    static const int     MR = 3, NR = KVT_REGISTERS / 8, N_SUMS = 2, N_ROWS = 1, N_PARTS = 1, N_PUT = 4;
+    typedef kvt_planes   value;
+    typedef int32_t      element;
+    typedef vi           vector;
+    static KVT_INLINE vi load(const int32_t * p, int64_t, int) { return vi_load(p); }
     static KVT_INLINE vi from(int32_t x, int plane) { return vi_set1(plane == 0 ? 0 : x); }
     static KVT_INLINE vi plane(const kvt_planes * a, int plane) { return vi_set1(plane == 0 ? a->hi : a->lo); }
     static KVT_INLINE vi fma(vi a, vi b, vi c) { return vi_dot4(a, b, c); }
@@ -87,13 +120,15 @@ struct kvt_step_int {
     static KVT_INLINE void put_k(const int16_t * x, kvt_planes * a) {
         int8_t hi[4], lo[4];
         for (int i = 0; i < 4; i++) {
-            lo[i] = (int8_t) x[i], hi[i] = (int8_t) ((x[i] - lo[i]) / 256);
+            lo[i] = kvt_low(x[i]), hi[i] = kvt_high(x[i]);
         }
         memcpy(&a->hi, hi, sizeof(hi));
         memcpy(&a->lo, lo, sizeof(lo));
     }
-    static KVT_INLINE void put_v(vi x, int16_t * a) { vi_store_planes((int32_t *) a, x); }
+    static KVT_INLINE void put_v(vi x, int16_t * w, int j) { vi_store_planes((int8_t *) (w + j), 4, x); }
 };
+
+#endif
 
 #elif defined(KVT_DOT)
 
@@ -101,10 +136,10 @@ static const int   KVT_SIDE_BY_SIDE = 2;
 static const float KVT_MAX_INT      = 32767;
 
 struct kvt_step_int {
-    static const int       MR = 6, NR = KVT_REGISTERS / 8, N_SUMS = 1;
+    static const int       MR = 6, NR = KVT_REGISTERS / 8, N_SUMS = 1, N_ROWS = 1, N_PARTS = 1, N_PUT = 4;
     typedef int32_t        value, element;
     typedef vi             vector;
-    static KVT_INLINE vi   load(const int32_t * p) { return vi_load(p); }
+    static KVT_INLINE vi   load(const int32_t * p, int64_t, int) { return vi_load(p); }
     static KVT_INLINE vi   from(int32_t x, int) { return vi_set1(x); }
     static KVT_INLINE vi   plane(const int32_t * a, int) { return vi_set1(*a); }
     static KVT_INLINE vi   fma(vi a, vi b, vi c) { return vi_dot(a, b, c); }
@@ -112,7 +147,7 @@ struct kvt_step_int {
         const int16_t y[4] = { x[0], x[2], x[1], x[3] };
         memcpy(a, y, sizeof(y));
     }
-    static KVT_INLINE void put_v(vi x, int16_t * a) { vi_store_i16(a, x); }
+    static KVT_INLINE void put_v(vi x, int16_t * w, int j) { vi_store_i16(w + j, x); }
     static KVT_INLINE vf   all(const vi * c) { return vi_float(c[0]); }
 };
 
@@ -171,18 +206,20 @@ static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0,
     const typename T::element * B = g.B + j0;
     for (int64_t l = 0; l < k;) {
         ahead.fetch();
-        for (const int64_t end = std::min(l + 4, k); l < end; l++, B += ldb) {
-            typename T::vector b[NR];
+        for (const int64_t end = std::min(l + 4, k); l < end; l += T::N_ROWS, B += T::N_ROWS * ldb) {
+            typename T::vector b[NR][T::N_PARTS];
             for (int j = 0; j < NR; j++) {
-                typename T::vector x = T::load(B + j * KVT_VW);
-                KVT_KEEP(x);
-                b[j] = x;
+                for (int part = 0; part < T::N_PARTS; part++) {
+                    typename T::vector x = T::load(B + j * KVT_VW, ldb, part);
+                    KVT_KEEP(x);
+                    b[j][part] = x;
+                }
             }
             for (int i = 0; i < MR; i++) {
                 for (int p = 0; p < N; p++) {
                     const typename T::vector a = T::plane(A + i * lda + l, p);
                     for (int j = 0; j < NR; j++) {
-                        typename T::vector x = T::fma(a, b[j], c[i][j][p]);
+                        typename T::vector x = T::fma(a, b[j][p % T::N_PARTS], c[i][j][p]);
                         KVT_KEEP(x);
                         c[i][j][p] = x;
                     }

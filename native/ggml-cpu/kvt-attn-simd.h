@@ -5,7 +5,8 @@
 //
 //   vf  KVT_VW floats
 //   vb  KVT_VW/4 lanes of 16 bytes, each of another row (KVT_BLOCKS: there are some)
-//   vi  KVT_VW int32, with products of pairs of int16 (KVT_DOT: there are some) or of four bytes (KVT_BYTES: there are some, and no pairs)
+//   vi  KVT_VW int32, with products of pairs of int16 (KVT_DOT: there are some) or of four bytes (KVT_BYTES: there are some, and no pairs), or, beside
+//       these, of matrices of 2 by 8 bytes (KVT_MATRICES)
 //
 // Codes are bytes without a sign, around a type's ZERO (KVT_AROUND), where instructions multiply such by signed ones.
 #pragma once
@@ -119,11 +120,11 @@ static KVT_INLINE int32_t vi_hsum(vi a)                { return _mm512_reduce_ad
 #ifdef __AVX512VNNI__
 #define KVT_BYTES
 static KVT_INLINE vi   vi_dot4 (vi a, vi b, vi c)      { return _mm512_dpbusd_epi32(c, b, a); }
-// 256*hi + lo: four bytes hi, then four bytes lo, and so on
-static KVT_INLINE void vi_store_planes(int32_t * p, vi a) {
+// 256*hi + lo: four bytes hi, n further four bytes lo, and so on; n is 4
+static KVT_INLINE void vi_store_planes(int8_t * p, int, vi a) {
     const __m128i lo = _mm512_cvtepi32_epi8(a), hi = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(128)), 8));
-    _mm_storeu_si128((__m128i *) (p),     _mm_unpacklo_epi32(hi, lo));
-    _mm_storeu_si128((__m128i *) (p + 4), _mm_unpackhi_epi32(hi, lo));
+    _mm_storeu_si128((__m128i *) (p),      _mm_unpacklo_epi32(hi, lo));
+    _mm_storeu_si128((__m128i *) (p + 16), _mm_unpackhi_epi32(hi, lo));
 }
 #else
 static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
@@ -279,7 +280,7 @@ static KVT_INLINE int32_t vi_hsum(vi a) {
 #ifdef __AVXVNNI__
 #define KVT_BYTES
 static KVT_INLINE vi   vi_dot4 (vi a, vi b, vi c)      { return _mm256_dpbusd_avx_epi32(c, b, a); }
-static KVT_INLINE void vi_store_planes(int32_t * p, vi a) {
+static KVT_INLINE void vi_store_planes(int8_t * p, int, vi a) {
     const __m128i x  = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     const __m128i lo = _mm_and_si128(x, _mm_set1_epi16(255)), hi = _mm_srai_epi16(_mm_add_epi16(x, _mm_set1_epi16(128)), 8);
     _mm_storeu_si128((__m128i *) p, _mm_unpacklo_epi32(_mm_packs_epi16(hi, hi), _mm_packus_epi16(lo, lo)));
@@ -420,11 +421,24 @@ static KVT_INLINE vi   vi_shl8 (vi a)                  { return vshlq_n_s32(a, 8
 static KVT_INLINE vi   vi_round(vf a)                  { return vcvtnq_s32_f32(a); }
 static KVT_INLINE int32_t vi_hsum(vi a)                { return vaddvq_s32(a); }
 static KVT_INLINE vi   vi_dot4 (vi a, vi b, vi c)      { return vdotq_s32(c, vreinterpretq_s8_s32(b), vreinterpretq_s8_s32(a)); }
-static KVT_INLINE void vi_store_planes(int32_t * p, vi a) {
+static KVT_INLINE void vi_store_planes(int8_t * p, int n, vi a) {
     const int16x4_t lo = vmovn_s32(a), hi = vshr_n_s16(vadd_s16(lo, vdup_n_s16(128)), 8);
-    const int8x8_t  x  = vreinterpret_s8_s32(vzip1_s32(vreinterpret_s32_s8(vmovn_s16(vcombine_s16(hi, hi))), vreinterpret_s32_s8(vmovn_s16(vcombine_s16(lo, lo)))));
-    vst1_s8((int8_t *) p, x);
+    const int32x2_t x  = vreinterpret_s32_s8(vmovn_s16(vcombine_s16(hi, lo)));
+    vst1_lane_s32((int32_t *) p, x, 0);
+    vst1_lane_s32((int32_t *) (p + n), x, 1);
 }
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#define KVT_MATRICES
+// c + a b: a is two rows of eight bytes, b two columns, c and what it gives two rows of two
+static KVT_INLINE vi   vi_matrix(vi a, vi b, vi c)     { return vmmlaq_s32(c, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)); }
+// of a and b, in turns, the first or the second half
+static KVT_INLINE vi   vi_zip  (vi a, vi b, int half)  { return half == 0 ? vzip1q_s32(a, b) : vzip2q_s32(a, b); }
+// the first or the second halves of a and b
+static KVT_INLINE vi   vi_halves(vi a, vi b, int half) {
+    const int64x2_t x = vreinterpretq_s64_s32(a), y = vreinterpretq_s64_s32(b);
+    return vreinterpretq_s32_s64(half == 0 ? vzip1q_s64(x, y) : vzip2q_s64(x, y));
+}
+#endif
 static KVT_INLINE void vi_store_i16(int16_t * p, vi a) { vst1_s16(p, vqmovn_s32(a)); }
 static KVT_INLINE void vb_transpose(const vb * a, vi * x) {
     const int32x4x2_t b = vzipq_s32(vreinterpretq_s32_s8(a[0]), vreinterpretq_s32_s8(a[2]));

@@ -138,7 +138,7 @@ static float kvt_set_q(const kvt_side & k, const float * q, float * Q, kvt_tile 
         for (int64_t i = 0; i < k.D; i += KVT_VW) {
             vi_store_i16(x + i, vi_round(vf_mul(vf_load(q + i), inv)));
         }
-        for (int64_t i = 0; i < k.D; i += 4) {
+        for (int64_t i = 0; i < k.D; i += kvt_step_int::N_PUT) {
             kvt_step_int::put_k(x + i, (kvt_step_int::value *) Q + i / KVT_SIDE_BY_SIDE);
         }
         for (int64_t b = 0; b < k.n_blocks; b++) {
@@ -416,7 +416,7 @@ static KVT_INLINE int32_t kvt_round(const float * __restrict s, const float * __
     for (int j = 0; j < KVT_PART; j += KVT_VW) {
         const vi x = vi_round(vf_mul(vf_load(s + j), vf_load(norm + j)));
         sum        = vi_add(sum, x);
-        kvt_step_int::put_v(x, w + j);
+        kvt_step_int::put_v(x, w, j);
     }
     return vi_hsum(sum);
 }

@@ -9,6 +9,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def test_attention_of_a_variant(variants_bin, variant, tmp_path):
     test_isolation.check([*test_isolation.PAIRS[::19], *test_isolation.SHAPES[::11]], tmp_path)
 
 
-@pytest.fixture(scope="module", params=["armv8-a", "armv8.2-a+dotprod"])
+@pytest.fixture(scope="module", params=["armv8-a", "armv8.2-a+dotprod", "armv8.2-a+dotprod+i8mm"])
 def aarch64_bin(request, builder) -> Path:
     for program in ("aarch64-linux-gnu-g++", "qemu-aarch64"):
         if shutil.which(program) is None:
@@ -85,6 +86,28 @@ def test_attention_on_aarch64(aarch64_bin, cases):
     )
     assert run.returncode == 0 and "FAIL" not in run.stdout, (run.stdout + run.stderr)[-3000:]
     assert "\n  0/0 tests passed" not in run.stdout, f"no case is called {cases}"
+
+
+def test_attention_on_aarch64_against_float64(aarch64_bin, tmp_path):
+    """Upstream's bound would not see a fault in the lower bits of Q or of the weights."""
+    import test_attn
+    from compiling import compiled
+
+    link = [f"-L{aarch64_bin}", "-lggml-cpu", "-lggml-base", f"-Wl,-rpath-link,{aarch64_bin}", "-pthread"]
+    source = Path(__file__).with_name("attention.cpp")
+    program = compiled(source, tmp_path, *link, compiler="aarch64-linux-gnu-g++")
+    pairs = ["f16/f16", "bf16/f16", *(f"{k}/{v}" for k, v in zip_longest(
+        (*test_attn.BLOCKS, *test_attn.GROUPS), test_attn.BLOCKS[::-1], fillvalue="q8_0"))]  # fmt: skip
+    run = subprocess.run(
+        ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", str(program), *pairs],
+        env={**os.environ, "QEMU_SET_ENV": f"LD_LIBRARY_PATH={aarch64_bin}"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    errors = [(line.split()[0], float(line.split()[1])) for line in run.stdout.splitlines()]
+    assert len(errors) == 3 * len(pairs)
+    for pair, error in errors:
+        floats = set(pair.split("/")) <= {"f16", "bf16"}
+        assert error < (test_attn.BOUND if floats else test_attn.BOUND_BLOCKS), pair
 
 
 ENCODERS = [
