@@ -4,6 +4,7 @@
 #include "kvt-attn-simd.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #if KVT_VW == 8 || !(defined(KVT_AVX512) || defined(__aarch64__))
 static const int KVT_REGISTERS = 16;
@@ -42,9 +43,10 @@ struct kvt_ahead {
 
 // one step of the sum: a value of A, of N_SUMS planes, times a vector of B, whose elements may be of a narrower type. MR rows of A by NR
 // vectors are summed at once; the sums of a row start at from(). A step may take N_ROWS rows of B, ld apart, and as many values, as N_PARTS
-// vectors
+// vectors. Values of integers are put N_PUT at a time
 struct kvt_step_float {
     static const int     MR = 6, NR = KVT_REGISTERS / 8, N_SUMS = 1, N_ROWS = 1, N_PARTS = 1;
+    static const bool    INTEGERS = false;
     typedef float        value, element;
     typedef vf           vector;
     static KVT_INLINE vf load(const float * p, int64_t = 0, int = 0) { return vf_load(p); }
@@ -86,17 +88,18 @@ static KVT_INLINE int8_t kvt_high(int16_t x) {
 
 // both planes of eight values at once: 8 bytes of hi, then 8 of lo
 struct kvt_step_int {
-    static const int     MR = 6, NR = KVT_REGISTERS / 16, N_SUMS = 2, N_ROWS = 2, N_PARTS = 2, N_PUT = 8;
-    typedef kvt_planes   value;
-    typedef int32_t      element;
-    typedef vi           vector;
-    static KVT_INLINE vi load(const int32_t * p, int64_t ld, int part) { return vi_zip(vi_load(p), vi_load(p + ld), part); }
-    static KVT_INLINE vi from(int32_t x, int) { return vi_halves(vi_set1(0), vi_set1(x), 0); }
-    static KVT_INLINE vi plane(const kvt_planes * a, int) { return vi_load(&a->hi); }
-    static KVT_INLINE vi fma(vi a, vi b, vi c) { return vi_matrix(a, b, c); }
-    static KVT_INLINE vf all(const vi * c) { return vi_float(vi_add(vi_shl8(vi_halves(c[0], c[1], 0)), vi_halves(c[0], c[1], 1))); }
+    static const int       MR = 6, NR = KVT_REGISTERS / 16, N_SUMS = 2, N_ROWS = 2, N_PARTS = 2, N_PUT = 8;
+    static const bool      INTEGERS = true;
+    typedef kvt_planes     value;
+    typedef int32_t        element;
+    typedef vi             vector;
+    static KVT_INLINE vi   load(const int32_t * p, int64_t ld, int part) { return vi_zip(vi_load(p), vi_load(p + ld), part); }
+    static KVT_INLINE vi   from(int32_t x, int) { return vi_halves(vi_set1(0), vi_set1(x), 0); }
+    static KVT_INLINE vi   plane(const kvt_planes * a, int) { return vi_load(&a->hi); }
+    static KVT_INLINE vi   fma(vi a, vi b, vi c) { return vi_matrix(a, b, c); }
+    static KVT_INLINE vf   all(const vi * c) { return vi_float(vi_add(vi_shl8(vi_halves(c[0], c[1], 0)), vi_halves(c[0], c[1], 1))); }
     static KVT_INLINE void put_k(const int16_t * x, kvt_planes * a) {
-        int8_t * hi = (int8_t *) a, * lo = hi + 8;
+        int8_t *hi = (int8_t *) a, *lo = hi + 8;
         for (int i = 0; i < 8; i++) {
             lo[i] = kvt_low(x[i]), hi[i] = kvt_high(x[i]);
         }
@@ -108,6 +111,7 @@ struct kvt_step_int {
 
 struct kvt_step_int {
     static const int     MR = 3, NR = KVT_REGISTERS / 8, N_SUMS = 2, N_ROWS = 1, N_PARTS = 1, N_PUT = 4;
+    static const bool    INTEGERS = true;
     typedef kvt_planes   value;
     typedef int32_t      element;
     typedef vi           vector;
@@ -137,6 +141,7 @@ static const float KVT_MAX_INT      = 32767;
 
 struct kvt_step_int {
     static const int       MR = 6, NR = KVT_REGISTERS / 8, N_SUMS = 1, N_ROWS = 1, N_PARTS = 1, N_PUT = 4;
+    static const bool      INTEGERS = true;
     typedef int32_t        value, element;
     typedef vi             vector;
     static KVT_INLINE vi   load(const int32_t * p, int64_t, int) { return vi_load(p); }
@@ -202,29 +207,41 @@ static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0,
         }
     }
     const int64_t               k = g.k, lda = g.lda, ldb = g.ldb, ldc = g.ldc;
-    const typename T::value *   A = g.A + i0 * lda;
-    const typename T::element * B = g.B + j0;
+    const typename T::value *   A    = g.A + i0 * lda;
+    const typename T::element * B    = g.B + j0;
+    const auto                  step = [&](int64_t l) KVT_LAMBDA {
+        typename T::vector b[NR][T::N_PARTS];
+        for (int j = 0; j < NR; j++) {
+            for (int part = 0; part < T::N_PARTS; part++) {
+                typename T::vector x = T::load(B + j * KVT_VW, ldb, part);
+                KVT_KEEP(x);
+                b[j][part] = x;
+            }
+        }
+        for (int i = 0; i < MR; i++) {
+            for (int p = 0; p < N; p++) {
+                const typename T::vector a = T::plane(A + i * lda + l, p);
+                for (int j = 0; j < NR; j++) {
+                    typename T::vector x = T::fma(a, b[j][p % T::N_PARTS], c[i][j][p]);
+                    KVT_KEEP(x);
+                    c[i][j][p] = x;
+                }
+            }
+        }
+        B += T::N_ROWS * ldb;
+    };
     for (int64_t l = 0; l < k;) {
         ahead.fetch();
-        for (const int64_t end = std::min(l + 4, k); l < end; l += T::N_ROWS, B += T::N_ROWS * ldb) {
-            typename T::vector b[NR][T::N_PARTS];
-            for (int j = 0; j < NR; j++) {
-                for (int part = 0; part < T::N_PARTS; part++) {
-                    typename T::vector x = T::load(B + j * KVT_VW, ldb, part);
-                    KVT_KEEP(x);
-                    b[j][part] = x;
-                }
+        if (T::INTEGERS && l + 4 <= k) {
+            KVT_UNROLL
+            for (int u = 0; u < 4; u += T::N_ROWS) {
+                step(l + u);
             }
-            for (int i = 0; i < MR; i++) {
-                for (int p = 0; p < N; p++) {
-                    const typename T::vector a = T::plane(A + i * lda + l, p);
-                    for (int j = 0; j < NR; j++) {
-                        typename T::vector x = T::fma(a, b[j][p % T::N_PARTS], c[i][j][p]);
-                        KVT_KEEP(x);
-                        c[i][j][p] = x;
-                    }
-                }
-            }
+            l += 4;
+            continue;
+        }
+        for (const int64_t end = std::min(l + 4, k); l < end; l += T::N_ROWS) {
+            step(l);
         }
     }
     const S scale = g.scale;
@@ -244,33 +261,55 @@ static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0,
     }
 }
 
-// apart: inlined into more than it needs, it is compiled with fewer registers
-template <int NR, typename T, typename S>
-static KVT_NOINLINE void kvt_gemm_cols(const kvt_gemm_args<T, S> & g, int64_t j, kvt_ahead & ahead) {
+// f(i, n) for n rows from i on, n a constant, at most MR
+template <typename T, typename F>
+static KVT_INLINE void kvt_each_rows(int64_t m, F f) {
     int64_t i = 0;
-    for (; i + T::MR <= g.m; i += T::MR) {
-        kvt_gemm_block<T::MR, NR>(g, i, j, ahead);
+    for (; i + T::MR <= m; i += T::MR) {
+        f(i, std::integral_constant<int, T::MR>());
     }
-    switch (g.m - i) { // less than MR
-        case 5: kvt_gemm_block<std::min(5, T::MR), NR>(g, i, j, ahead); break;
-        case 4: kvt_gemm_block<std::min(4, T::MR), NR>(g, i, j, ahead); break;
-        case 3: kvt_gemm_block<std::min(3, T::MR), NR>(g, i, j, ahead); break;
-        case 2: kvt_gemm_block<2, NR>(g, i, j, ahead); break;
-        case 1: kvt_gemm_block<1, NR>(g, i, j, ahead); break;
+    switch (m - i) { // less than MR
+        case 5: f(i, std::integral_constant<int, std::min(5, T::MR)>()); break;
+        case 4: f(i, std::integral_constant<int, std::min(4, T::MR)>()); break;
+        case 3: f(i, std::integral_constant<int, std::min(3, T::MR)>()); break;
+        case 2: f(i, std::integral_constant<int, 2>()); break;
+        case 1: f(i, std::integral_constant<int, 1>()); break;
         default: break;
     }
 }
 
+// f(j, n) for n vectors of columns from j on, likewise
+template <typename T, typename F>
+static KVT_INLINE void kvt_each_cols(int64_t n, F f) {
+    int64_t j = 0;
+    for (; j + T::NR * KVT_VW <= n; j += T::NR * KVT_VW) {
+        f(j, std::integral_constant<int, T::NR>());
+    }
+    for (; j + 2 * KVT_VW <= n; j += 2 * KVT_VW) {
+        f(j, std::integral_constant<int, 2>());
+    }
+    for (; j < n; j += KVT_VW) {
+        f(j, std::integral_constant<int, 1>());
+    }
+}
+
+// The inner loop is apart: inlined into more than it needs, it is compiled with fewer registers
+
+template <int MR, typename T, typename S>
+static KVT_NOINLINE void kvt_gemm_rows(const kvt_gemm_args<T, S> & g, int64_t i, kvt_ahead & ahead) {
+    kvt_each_cols<T>(g.n, [&](int64_t j, auto cols) KVT_LAMBDA { kvt_gemm_block<MR, cols>(g, i, j, ahead); });
+}
+
+template <int NR, typename T, typename S>
+static KVT_NOINLINE void kvt_gemm_cols(const kvt_gemm_args<T, S> & g, int64_t j, kvt_ahead & ahead) {
+    kvt_each_rows<T>(g.m, [&](int64_t i, auto rows) KVT_LAMBDA { kvt_gemm_block<rows, NR>(g, i, j, ahead); });
+}
+
 template <typename T, typename S>
 static void kvt_gemm(const kvt_gemm_args<T, S> & g, kvt_ahead & ahead) {
-    int64_t j = 0;
-    for (; j + T::NR * KVT_VW <= g.n; j += T::NR * KVT_VW) {
-        kvt_gemm_cols<T::NR>(g, j, ahead);
-    }
-    for (; j + 2 * KVT_VW <= g.n; j += 2 * KVT_VW) {
-        kvt_gemm_cols<2>(g, j, ahead);
-    }
-    for (; j < g.n; j += KVT_VW) {
-        kvt_gemm_cols<1>(g, j, ahead);
+    if constexpr (T::INTEGERS) { // a block's columns stay in the L1 cache
+        kvt_each_rows<T>(g.m, [&](int64_t i, auto rows) KVT_LAMBDA { kvt_gemm_rows<rows>(g, i, ahead); });
+    } else {
+        kvt_each_cols<T>(g.n, [&](int64_t j, auto cols) KVT_LAMBDA { kvt_gemm_cols<cols>(g, j, ahead); });
     }
 }

@@ -24,6 +24,7 @@
 #define KVT_INLINE inline __attribute__((always_inline))
 #define KVT_NOINLINE __attribute__((noinline))
 #define KVT_LAMBDA __attribute__((always_inline))
+#define KVT_UNROLL _Pragma("GCC unroll 4")
 #define kvt_prefetch(p) __builtin_prefetch(p)
 #if defined(__x86_64__) || defined(__i386__)
 #define KVT_KEEP(v) __asm__("" : "+v"(v)) // in a register: it is used more than once
@@ -37,6 +38,7 @@
 #define KVT_INLINE __forceinline
 #define KVT_NOINLINE __declspec(noinline)
 #define KVT_LAMBDA
+#define KVT_UNROLL
 #define kvt_prefetch(p) _mm_prefetch((const char *) (p), _MM_HINT_T0)
 #define KVT_KEEP(v) GGML_UNUSED(v)
 #define KVT_OPAQUE(x) GGML_UNUSED(x)
@@ -44,6 +46,7 @@
 #define KVT_INLINE inline
 #define KVT_NOINLINE
 #define KVT_LAMBDA
+#define KVT_UNROLL
 #define kvt_prefetch(p) GGML_UNUSED(p)
 #define KVT_KEEP(v) GGML_UNUSED(v)
 #define KVT_OPAQUE(x) GGML_UNUSED(x)
@@ -122,9 +125,9 @@ static KVT_INLINE int32_t vi_hsum(vi a)                { return _mm512_reduce_ad
 static KVT_INLINE vi   vi_dot4 (vi a, vi b, vi c)      { return _mm512_dpbusd_epi32(c, b, a); }
 // 256*hi + lo: four bytes hi, n further four bytes lo, and so on; n is 4
 static KVT_INLINE void vi_store_planes(int8_t * p, int, vi a) {
-    const __m128i lo = _mm512_cvtepi32_epi8(a), hi = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(a, _mm512_set1_epi32(128)), 8));
-    _mm_storeu_si128((__m128i *) (p),      _mm_unpacklo_epi32(hi, lo));
-    _mm_storeu_si128((__m128i *) (p + 16), _mm_unpackhi_epi32(hi, lo));
+    const __m256i x = _mm256_add_epi16(_mm512_cvtepi32_epi16(a), _mm256_set1_epi16(128)); // bytes lo + 128, hi
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
+    _mm256_storeu_si256((__m256i *) p, _mm256_shuffle_epi8(_mm256_xor_si256(x, _mm256_set1_epi16(128)), order));
 }
 #else
 static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
@@ -281,9 +284,10 @@ static KVT_INLINE int32_t vi_hsum(vi a) {
 #define KVT_BYTES
 static KVT_INLINE vi   vi_dot4 (vi a, vi b, vi c)      { return _mm256_dpbusd_avx_epi32(c, b, a); }
 static KVT_INLINE void vi_store_planes(int8_t * p, int, vi a) {
-    const __m128i x  = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-    const __m128i lo = _mm_and_si128(x, _mm_set1_epi16(255)), hi = _mm_srai_epi16(_mm_add_epi16(x, _mm_set1_epi16(128)), 8);
-    _mm_storeu_si128((__m128i *) p, _mm_unpacklo_epi32(_mm_packs_epi16(hi, hi), _mm_packus_epi16(lo, lo)));
+    const __m128i x     = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    const __m128i order = _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14);
+    const __m128i bytes = _mm_xor_si128(_mm_add_epi16(x, _mm_set1_epi16(128)), _mm_set1_epi16(128)); // lo, hi
+    _mm_storeu_si128((__m128i *) p, _mm_shuffle_epi8(bytes, order));
 }
 #else
 static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }

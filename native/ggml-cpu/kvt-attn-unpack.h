@@ -418,9 +418,10 @@ template <typename T>
 static void kvt_scales(const char * src, size_t nb, int n_rows, int64_t n, uint16_t * d, uint16_t * m, int64_t ld) {
     typedef typename T::block block;
     for (int64_t b = 0; b < n / T::n; b++) {
-        for (int r = 0; r < n_rows; r++) {
-            const char * p = src + r * nb + b * sizeof(block);
-            d[b * ld + r]  = KVT_HALF_OF(((const block *) p)->d);
+        const char * p = src + b * sizeof(block);
+        KVT_UNROLL
+        for (int r = 0; r < n_rows; r++, p += nb) {
+            d[b * ld + r] = KVT_HALF_OF(((const block *) p)->d);
             if (T::HAS_MIN) {
                 memcpy(m + b * ld + r, KVT_AT(d) + sizeof(*d), sizeof(*m));
             }

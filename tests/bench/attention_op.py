@@ -1,5 +1,5 @@
-"""Attention alone: milliseconds per call (the median), and GB/s of the cache that it reads, of the libraries in each
-folder given.
+"""Attention alone: milliseconds per call (the median), GB/s of the cache that it reads, and 10^9 values of it per
+second and thread (Gv/s), of the libraries in each folder given.
 
 python tests/bench/attention_op.py STOCK/bin OURS/bin [--threads 2] [--n-kv 8000] [--n-q 1] [--pairs all]
 A call is one layer's attention for n_q tokens of each sequence. Builds take turns, each in a process of its own. The
@@ -152,7 +152,7 @@ def main() -> None:
     print(f"{options.threads} threads read {speed:.1f} GB/s; n_kv {options.n_kv}, n_q {options.n_q}")
     print(
         "head  gqa  seqs  pair            "
-        + "".join(f"{'ms':>10}{'GB/s':>8}{'read':>7}" for _ in options.folders)
+        + "".join(f"{'ms':>10}{'GB/s':>8}{'read':>7}{'Gv/s':>7}" for _ in options.folders)
         + f"   first/last   first {BASE}/last"
     )
     shapes, pairs = shapes_of(options.shapes), [BASE, *(p for p in names if p != BASE)]
@@ -172,8 +172,11 @@ def main() -> None:
                 build.close()
             ms = all_ms[shape][pair] = [median(t) if t else None for t in times]
             base = ms[0] if options.against_base else base or ms[0]
+            values = case["n_kv"] * case["n_head_kv"] * case["n_stream"] * (case["dk"] + case["dv"])
             columns = "".join(
-                f"{t:10.3f}{size / t / 1e6:8.1f}{size / t / 1e6 / speed:7.0%}" if t else f"{'-':>10}{'-':>8}{'-':>7}"
+                f"{t:10.3f}{size / t / 1e6:8.1f}{size / t / 1e6 / speed:7.0%}{values / t / 1e6 / options.threads:7.1f}"
+                if t
+                else f"{'-':>10}{'-':>8}{'-':>7}{'-':>7}"
                 for t, size in zip(ms, sizes)
             )
             turns = [first / last for first, last in zip(times[0], times[-1])]

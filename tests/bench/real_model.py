@@ -79,7 +79,8 @@ def main() -> None:
     sets = options.tasks.split(",") if options.tasks else []
     answers = []
     for name in sets:
-        rows = kept(work / f"tasks-{Path(name).stem}.json", *asked, "--tasks", task_set(name, work))["rows"]
+        path = work / f"tasks-{Path(name).stem.replace(':', '-')}.json"  # Windows has no colon in names
+        rows = kept(path, *asked, "--tasks", task_set(name, work))["rows"]
         answers.append({row["name"]: row for row in rows})
 
     print(f"| {model.name} | bits | KLD | same top token | {' | '.join(Path(s).stem for s in sets)} |")

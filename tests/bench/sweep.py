@@ -18,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "native"))
 PAIRS, DEPTHS = "f16/f16,q8_0/q8_0,q4_0/q4_0,k3_64/t2_64", "0,4096,16384,32768"
 STEP = 512  # tokens of a prompt that are read at once
 Rows = dict[tuple[str, str], dict[int, list[dict[str, float]]]]  # (pair, build) -> depth -> of each round
+Measure = Callable[[Path, Path, str, argparse.Namespace, Path | None], list[dict[str, float]]]
 VARIABLE = "LLAMA_CPP_LIB_PATH"  # llama-cpp-python's own
 
 
@@ -131,7 +132,9 @@ def of_build(
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def of_peer(folder: Path, model: Path, pair: str, options: argparse.Namespace, _: None) -> list[dict[str, float]]:
+def of_peer(
+    folder: Path, model: Path, pair: str, options: argparse.Namespace, _: Path | None
+) -> list[dict[str, float]]:
     """The same by llama-sweep-bench, whose rows are of every 512 tokens; [] if it does not know the pair."""
     depths = [int(d) for d in options.depths.split(",")]
     k, v = pair.split("/")
@@ -182,7 +185,9 @@ def main() -> None:
             print(json.dumps(row), flush=True)
         return
 
-    builds = [(f"build {i}", of_build, folder) for i, folder in enumerate(options.folders)]
+    builds: list[tuple[str, Measure, Path]] = [
+        (f"build {i}", of_build, folder) for i, folder in enumerate(options.folders)
+    ]
     if options.peer:
         builds.append(("peer", of_peer, options.peer))
     handed = set(filter(None, options.handed.split(",")))
