@@ -73,9 +73,8 @@ def _clear_folder(folder: Path) -> bool:
 
 def _places() -> Iterator[tuple[str, Path]]:
     base = cache_dir()
-    for path in sorted(
-        [*base.glob("*.gguf"), *base.glob("*.part")]
-    ):  # .part: a worker was killed while it was sent one
+    models = [*base.glob("*.gguf"), *base.glob("*.part")]  # .part: a worker was killed while it was sent one
+    for path in sorted(models):
         yield "model", path
     for kind in KINDS:
         for path in sorted((base / kind).glob("*")):

@@ -60,6 +60,13 @@ def aarch64_bin(request, builder) -> Path:
     return builder(f"aarch64-{request.param.split('+')[-1]}", "test-backend-ops", *AARCH64, arch)
 
 
+def emulated(folder: Path, program: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """A program for aarch64, with the libraries of a folder."""
+    command = ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", str(program), *args]
+    env = {**os.environ, "QEMU_SET_ENV": f"LD_LIBRARY_PATH={folder}"}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(
     "cases",
     [
@@ -69,21 +76,8 @@ def aarch64_bin(request, builder) -> Path:
     ],
 )
 def test_attention_on_aarch64(aarch64_bin, cases):
-    command = [
-        "qemu-aarch64",
-        "-L",
-        "/usr/aarch64-linux-gnu",
-        str(aarch64_bin / "test-backend-ops"),
-        "-b",
-        "CPU",
-        "-o",
-        "FLASH_ATTN_EXT",
-        "-p",
-        cases,
-    ]
-    run = subprocess.run(
-        command, env={**os.environ, "QEMU_SET_ENV": f"LD_LIBRARY_PATH={aarch64_bin}"}, capture_output=True, text=True
-    )
+    program = aarch64_bin / "test-backend-ops"
+    run = emulated(aarch64_bin, program, "-b", "CPU", "-o", "FLASH_ATTN_EXT", "-p", cases)
     assert run.returncode == 0 and "FAIL" not in run.stdout, (run.stdout + run.stderr)[-3000:]
     assert "\n  0/0 tests passed" not in run.stdout, f"no case is called {cases}"
 
@@ -98,10 +92,7 @@ def test_attention_on_aarch64_against_float64(aarch64_bin, tmp_path):
     program = compiled(source, tmp_path, *link, compiler="aarch64-linux-gnu-g++")
     pairs = ["f16/f16", "bf16/f16", *(f"{k}/{v}" for k, v in zip_longest(
         (*test_attn.BLOCKS, *test_attn.GROUPS), test_attn.BLOCKS[::-1], fillvalue="q8_0"))]  # fmt: skip
-    run = subprocess.run(
-        ["qemu-aarch64", "-L", "/usr/aarch64-linux-gnu", str(program), *pairs],
-        env={**os.environ, "QEMU_SET_ENV": f"LD_LIBRARY_PATH={aarch64_bin}"}, capture_output=True, text=True,
-    )  # fmt: skip
+    run = emulated(aarch64_bin, program, *pairs)
     assert run.returncode == 0, run.stderr[-3000:]
     errors = [(line.split()[0], float(line.split()[1])) for line in run.stdout.splitlines()]
     assert len(errors) == 3 * len(pairs)
