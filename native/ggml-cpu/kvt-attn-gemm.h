@@ -21,8 +21,12 @@ struct kvt_ahead {
     // over a product of m rows, n columns, at most `wide` at once, and k steps
     template <typename T>
     void spread(int64_t m, int64_t cols, int64_t wide, int64_t k) {
-        const int64_t once = std::min<int64_t>(wide, T::NR * KVT_VW), n_calls = (m + T::MR - 1) / T::MR * ((cols + once - 1) / once) * ((k + 3) / 4);
-        if (nb == size) { // one run: a part of it at each step
+        const int64_t once = std::min<int64_t>(wide, T::NR * KVT_VW);
+        spread((m + T::MR - 1) / T::MR * ((cols + once - 1) / once) * ((k + 3) / 4));
+    }
+
+    void spread(int64_t n_calls) {
+        if (nb == size) { // one run: a part of it at each call
             const size_t all = n * size;
             nb = size = GGML_PAD(all / n_calls + 1, 64);
             n         = (int64_t) ((all + size - 1) / size);
@@ -162,20 +166,23 @@ static const int KVT_SIDE_BY_SIDE = 1;
 
 #endif
 
-// what the sum is multiplied by, in row i and the columns from j on
+// what the sum is multiplied by, in row i and the columns from j on; plus(): and added to y, in one rounding, whatever the compiler would do
 struct kvt_scale_none {
     KVT_INLINE vf operator()(vf x, int64_t, int64_t) const { return x; }
+    KVT_INLINE vf plus(vf x, int64_t, int64_t, vf y) const { return vf_add(y, x); }
 };
 
 struct kvt_scale_rows {
     const float * scale;
     int64_t       ld;
     KVT_INLINE vf operator()(vf x, int64_t i, int64_t) const { return vf_mul(x, vf_set1(scale[i * ld])); }
+    KVT_INLINE vf plus(vf x, int64_t i, int64_t, vf y) const { return vf_fma(x, vf_set1(scale[i * ld]), y); }
 };
 
 struct kvt_scale_cols {
     const uint16_t * scale; // f16
     KVT_INLINE vf    operator()(vf x, int64_t, int64_t j) const { return vf_mul(x, vf_load_f16(scale + j)); }
+    KVT_INLINE vf    plus(vf x, int64_t, int64_t j, vf y) const { return vf_fma(x, vf_load_f16(scale + j), y); }
 };
 
 template <typename T, typename S>
@@ -249,7 +256,8 @@ static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0,
     if (g.add) {
         for (int i = 0; i < MR; i++) {
             for (int j = 0; j < NR; j++) {
-                vf_store(C + i * ldc + j * KVT_VW, vf_add(vf_load(C + i * ldc + j * KVT_VW), scale(T::all(c[i][j]), i0 + i, j0 + j * KVT_VW)));
+                float * y = C + i * ldc + j * KVT_VW;
+                vf_store(y, scale.plus(T::all(c[i][j]), i0 + i, j0 + j * KVT_VW, vf_load(y)));
             }
         }
     } else {

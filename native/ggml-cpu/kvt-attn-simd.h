@@ -68,6 +68,7 @@ static KVT_INLINE vf   vf_div  (vf a, vf b)            { return _mm512_div_ps(a,
 static KVT_INLINE vf   vf_max  (vf a, vf b)            { return _mm512_max_ps(a, b); }
 static KVT_INLINE vf   vf_min  (vf a, vf b)            { return _mm512_min_ps(a, b); }
 static KVT_INLINE vf   vf_fma  (vf a, vf b, vf c)      { return _mm512_fmadd_ps(a, b, c); }
+static KVT_INLINE vf   vf_abs  (vf a)                  { return _mm512_abs_ps(a); }
 static KVT_INLINE float vf_hmax(vf a)                  { return _mm512_reduce_max_ps(a); }
 static KVT_INLINE float vf_hsum(vf a)                  { return _mm512_reduce_add_ps(a); }
 static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
@@ -77,8 +78,13 @@ static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) {
 static KVT_INLINE bool vf_any_nan (vf a)               { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 // a where x > lim, else 0
 static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lim, _CMP_GT_OQ), a); }
-// a * 2^n where x > lim, else 0; z = n + 1.5*2^23
-static KVT_INLINE vf   vf_scale2(vf a, vf n, vf, vf x, vf lim) { return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, lim, _CMP_GT_OQ), a, n); }
+// e^x as 2^(x log2(e)): a polynomial of what that is above an integer. Errs by 4e-7 of it at x = -5, 1e-6 at -20
+#define KVT_EXP
+static KVT_INLINE vf   vf_exp(vf x) {
+    const vf z = vf_mul(x, vf_set1(1.44269502e+0f)), r = _mm512_reduce_ps(z, _MM_FROUND_TO_NEG_INF), u = vf_mul(r, r);
+    const vf p = vf_fma(vf_fma(vf_set1(1.87757661e-3f), r, vf_set1(8.98934025e-3f)), u, vf_fma(vf_set1(5.58263179e-2f), r, vf_set1(2.40153617e-1f)));
+    return _mm512_scalef_ps(vf_fma(p, u, vf_fma(vf_set1(6.93153073e-1f), r, vf_set1(9.99999925e-1f))), z);
+}
 
 static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {
     __m512 a[16], b[16];
@@ -123,12 +129,24 @@ static KVT_INLINE int32_t vi_hsum(vi a)                { return _mm512_reduce_ad
 #ifdef __AVX512VNNI__
 #define KVT_BYTES
 static KVT_INLINE vi   vi_dot4 (vi a, vi b, vi c)      { return _mm512_dpbusd_epi32(c, b, a); }
+#ifdef __AVX512VBMI__
+#define KVT_ROUND_BIAS (0x4b400000 + 128)
+// a*b rounded, + KVT_ROUND_BIAS: bits of a float whose last is 1
+static KVT_INLINE vi   vi_round_product(vf a, vf b)    { return _mm512_castps_si512(vf_fma(a, b, vf_set1(12582912.0f + 128.0f))); }
+// 256*hi + lo + KVT_ROUND_BIAS: four bytes hi, n further four bytes lo, and so on; n is 4
+static KVT_INLINE void vi_store_planes(int8_t * p, int, vi a) {
+    alignas(64) static const int8_t order[64] = { 1, 5, 9, 13, 0, 4, 8, 12, 17, 21, 25, 29, 16, 20, 24, 28, 33, 37, 41, 45, 32, 36, 40, 44, 49, 53, 57, 61, 48, 52, 56, 60 };
+    const __m512i x = _mm512_permutexvar_epi8(_mm512_load_si512(order), _mm512_xor_si512(a, _mm512_set1_epi32(128)));
+    _mm256_storeu_si256((__m256i *) p, _mm512_castsi512_si256(x));
+}
+#else
 // 256*hi + lo: four bytes hi, n further four bytes lo, and so on; n is 4
 static KVT_INLINE void vi_store_planes(int8_t * p, int, vi a) {
     const __m256i x = _mm256_add_epi16(_mm512_cvtepi32_epi16(a), _mm256_set1_epi16(128)); // bytes lo + 128, hi
     const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
     _mm256_storeu_si256((__m256i *) p, _mm256_shuffle_epi8(_mm256_xor_si256(x, _mm256_set1_epi16(128)), order));
 }
+#endif
 #else
 static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm512_add_epi32(c, _mm512_madd_epi16(a, b)); }
 #endif
@@ -142,6 +160,7 @@ typedef __m512i vb;
 
 static KVT_INLINE vb   vb_set1 (int8_t x)              { return _mm512_set1_epi8(x); }
 static KVT_INLINE vb   vb_lut  (const int8_t * p)      { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) p)); }
+static KVT_INLINE void vb_store(int32_t * p, vb a)     { _mm512_storeu_si512(p, a); }
 static KVT_INLINE vb   vb_and  (vb a, vb b)            { return _mm512_and_si512(a, b); }
 static KVT_INLINE vb   vb_or   (vb a, vb b)            { return _mm512_or_si512(a, b); }
 static KVT_INLINE vb   vb_add  (vb a, vb b)            { return _mm512_add_epi8(a, b); }
@@ -150,18 +169,18 @@ static KVT_INLINE vb   vb_shl16(vb a, int n)           { return _mm512_slli_epi1
 static KVT_INLINE vb   vb_shr16(vb a, int n)           { return _mm512_srli_epi16(a, n); }
 static KVT_INLINE vb   vb_look (vb lut, vb i)          { return _mm512_shuffle_epi8(lut, i); }
 static KVT_INLINE vb   vb_test (vb a, vb bits, vb x)   { return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(a, bits), x); }
-// 16, 8 or 4 bytes of each fourth row, nb bytes apart; the 8 or 4 fill their lane
+// 16, 8 or 4 bytes of each lane's row, nb bytes apart; the 8 or 4 fill their lane
 static KVT_INLINE vb   vb_load (const char * p, size_t nb) {
     __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *) p));
-    a = _mm512_mask_broadcast_i32x4(a, 0x00f0, _mm_loadu_si128((const __m128i *) (p +  4*nb)));
-    a = _mm512_mask_broadcast_i32x4(a, 0x0f00, _mm_loadu_si128((const __m128i *) (p +  8*nb)));
-    a = _mm512_mask_broadcast_i32x4(a, 0xf000, _mm_loadu_si128((const __m128i *) (p + 12*nb)));
+    a = _mm512_mask_broadcast_i32x4(a, 0x00f0, _mm_loadu_si128((const __m128i *) (p +   nb)));
+    a = _mm512_mask_broadcast_i32x4(a, 0x0f00, _mm_loadu_si128((const __m128i *) (p + 2*nb)));
+    a = _mm512_mask_broadcast_i32x4(a, 0xf000, _mm_loadu_si128((const __m128i *) (p + 3*nb)));
     return a;
 }
 static KVT_INLINE vb   vb_load4(const char * p, size_t nb) {
     int32_t x[4];
     for (int i = 0; i < 4; i++) {
-        memcpy(x + i, p + 4*i*nb, sizeof(*x));
+        memcpy(x + i, p + i*nb, sizeof(*x));
     }
     __m512i a = _mm512_set1_epi32(x[0]);
     a = _mm512_mask_set1_epi32(a, 0x00f0, x[1]);
@@ -171,12 +190,22 @@ static KVT_INLINE vb   vb_load4(const char * p, size_t nb) {
 static KVT_INLINE vb   vb_load8(const char * p, size_t nb) {
     int64_t x[4];
     for (int i = 0; i < 4; i++) {
-        memcpy(x + i, p + 4*i*nb, sizeof(*x));
+        memcpy(x + i, p + i*nb, sizeof(*x));
     }
     return _mm512_setr_epi64(x[0], x[0], x[1], x[1], x[2], x[2], x[3], x[3]);
 }
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#define KVT_FEW
+// lane l is of row l: to fours of the rows, 16 of them
+static KVT_INLINE vb   vb_across_rows(vb a) {
+    alignas(64) static const int8_t order[64] = {
+        0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51, 4, 20, 36, 52, 5, 21, 37, 53, 6, 22, 38, 54, 7, 23, 39, 55,
+        8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63 };
+    return _mm512_permutexvar_epi8(_mm512_load_si512(order), a);
+}
+#endif
 // lane l of a[i] is of row 4*l + i: to 4 bytes of each row in turn
-static KVT_INLINE void vb_transpose(const vb * a, vi * x) {
+static KVT_INLINE void vb_transpose(const vb * a, vb * x) {
     const __m512i b0 = _mm512_unpacklo_epi32(a[0], a[1]), b1 = _mm512_unpackhi_epi32(a[0], a[1]);
     const __m512i b2 = _mm512_unpacklo_epi32(a[2], a[3]), b3 = _mm512_unpackhi_epi32(a[2], a[3]);
     x[0] = _mm512_unpacklo_epi64(b0, b2);
@@ -223,6 +252,7 @@ static KVT_INLINE vf   vf_div  (vf a, vf b)            { return _mm256_div_ps(a,
 static KVT_INLINE vf   vf_max  (vf a, vf b)            { return _mm256_max_ps(a, b); }
 static KVT_INLINE vf   vf_min  (vf a, vf b)            { return _mm256_min_ps(a, b); }
 static KVT_INLINE vf   vf_fma  (vf a, vf b, vf c)      { return _mm256_fmadd_ps(a, b, c); }
+static KVT_INLINE vf   vf_abs  (vf a)                  { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 static KVT_INLINE float vf_hmax(vf a) {
     __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -304,6 +334,7 @@ typedef __m256i vb;
 
 static KVT_INLINE vb   vb_set1 (int8_t x)              { return _mm256_set1_epi8(x); }
 static KVT_INLINE vb   vb_lut  (const int8_t * p)      { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)); }
+static KVT_INLINE void vb_store(int32_t * p, vb a)     { _mm256_storeu_si256((__m256i *) p, a); }
 static KVT_INLINE vb   vb_and  (vb a, vb b)            { return _mm256_and_si256(a, b); }
 static KVT_INLINE vb   vb_or   (vb a, vb b)            { return _mm256_or_si256(a, b); }
 static KVT_INLINE vb   vb_add  (vb a, vb b)            { return _mm256_add_epi8(a, b); }
@@ -313,21 +344,21 @@ static KVT_INLINE vb   vb_shr16(vb a, int n)           { return _mm256_srli_epi1
 static KVT_INLINE vb   vb_look (vb lut, vb i)          { return _mm256_shuffle_epi8(lut, i); }
 static KVT_INLINE vb   vb_test (vb a, vb bits, vb x)   { return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(a, bits), bits), x); }
 static KVT_INLINE vb   vb_load (const char * p, size_t nb) {
-    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) p)), _mm_loadu_si128((const __m128i *) (p + 4*nb)), 1);
+    return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *) p)), _mm_loadu_si128((const __m128i *) (p + nb)), 1);
 }
 static KVT_INLINE vb   vb_load4(const char * p, size_t nb) {
     int32_t x[2];
     memcpy(x,     p,        sizeof(*x));
-    memcpy(x + 1, p + 4*nb, sizeof(*x));
+    memcpy(x + 1, p + nb, sizeof(*x));
     return _mm256_inserti128_si256(_mm256_set1_epi32(x[0]), _mm_set1_epi32(x[1]), 1);
 }
 static KVT_INLINE vb   vb_load8(const char * p, size_t nb) {
     int64_t x[2];
     memcpy(x,     p,        sizeof(*x));
-    memcpy(x + 1, p + 4*nb, sizeof(*x));
+    memcpy(x + 1, p + nb, sizeof(*x));
     return _mm256_setr_epi64x(x[0], x[0], x[1], x[1]);
 }
-static KVT_INLINE void vb_transpose(const vb * a, vi * x) {
+static KVT_INLINE void vb_transpose(const vb * a, vb * x) {
     const __m256i b0 = _mm256_unpacklo_epi32(a[0], a[1]), b1 = _mm256_unpackhi_epi32(a[0], a[1]);
     const __m256i b2 = _mm256_unpacklo_epi32(a[2], a[3]), b3 = _mm256_unpackhi_epi32(a[2], a[3]);
     x[0] = _mm256_unpacklo_epi64(b0, b2);
@@ -368,6 +399,7 @@ static KVT_INLINE vf   vf_div  (vf a, vf b)            { return vdivq_f32(a, b);
 static KVT_INLINE vf   vf_max  (vf a, vf b)            { return vmaxnmq_f32(a, b); }
 static KVT_INLINE vf   vf_min  (vf a, vf b)            { return vminq_f32(a, b); }
 static KVT_INLINE vf   vf_fma  (vf a, vf b, vf c)      { return vfmaq_f32(c, a, b); }
+static KVT_INLINE vf   vf_abs  (vf a)                  { return vabsq_f32(a); }
 static KVT_INLINE float vf_hmax(vf a)                  { return vmaxnmvq_f32(a); }
 static KVT_INLINE float vf_hsum(vf a)                  { return vaddvq_f32(a); }
 static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
@@ -444,14 +476,15 @@ static KVT_INLINE vi   vi_halves(vi a, vi b, int half) {
 }
 #endif
 static KVT_INLINE void vi_store_i16(int16_t * p, vi a) { vst1_s16(p, vqmovn_s32(a)); }
-static KVT_INLINE void vb_transpose(const vb * a, vi * x) {
+static KVT_INLINE void vb_transpose(const vb * a, vb * x) {
     const int32x4x2_t b = vzipq_s32(vreinterpretq_s32_s8(a[0]), vreinterpretq_s32_s8(a[2]));
     const int32x4x2_t c = vzipq_s32(vreinterpretq_s32_s8(a[1]), vreinterpretq_s32_s8(a[3]));
-    x[0] = vzip1q_s32(b.val[0], c.val[0]);
-    x[1] = vzip2q_s32(b.val[0], c.val[0]);
-    x[2] = vzip1q_s32(b.val[1], c.val[1]);
-    x[3] = vzip2q_s32(b.val[1], c.val[1]);
+    x[0] = vreinterpretq_s8_s32(vzip1q_s32(b.val[0], c.val[0]));
+    x[1] = vreinterpretq_s8_s32(vzip2q_s32(b.val[0], c.val[0]));
+    x[2] = vreinterpretq_s8_s32(vzip1q_s32(b.val[1], c.val[1]));
+    x[3] = vreinterpretq_s8_s32(vzip2q_s32(b.val[1], c.val[1]));
 }
+static KVT_INLINE void vb_store(int32_t * p, vb a)     { vst1q_s32(p, vreinterpretq_s32_s8(a)); }
 static KVT_INLINE void vb_fours(const vb * a, int32_t * dst, int64_t) {
     const int8x16x4_t x = { { a[0], a[1], a[2], a[3] } };
     vst4q_s8((int8_t *) dst, x);
@@ -484,6 +517,7 @@ static KVT_INLINE vf   vf_div  (vf a, vf b)            { return a/b; }
 static KVT_INLINE vf   vf_max  (vf a, vf b)            { const vi m = a > b; return (vf) ((m & (vi) a) | (~m & (vi) b)); }
 static KVT_INLINE vf   vf_min  (vf a, vf b)            { const vi m = a < b; return (vf) ((m & (vi) a) | (~m & (vi) b)); }
 static KVT_INLINE vf   vf_fma  (vf a, vf b, vf c)      { return a*b + c; }
+static KVT_INLINE vf   vf_abs  (vf a)                  { return vf_max(a, -a); }
 static KVT_INLINE float vf_hmax(vf a)                  { return MAX(MAX(a[0], a[1]), MAX(a[2], a[3])); }
 static KVT_INLINE float vf_hsum(vf a)                  { return (a[0] + a[1]) + (a[2] + a[3]); }
 static KVT_INLINE vf   vf_load_f16 (const uint16_t * p) {
@@ -506,6 +540,11 @@ static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst,
 
 #endif
 
+#if defined(KVT_DOT) && !defined(KVT_ROUND_BIAS)
+#define KVT_ROUND_BIAS 0
+static KVT_INLINE vi   vi_round_product(vf a, vf b)    { return vi_round(vf_mul(a, b)); }
+#endif
+
 #if defined(KVT_DOT) && !defined(__aarch64__)
 #define KVT_AROUND(zero) (zero)
 #else
@@ -514,11 +553,12 @@ static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst,
 
 #ifdef KVT_VW
 
+#ifndef KVT_EXP
+
 // e^x, about 2 ulp; x is clamped at 88, and 0 is returned below -87. The polynomial is that of ggml_v_expf.
-template <bool AT_MOST_0 = false>
 static KVT_INLINE vf vf_exp(vf x) {
     const vf lim = vf_set1(-87.0f);
-    const vf y = AT_MOST_0 ? vf_max(x, lim) : vf_min(vf_max(x, lim), vf_set1(88.0f));
+    const vf y = vf_min(vf_max(x, lim), vf_set1(88.0f));
     const vf r = vf_set1(12582912.0f);
     const vf z = vf_fma(y, vf_set1(1.44269502e+0f), r);
     const vf n = vf_sub(z, r);
@@ -529,6 +569,8 @@ static KVT_INLINE vf vf_exp(vf x) {
     const vf j = vf_fma(p, u, vf_fma(vf_set1(0.999999404f), b, vf_set1(1.0f)));
     return vf_scale2(j, n, z, x, lim);
 }
+
+#endif
 
 // tanh(x) = 1 - 2/(e^2x + 1)
 static KVT_INLINE vf vf_tanh(vf x) {

@@ -4,7 +4,7 @@
 
 #include "kvt-attn-gemm.h"
 #include "kvt-attn-seen.h"
-#include "kvt-attn-unpack.h"
+#include "kvt-attn-types.h"
 
 #include <algorithm>
 #include <cmath>
@@ -68,12 +68,12 @@ struct kvt_tile {
     float *    vt;      // [n][DVp]; or [KVT_TILE/side by side][DV]
     float *    S;       // [rows][n]
     float *    tmp;     // [KVT_VW][D]: rows on their way
-    float *    norm;    // [KVT_TILE]: scales of V over their largest
     int16_t *  W;       // [rows][n]: weights of a block of V's columns, as steps of the product take them
     int32_t *  start;   // [rows][parts]: where their sums start
     float *    w_scale; // [rows][parts]
     float *    factor;  // [rows][parts]: of the weights
-    float *    minus;   // [rows][parts]: what is taken off the scores
+    float *    times;   // [rows]: what the scores are still to be multiplied by
+    float *    minus;   // [rows][parts]: what is taken off them then
     uint16_t * d; // [blocks][KVT_TILE], f16
     uint16_t * m;
     uint16_t * end;   // [KVT_TILE]: a mask of a tile that is not full
@@ -97,7 +97,7 @@ private:
         int64_t       size = 0;
         n                  = rows_of(k, v);
         const auto take    = [&](int64_t n) { float * p = base ? base + size : nullptr; size += GGML_PAD(n, 16); return p; };
-        kt = take(k.n_tile()), vt = take(v.n_tile()), S = take(n_rows * n), tmp = take(KVT_VW * D), norm = take(KVT_TILE);
+        kt = take(k.n_tile()), vt = take(v.n_tile()), S = take(n_rows * n), tmp = take(KVT_VW * D), times = take(n_rows);
         W = (int16_t *) take(n_rows * n / 2), start = (int32_t *) take(n_rows * KVT_PARTS);
         w_scale = take(n_rows * KVT_PARTS), factor = take(n_rows * KVT_PARTS), minus = take(n_rows * KVT_PARTS);
         d = (uint16_t *) take(n_blocks * KVT_TILE / 2), m = (uint16_t *) take(n_blocks * KVT_TILE / 2), end = (uint16_t *) take(KVT_TILE / 2);
@@ -173,25 +173,52 @@ static void kvt_scores_float(const kvt_side & k, const char * src, int n, int n_
 
 #ifdef KVT_DOT
 
-// rows that fill no vector go by way of tmp: behind them may be the end of the cache
-static void kvt_codes(const kvt_side & s, kvt_codes_t codes, const char * src, int n, int32_t * dst, int64_t row, int64_t ld, kvt_tile & tile) {
-    const int    n_full = n / KVT_VW * KVT_VW, n_rest = n - n_full;
-    const size_t nb = s.t->nb[1], size = s.row_size;
-    codes(src, nb, n_full, s.D, dst, ld);
-    if (n_rest) {
-        char * tmp = (char *) tile.tmp;
-        memset(tmp, 0, KVT_VW * size);
-        for (int r = 0; r < n_rest; r++) {
-            memcpy(tmp + r * size, src + (n_full + r) * nb, size);
-        }
-        codes(tmp, size, KVT_VW, s.D, dst + n_full * row, ld);
-        for (int64_t b = 0; b < s.n_blocks; b++) {
-            std::fill(tile.d + b * KVT_TILE + n, tile.d + (b + 1) * KVT_TILE, (uint16_t) 0);
-            std::fill(tile.m + b * KVT_TILE + n, tile.m + (b + 1) * KVT_TILE, (uint16_t) 0);
-        }
+// rows of a tile that fill no vector go by way of tmp, the last ones with nothing behind them: there may be the end of the cache. -> where they are
+static const char * kvt_rest(const kvt_side & s, const char * src, int n_full, int n, kvt_tile & tile) {
+    char * tmp = (char *) tile.tmp;
+    memset(tmp, 0, KVT_VW * s.row_size);
+    for (int r = n_full; r < n; r++) {
+        memcpy(tmp + (r - n_full) * s.row_size, src + r * s.t->nb[1], s.row_size);
     }
-    s.type->scales(src, nb, n, s.D, tile.d, tile.m, KVT_TILE);
+    return tmp;
 }
+
+static void kvt_set_scales(const kvt_side & s, const char * src, int n, kvt_tile & tile) {
+    s.type->scales(src, s.t->nb[1], n, s.D, tile.d, tile.m, KVT_TILE);
+    for (int64_t b = 0; b < s.n_blocks && n < KVT_TILE; b++) {
+        std::fill(tile.d + b * KVT_TILE + n, tile.d + (b + 1) * KVT_TILE, (uint16_t) 0);
+        std::fill(tile.m + b * KVT_TILE + n, tile.m + (b + 1) * KVT_TILE, (uint16_t) 0);
+    }
+}
+
+static void kvt_codes(const kvt_side & s, kvt_codes_t codes, const char * src, int n, int32_t * dst, int64_t row, int64_t ld, kvt_tile & tile) {
+    const int n_full = n / KVT_VW * KVT_VW;
+    codes(src, s.t->nb[1], n_full, s.D, dst, ld);
+    if (n_full < n) {
+        codes(kvt_rest(s, src, n_full, n, tile), s.row_size, KVT_VW, s.D, dst + n_full * row, ld);
+    }
+    kvt_set_scales(s, src, n, tile);
+}
+
+#ifdef KVT_FEW
+
+static void kvt_scores_few(const kvt_side & k, const char * src, int n, int n_rows, const float * Q, float * S, kvt_tile & tile, kvt_ahead & ahead) {
+    const int     n_full = n / KVT_VW * KVT_VW;
+    const int64_t ldq    = kvt_q_size(k);
+    kvt_set_scales(k, src, n, tile);
+    ahead.spread((n + 2 * KVT_VW - 1) / (2 * KVT_VW) * k.n_blocks);
+    const auto rows = [&](const char * src, size_t nb, int first, int n) {
+        const kvt_few_k g = { src, nb, k.n_blocks, (const kvt_step_int::value *) Q, ldq * (int64_t) sizeof(float) / (int64_t) sizeof(kvt_step_int::value),
+            (const int32_t *) Q + k.D / 2, Q + k.D / 2 + k.n_blocks, ldq, tile.d + first, tile.m + first, S + first, tile.n };
+        k.type->few_k(g, n_rows, n, ahead);
+    };
+    rows(src, k.t->nb[1], 0, n_full);
+    if (n_full < n) {
+        rows(kvt_rest(k, src, n_full, n, tile), k.row_size, n_full, KVT_VW);
+    }
+}
+
+#endif
 
 static void kvt_scores_int(const kvt_side & k, const char * src, int n, int n_rows, const float * Q, float * S, kvt_tile & tile, kvt_ahead & ahead) {
     int32_t * kt = (int32_t *) tile.kt;
@@ -221,6 +248,12 @@ static void kvt_scores(const kvt_side & k, const char * src, const kvt_seen & se
     float * S = tile.S + seen.first * tile.n;
 #ifdef KVT_DOT
     if (k.integer) {
+#ifdef KVT_FEW
+        if (seen.n_rows <= KVT_FEW_ROWS) {
+            kvt_scores_few(k, src, seen.n, seen.n_rows, Q, S, tile, ahead);
+            return;
+        }
+#endif
         kvt_scores_int(k, src, seen.n, seen.n_rows, Q, S, tile, ahead);
         return;
     }
@@ -237,38 +270,42 @@ struct kvt_soft_max {
     bool  own; // weights against a part's own max, whatever else there is: V's are rounded
 };
 
-// Scales and masks a part of a row of scores; mask: null, or of as many entries. -> their max. A score that is seen and is no number makes the row none.
+// Scales and masks a part of a row of scores, if there is more to it than its scale; mask: null, or of as many entries. -> their max, scaled. A
+// score that is seen and is no number makes the row none.
 template <bool PLAIN>
 static KVT_INLINE float kvt_row_max(const kvt_soft_max & a, const uint16_t * mask, float * s, kvt_row & row) {
     vf top = vf_set1(-INFINITY), zero = vf_set1(0);
     for (int j = 0; j < KVT_PART; j += KVT_VW) {
-        vf x = vf_mul(vf_load(s + j), vf_set1(row.scale)), seen = x;
-        if (!PLAIN && a.softcap != 0.0f) {
-            x = vf_mul(vf_set1(a.softcap), vf_tanh(x));
+        vf x = vf_load(s + j), seen = x;
+        if (!PLAIN) {
+            x = seen = vf_mul(x, vf_set1(row.scale));
+            if (a.softcap != 0.0f) {
+                x = vf_mul(vf_set1(a.softcap), vf_tanh(x));
+            }
+            if (mask) {
+                const vf hidden = vf_load_f16(mask + j);
+                seen            = vf_where_gt(seen, hidden, vf_set1(-INFINITY));
+                x               = vf_fma(hidden, vf_set1(row.slope), vf_where_gt(x, hidden, vf_set1(-INFINITY)));
+            }
+            vf_store(s + j, x);
         }
-        if (!PLAIN && mask) {
-            const vf hidden = vf_load_f16(mask + j);
-            x               = vf_fma(hidden, vf_set1(row.slope), x);
-            seen            = vf_where_gt(seen, hidden, vf_set1(-INFINITY));
-        }
-        vf_store(s + j, x);
         zero = vf_fma(seen, vf_set1(0), zero);
-        top  = vf_max(x, top); // of NaN, as a masked cell may hold: top
+        top  = vf_max(x, top); // of NaN: top
     }
     if (vf_any_nan(zero)) {
         row.sum = NAN;
     }
-    return vf_hmax(top);
+    return PLAIN ? vf_hmax(top) * row.scale : vf_hmax(top);
 }
 
-// s: exp(s - base) of n_parts parts -> their sums, times their factors
-static KVT_INLINE float kvt_row_exp(float * s, int n_parts, const float * base, const float * factor) {
+// s: exp(s*times - base) of n_parts parts -> their sums, times their factors
+static KVT_INLINE float kvt_row_exp(float * s, int n_parts, float times, const float * base, const float * factor) {
     vf all = vf_set1(0);
     for (int p = 0; p < n_parts; p++) {
-        const vf top   = vf_set1(base[p]);
+        const vf top   = vf_set1(-base[p]);
         vf       total = vf_set1(0);
         for (int j = p * KVT_PART; j < (p + 1) * KVT_PART; j += KVT_VW) {
-            const vf x = vf_exp<true>(vf_sub(vf_load(s + j), top));
+            const vf x = vf_exp(vf_fma(vf_load(s + j), vf_set1(times), top));
             vf_store(s + j, x);
             total = vf_add(total, x);
         }
@@ -285,10 +322,12 @@ static void kvt_weights(const kvt_soft_max & a, const kvt_seen & seen, kvt_row *
     for (int r = 0; r < seen.n_rows; r++) {
         kvt_row & row = rows[r];
         float     top[KVT_PARTS], all = -INFINITY;
-        mask = seen.as_before(r) ? mask : seen.mask(r);
+        mask             = seen.as_before(r) ? mask : seen.mask(r);
+        const bool plain = !mask && a.softcap == 0.0f;
+        tile.times[r]    = plain ? row.scale : 1.0f;
         for (int p = 0; p < n_parts; p++) {
             float * s = tile.S + r * tile.n + p * KVT_PART;
-            if (!mask && a.softcap == 0.0f) {
+            if (plain) {
                 top[p] = kvt_row_max<true>(a, nullptr, s, row);
             } else {
                 top[p] = kvt_row_max<false>(a, mask ? mask + p * KVT_PART : nullptr, s, row);
@@ -313,10 +352,10 @@ static void kvt_weights(const kvt_soft_max & a, const kvt_seen & seen, kvt_row *
         }
     }
     for (int i = 0; i < seen.n_rows * KVT_PARTS; i += KVT_VW) {
-        vf_store(tile.factor + i, vf_exp<true>(vf_load(tile.factor + i)));
+        vf_store(tile.factor + i, vf_exp(vf_load(tile.factor + i)));
     }
     for (int r = 0; r < seen.n_rows; r++) {
-        rows[r].sum += kvt_row_exp(tile.S + r * tile.n, n_parts, tile.minus + r * KVT_PARTS, tile.factor + r * KVT_PARTS);
+        rows[r].sum += kvt_row_exp(tile.S + r * tile.n, n_parts, tile.times[r], tile.minus + r * KVT_PARTS, tile.factor + r * KVT_PARTS);
     }
 }
 
@@ -391,34 +430,25 @@ static kvt_cells kvt_take_out(const kvt_side & v, int n, uint16_t * d, uint16_t 
     return bad;
 }
 
-// scales of n rows over the largest of those that are seen (mask; null: all are), 0 for the others. -> the largest
-static float kvt_norm(const uint16_t * d, const uint16_t * mask, int n, float * norm) {
+// the largest of n scales of those that are seen (mask; null: all are)
+static float kvt_top(const uint16_t * d, const uint16_t * mask, int n) {
     vf top = vf_set1(0);
     for (int j = 0; j < n; j += KVT_VW) {
-        vf x = vf_load_f16(d + j);
-        if (mask) {
-            x = vf_where_gt(x, vf_load_f16(mask + j), vf_set1(-INFINITY));
-        }
-        vf_store(norm + j, x);
-        top = vf_max(top, vf_max(x, vf_sub(vf_set1(0), x)));
+        const vf x = vf_abs(vf_load_f16(d + j));
+        top        = vf_max(top, mask ? vf_where_gt(x, vf_load_f16(mask + j), vf_set1(-INFINITY)) : x);
     }
-    const float d_max = vf_hmax(top);
-    const vf    inv   = vf_set1(d_max > 0.0f ? KVT_MAX_INT / d_max : 0.0f);
-    for (int j = 0; j < n; j += KVT_VW) {
-        vf_store(norm + j, vf_mul(vf_load(norm + j), inv));
-    }
-    return d_max;
+    return vf_hmax(top);
 }
 
-// weights of a row times the scales of the KV rows, of a part, rounded. -> their sum
-static KVT_INLINE int32_t kvt_round(const float * __restrict s, const float * __restrict norm, int16_t * __restrict w) {
+// weights of a row, of a part, times the scales of the KV rows, rounded. -> their sum
+static KVT_INLINE int32_t kvt_round(const float * __restrict s, const vf * norm, int16_t * __restrict w) {
     vi sum = vi_set1(0);
     for (int j = 0; j < KVT_PART; j += KVT_VW) {
-        const vi x = vi_round(vf_mul(vf_load(s + j), vf_load(norm + j)));
+        const vi x = vi_round_product(vf_load(s + j), norm[j / KVT_VW]);
         sum        = vi_add(sum, x);
         kvt_step_int::put_v(x, w, j);
     }
-    return vi_hsum(sum);
+    return (int32_t) ((uint32_t) vi_hsum(sum) - (uint32_t) KVT_PART * (uint32_t) KVT_ROUND_BIAS);
 }
 
 // the weights of block b, rounded, and what their products are to be scaled by. bad: rows whose scales are no numbers
@@ -429,14 +459,17 @@ static void kvt_round_all(const kvt_side & v, int64_t b, const kvt_seen & seen, 
     // the scale of a KV row goes into its weight, as a part of the largest one that the row of Q sees in the tile
     for (int r = 0, end; r < seen.n_rows; r = end) {
         for (end = r + 1; end < seen.n_rows && (seen.all || seen.as_before(end)); end++) {}
-        const uint16_t * mask  = seen.all && seen.n == tile.n ? nullptr : seen.mask(r);
-        const float      d_max = kvt_norm(d, mask, tile.n, tile.norm);
-        for (int i = r; i < end; i++) {
-            const float scale = bad.any() && seen.sees(i, bad) ? NAN : d_max / KVT_MAX_INT;
-            for (int p = 0; p < tile.n; p += KVT_PART) {
+        const float d_max = kvt_top(d, seen.all && seen.n == tile.n ? nullptr : seen.mask(r), tile.n);
+        const vf    inv   = vf_set1(d_max > 0.0f ? KVT_MAX_INT / d_max : 0.0f);
+        for (int p = 0; p < tile.n; p += KVT_PART) {
+            vf norm[KVT_PART / KVT_VW];
+            for (int j = 0; j < KVT_PART; j += KVT_VW) {
+                norm[j / KVT_VW] = vf_mul(vf_load_f16(d + p + j), inv);
+            }
+            for (int i = r; i < end; i++) {
                 const int at     = i * KVT_PARTS + p / KVT_PART;
-                tile.start[at]   = -v.type->zero * kvt_round(S + i * tile.n + p, tile.norm + p, tile.W + i * tile.n + p);
-                tile.w_scale[at] = factor[at] * scale;
+                tile.start[at]   = -v.type->zero * kvt_round(S + i * tile.n + p, norm, tile.W + i * tile.n + p);
+                tile.w_scale[at] = factor[at] * (bad.any() && seen.sees(i, bad) ? NAN : d_max / KVT_MAX_INT);
             }
         }
     }
@@ -460,17 +493,46 @@ static void kvt_add_min(const kvt_side & v, int64_t b, const kvt_seen & seen, fl
     }
 }
 
+#ifdef KVT_FEW
+
+// of block b, cells p to p + n of the tile
+static void kvt_values_few(const kvt_side & v, int64_t b, const char * src, int p, int n, int n_rows, float * out, kvt_tile & tile, kvt_ahead & ahead) {
+    const char *    first = src + p * v.t->nb[1], *rest = n % 4 != 0 ? kvt_rest(v, first, n / 4 * 4, n, tile) : nullptr;
+    const size_t    at = b * v.row_size / v.n_blocks;
+    const kvt_few_v g  = { first + at, rest + at, v.t->nb[1], v.row_size, (const kvt_step_int::value *) (tile.W + p), tile.n / KVT_SIDE_BY_SIDE,
+        tile.start + p / KVT_PART, tile.w_scale + p / KVT_PART, out, v.Dp };
+    v.type->few_v(g, n_rows, n, ahead);
+}
+
+#endif
+
 static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead & ahead) {
     int32_t * vt = (int32_t *) tile.vt;
-    ahead.spread<kvt_step_int>(seen.n_rows, v.D, v.type->n, (seen.n + KVT_SIDE_BY_SIDE - 1) / KVT_SIDE_BY_SIDE);
-    kvt_codes(v, v.type->codes_v, src, seen.n, vt, v.D / KVT_SIDE_BY_SIDE, v.D, tile);
+#ifdef KVT_FEW
+    const bool few = seen.n_rows <= KVT_FEW_ROWS;
+#else
+    const bool few = false;
+#endif
+    if (few) {
+        ahead.spread((seen.n + 15) / 16 * v.n_blocks);
+        kvt_set_scales(v, src, seen.n, tile);
+    } else {
+        ahead.spread<kvt_step_int>(seen.n_rows, v.D, v.type->n, (seen.n + KVT_SIDE_BY_SIDE - 1) / KVT_SIDE_BY_SIDE);
+        kvt_codes(v, v.type->codes_v, src, seen.n, vt, v.D / KVT_SIDE_BY_SIDE, v.D, tile);
+    }
     for (int64_t b = 0; b < v.n_blocks; b++) {
         // a scale that is no number makes the rows that see it none, and is not multiplied
         const kvt_cells bad = kvt_take_out(v, seen.n, tile.d + b * KVT_TILE, tile.m + b * KVT_TILE);
         kvt_round_all(v, b, seen, bad, tile);
         for (int p = 0; p < seen.n; p += KVT_PART) {
-            const int64_t i = b * v.type->n, n_steps = (std::min(KVT_PART, seen.n - p) + KVT_SIDE_BY_SIDE - 1) / KVT_SIDE_BY_SIDE;
-
+            const int     n_kv = std::min(KVT_PART, seen.n - p);
+            const int64_t i = b * v.type->n, n_steps = (n_kv + KVT_SIDE_BY_SIDE - 1) / KVT_SIDE_BY_SIDE;
+#ifdef KVT_FEW
+            if (few) {
+                kvt_values_few(v, b, src, p, n_kv, seen.n_rows, out + i, tile, ahead);
+                continue;
+            }
+#endif
             const kvt_gemm_args<kvt_step_int, kvt_scale_rows> g = { seen.n_rows, v.type->n, n_steps, (const kvt_step_int::value *) (tile.W + p),
                 tile.n / KVT_SIDE_BY_SIDE, vt + p / KVT_SIDE_BY_SIDE * v.D + i, v.D, out + i, v.Dp, true, { tile.w_scale + p / KVT_PART, KVT_PARTS },
                 tile.start + p / KVT_PART, KVT_PARTS };

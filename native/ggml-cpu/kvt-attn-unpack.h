@@ -1,7 +1,7 @@
-// kvt-attn-unpack.h - what attention must know of a type. A new type is a struct here, and a row in kvt_attn_types if it is ggml's.
+// kvt-attn-unpack.h - how a type's values come out of its bytes. A new type is a struct here, and a row in kvt_attn_types if it is ggml's.
 //   floats  load(): KVT_VW values of a row (kvt-attn-gemm.h)
-//   blocks  codes(): bytes c, d() and, if HAS_MIN, m(): the values are d*(c - ZERO) + m
-// A type without a row goes through ggml's to_float.
+//   blocks  codes(): bytes c, d() and, if HAS_MIN, m(): the values are d*(c - ZERO) + m. Where each byte of a code's vectors comes of one byte
+//           of a vector that is loaded, two functions: load() of a piece of the block, and unpack() of the bytes, in whatever order
 #pragma once
 
 #include "kvt-attn-gemm.h"
@@ -39,7 +39,7 @@ static void kvt_product(int n_rows, const float * P, int64_t ldp, const char * s
 }
 
 //
-// blocks of KVT_VW/4 rows: the first at p, each next one 4*nb bytes further
+// blocks of KVT_VW/4 rows: the first at p, each next one nb bytes further
 //
 
 #ifdef KVT_BLOCKS
@@ -49,10 +49,9 @@ static KVT_INLINE vb vb_shr(vb a, int n) {
 }
 
 // nibbles: values 0..15 in the low ones, 16..31 in the high ones
-static KVT_INLINE void vb_nibbles(const char * qs, size_t nb, vb * c) {
-    const vb q = vb_load(qs, nb);
-    c[0]       = vb_and(q, vb_set1(15));
-    c[1]       = vb_shr(q, 4);
+static KVT_INLINE void vb_nibbles(vb q, vb * c) {
+    c[0] = vb_and(q, vb_set1(15));
+    c[1] = vb_shr(q, 4);
 }
 
 // x for each of 16*n values whose bit is set: the bits are at qh, 16 to a vector
@@ -67,8 +66,7 @@ static KVT_INLINE void vb_add_bits(const char * qh, size_t nb, int8_t x, vb * c)
 }
 
 // 2 bits of 64 values, in 16 bytes: bits 2j, 2j + 1 of byte i are those of value i + 16*j
-static KVT_INLINE void vb_quarters64(const char * qs, size_t nb, vb * c) {
-    const vb q = vb_load(qs, nb);
+static KVT_INLINE void vb_quarters64(vb q, vb * c) {
     for (int j = 0; j < 4; j++) {
         c[j] = vb_and(vb_shr16(q, 2 * j), vb_set1(3));
     }
@@ -112,36 +110,38 @@ static KVT_INLINE vb vb_less(vb c, int x) {
 
 template <typename B, int N, int Z, bool M = false>
 struct kvt_row_block {
-    typedef B         block;
-    static const int  n       = N;
-    static const int  ZERO    = KVT_AROUND(Z);
-    static const bool HAS_MIN = M;
+    typedef B            block;
+    static const int     n       = N;
+    static const int     ZERO    = KVT_AROUND(Z);
+    static const bool    HAS_MIN = M;
+    static const int     PIECES  = 0; // of load() and unpack()
+    static KVT_INLINE vb load(const char * p, size_t nb, int piece) { return vb_load(p + offsetof(B, qs) + 16 * piece, nb); }
 };
 
 #define KVT_AT(FIELD) (p + offsetof(block, FIELD))
 
 struct kvt_row_q8_0 : kvt_row_block<block_q8_0, QK8_0, 128> {
-    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        c[0] = vb_less(vb_load(KVT_AT(qs), nb), 0);
-        c[1] = vb_less(vb_load(KVT_AT(qs) + 16, nb), 0);
-    }
+    static const int       PIECES = 2;
+    static KVT_INLINE void unpack(vb q, vb * c) { c[0] = vb_less(q, 0); }
 };
 
 struct kvt_row_q4_0 : kvt_row_block<block_q4_0, QK4_0, 8> {
-    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        vb_nibbles(KVT_AT(qs), nb, c);
+    static const int       PIECES = 1;
+    static KVT_INLINE void unpack(vb q, vb * c) {
+        vb_nibbles(q, c);
         c[0] = vb_sub(c[0], vb_set1(8 - ZERO));
         c[1] = vb_sub(c[1], vb_set1(8 - ZERO));
     }
 };
 
 struct kvt_row_q4_1 : kvt_row_block<block_q4_1, QK4_1, 0, true> {
-    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) { vb_nibbles(KVT_AT(qs), nb, c); }
+    static const int       PIECES = 1;
+    static KVT_INLINE void unpack(vb q, vb * c) { vb_nibbles(q, c); }
 };
 
 struct kvt_row_q5_0 : kvt_row_block<block_q5_0, QK5_0, 16> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        vb_nibbles(KVT_AT(qs), nb, c);
+        vb_nibbles(vb_load(KVT_AT(qs), nb), c);
         vb_add_bits<2>(KVT_AT(qh), nb, 16, c);
         c[0] = vb_sub(c[0], vb_set1(16 - ZERO));
         c[1] = vb_sub(c[1], vb_set1(16 - ZERO));
@@ -150,7 +150,7 @@ struct kvt_row_q5_0 : kvt_row_block<block_q5_0, QK5_0, 16> {
 
 struct kvt_row_q5_1 : kvt_row_block<block_q5_1, QK5_1, 0, true> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        vb_nibbles(KVT_AT(qs), nb, c);
+        vb_nibbles(vb_load(KVT_AT(qs), nb), c);
         vb_add_bits<2>(KVT_AT(qh), nb, 16, c);
     }
 };
@@ -160,8 +160,9 @@ static constexpr kvt_table kvt_levels_q3     = kvt_around(KVT_LEVELS_Q3);
 static constexpr kvt_table kvt_levels_iq4_nl = kvt_around(KVT_LEVELS_IQ4_NL);
 
 struct kvt_row_iq4_nl : kvt_row_block<block_iq4_nl, QK4_NL, 128> {
-    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        vb_nibbles(KVT_AT(qs), nb, c);
+    static const int       PIECES = 1;
+    static KVT_INLINE void unpack(vb q, vb * c) {
+        vb_nibbles(q, c);
         vb_levels<2>(kvt_levels_iq4_nl, c);
     }
 };
@@ -172,7 +173,7 @@ struct kvt_row_q6_32 : kvt_row_block<kvt_block_q6_32, 32, 32> {
         vb                         h[2];
         vb_quarters32(KVT_AT(qh), nb, h);
         vb_levels<2>(high, h);
-        vb_nibbles(KVT_AT(ql), nb, c);
+        vb_nibbles(vb_load(KVT_AT(ql), nb), c);
         for (int j = 0; j < 2; j++) {
             c[j] = vb_sub(vb_or(c[j], h[j]), vb_set1(32 - ZERO));
         }
@@ -180,8 +181,9 @@ struct kvt_row_q6_32 : kvt_row_block<kvt_block_q6_32, 32, 32> {
 };
 
 struct kvt_row_q2_64 : kvt_row_block<kvt_block_q2_64, 64, 128> {
-    static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        vb_quarters64(KVT_AT(qs), nb, c);
+    static const int       PIECES = 1;
+    static KVT_INLINE void unpack(vb q, vb * c) {
+        vb_quarters64(q, c);
         vb_levels<4>(kvt_levels_q2, c);
     }
 };
@@ -195,7 +197,7 @@ struct kvt_row_q2_32 : kvt_row_block<kvt_block_q2_32, 32, 128> {
 
 struct kvt_row_q3_64 : kvt_row_block<kvt_block_q3_64, 64, 128> {
     static KVT_INLINE void codes(const char * p, size_t nb, vb * c) {
-        vb_quarters64(KVT_AT(qs), nb, c);
+        vb_quarters64(vb_load(KVT_AT(qs), nb), c);
         vb_add_bits<4>(KVT_AT(qh), nb, 4, c);
         vb_levels<4>(kvt_levels_q3, c);
     }
@@ -337,78 +339,155 @@ struct kvt_row_k5_64 : kvt_row_block<kvt_block_k5_64, 64, 128> {
 };
 KVT_STATIC_ASSERT(KVT_FINE_K5 == 2, "its bit is where twice this is");
 
+template <typename T>
+static KVT_INLINE void kvt_codes(const char * p, size_t nb, vb * c) {
+    if constexpr (T::PIECES > 0) {
+        for (int i = 0; i < T::PIECES; i++) {
+            T::unpack(T::load(p, nb, i), c + i * T::n / 16 / T::PIECES);
+        }
+    } else {
+        T::codes(p, nb, c);
+    }
+}
+
 #endif
 
 #ifdef KVT_DOT
 
-// f(r, i, c): c holds values i to i + 15 of KVT_VW rows from row r on, row r + 4*l + j in lane l of c[j]
-template <typename T, typename F>
-static KVT_INLINE void kvt_each_code(const char * src, size_t nb, int n_rows, int64_t n, F f) {
-    for (int r = 0; r < n_rows; r += KVT_VW) {
-        for (int64_t b = 0; b < n / T::n; b++) {
-            const char * p = src + r * nb + b * sizeof(typename T::block);
-            vb           c[4][T::n / 16];
-            size_t       step = nb;
-            for (int i = 0; i < 4; i++) {
-                KVT_OPAQUE(step);
-                T::codes(p, step, c[i]);
-                p += step;
+// n_rows rows, a multiple of KVT_VW, of n values, nb bytes apart
+typedef void (*kvt_codes_t)(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld);
+
+// get(i, q, by) for i of 0 to 3: of KVT_VW rows from p on, those from row i on, each fourth, are at q, by bytes apart
+template <typename F>
+static KVT_INLINE void kvt_each_fourth(const char * p, size_t nb, F get) {
+    for (int i = 0; i < 4; i++) {
+        KVT_OPAQUE(nb);
+        get(i, p, 4 * nb);
+        p += nb;
+    }
+}
+
+// A block of KVT_VW*NR rows from p on. step(s, b) for values 4s to 4s + 3: 4 bytes of each row, KVT_VW rows in a vector
+template <typename T, int NR, typename F>
+static KVT_INLINE void kvt_each_step(const char * p, size_t nb, F step) {
+    static const int N = T::n / 16, N_PIECE = T::PIECES > 0 ? N / T::PIECES : 1;
+    vb               c[NR][N][4];
+    if constexpr (T::PIECES == 0) {
+        for (int j = 0; j < NR; j++) {
+            kvt_each_fourth(p + j * KVT_VW * nb, nb, [&](int i, const char * q, size_t by) KVT_LAMBDA {
+                vb x[N];
+                T::codes(q, by, x);
+                for (int k = 0; k < N; k++) {
+                    c[j][k][i] = x[k];
+                }
+            });
+        }
+    }
+    KVT_UNROLL
+    for (int piece = 0; piece < N / N_PIECE; piece++) {
+        vb x[NR][4];
+        for (int j = 0; j < NR; j++) {
+            if constexpr (T::PIECES > 0) {
+                kvt_each_fourth(p + j * KVT_VW * nb, nb, [&](int i, const char * q, size_t by) KVT_LAMBDA { c[j][0][i] = T::load(q, by, piece); });
             }
-            for (int j = 0; j < T::n / 16; j++) {
-                const vb a[4] = { c[0][j], c[1][j], c[2][j], c[3][j] };
-                f(r, b * T::n + 16 * j, a);
+            vb_transpose(c[j][T::PIECES > 0 ? 0 : piece], x[j]);
+        }
+        KVT_UNROLL
+        for (int u = 0; u < 4; u++) {
+            vb y[NR][N_PIECE];
+            for (int j = 0; j < NR; j++) {
+                if constexpr (T::PIECES > 0) {
+                    T::unpack(x[j][u], y[j]);
+                } else {
+                    y[j][0] = x[j][u];
+                }
+            }
+            for (int k = 0; k < N_PIECE; k++) {
+                vb b[NR];
+                for (int j = 0; j < NR; j++) {
+                    b[j] = y[j][k];
+                }
+                step(4 * (piece * N_PIECE + k) + u, b);
             }
         }
     }
 }
 
-// n_rows rows, a multiple of KVT_VW, of n values, nb bytes apart
-typedef void (*kvt_codes_t)(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld);
-
+// as [n/side by side][ld]: some values of each row; in pairs, values 0 and 2, 1 and 3, 4 and 6...
+template <typename T>
+static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
+    for (int r = 0; r < n_rows; r += KVT_VW) {
+        for (int64_t b = 0; b < n / T::n; b++) {
+            int32_t * to = dst + b * T::n / KVT_SIDE_BY_SIDE * ld + r;
+            kvt_each_step<T, 1>(src + r * nb + b * sizeof(typename T::block), nb, [=](int s, const vb * x) KVT_LAMBDA {
 #ifdef KVT_BYTES
-
-// x[j]: 4 bytes of each row, values 4j to 4j + 3
-static KVT_INLINE void kvt_put_k(const vi * x, int32_t * dst, int64_t ld) {
-    for (int j = 0; j < 4; j++) {
-        vi_store(dst + j * ld, x[j]);
-    }
-}
-
-static KVT_INLINE void kvt_put_v(const vb * c, int32_t * dst, int64_t ld) {
-    vb_fours(c, dst, ld);
-}
-
+                vb_store(to + s * ld, *x);
 #else
-
-// int16: values 0 and 2, 1 and 3, 4 and 6...
-static KVT_INLINE void kvt_put_k(const vi * x, int32_t * dst, int64_t ld) {
-    for (int j = 0; j < 4; j++) {
-        vi_store(dst + (2 * j + 0) * ld, vi_even(x[j]));
-        vi_store(dst + (2 * j + 1) * ld, vi_odd(x[j]));
+                vi_store(to + (2 * s + 0) * ld, vi_even(*x));
+                vi_store(to + (2 * s + 1) * ld, vi_odd(*x));
+#endif
+            });
+        }
     }
 }
 
-static KVT_INLINE void kvt_put_v(const vb * c, int32_t * dst, int64_t ld) {
-    vb_interleave(c[0], c[1], dst, ld);
-    vb_interleave(c[2], c[3], dst + ld, ld);
+#ifdef KVT_FEW
+
+// A block of 4 rows from p on: a value of each row, 16 values in a vector
+template <typename T>
+static KVT_INLINE void kvt_fours(const char * p, size_t nb, vb * c) {
+    static const int N = T::n / 16;
+    if constexpr (T::PIECES > 0) {
+        for (int i = 0; i < T::PIECES; i++) {
+            T::unpack(vb_across_rows(T::load(p, nb, i)), c + i * N / T::PIECES);
+        }
+    } else {
+        T::codes(p, nb, c);
+        for (int i = 0; i < N; i++) {
+            c[i] = vb_across_rows(c[i]);
+        }
+    }
 }
 
 #endif
 
-// as [n/side by side][ld]: some values of each row
-template <typename T>
-static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
-    kvt_each_code<T>(src, nb, n_rows, n, [=](int r, int64_t i, const vb * c) KVT_LAMBDA {
-        vi x[4];
-        vb_transpose(c, x);
-        kvt_put_k(x, dst + i / KVT_SIDE_BY_SIDE * ld + r, ld);
-    });
-}
-
 // as [n_rows/side by side][ld]: one value of some rows
 template <typename T>
 static void kvt_codes_v(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
-    kvt_each_code<T>(src, nb, n_rows, n, [=](int r, int64_t i, const vb * c) KVT_LAMBDA { kvt_put_v(c, dst + r / KVT_SIDE_BY_SIDE * ld + i, ld); });
+    static const int N = T::n / 16;
+#ifdef KVT_FEW
+    for (int r = 0; r < n_rows; r += 4) {
+        for (int64_t b = 0; b < n / T::n; b++) {
+            vb c[N];
+            kvt_fours<T>(src + r * nb + b * sizeof(typename T::block), nb, c);
+            for (int k = 0; k < N; k++) {
+                vb_store(dst + r / 4 * ld + b * T::n + k * 16, c[k]);
+            }
+        }
+    }
+#else
+    for (int r = 0; r < n_rows; r += KVT_VW) {
+        for (int64_t b = 0; b < n / T::n; b++) {
+            vb c[N][4];
+            kvt_each_fourth(src + r * nb + b * sizeof(typename T::block), nb, [&](int i, const char * q, size_t by) KVT_LAMBDA {
+                vb x[N];
+                kvt_codes<T>(q, by, x);
+                for (int k = 0; k < N; k++) {
+                    c[k][i] = x[k];
+                }
+            });
+            for (int k = 0; k < N; k++) {
+                int32_t * to = dst + r / KVT_SIDE_BY_SIDE * ld + b * T::n + k * 16;
+#ifdef KVT_BYTES
+                vb_fours(c[k], to, ld);
+#else
+                vb_interleave(c[k][0], c[k][1], to, ld);
+                vb_interleave(c[k][2], c[k][3], to + ld, ld);
+#endif
+            }
+        }
+    }
+#endif
 }
 
 // d and, if the type has it, m, f16, as [blocks][ld]
@@ -443,7 +522,7 @@ static void kvt_unpack_block(const char * src, size_t nb, int n_rows, int64_t n,
             }
             const vf d = vf_set1(GGML_CPU_FP16_TO_FP32(KVT_HALF_OF(((const block *) p)->d))), m = vf_set1(GGML_CPU_FP16_TO_FP32(min));
             vb       c[T::n / 16];
-            T::codes(p, nb, c);
+            kvt_codes<T>(p, nb, c);
             for (int j = 0; j < T::n / 16; j++) {
                 vf x[16 / KVT_VW];
                 vb_floats(c[j], x);
@@ -456,39 +535,3 @@ static void kvt_unpack_block(const char * src, size_t nb, int n_rows, int64_t n,
 }
 
 #endif
-
-struct kvt_attn_type {
-    ggml_type     type;
-    int           n;       // values in a block; head sizes must be a multiple of it
-    kvt_unpack_t  unpack;  // to floats
-    kvt_product_t product; // if rows can be read as they are
-#ifdef KVT_DOT
-    kvt_codes_t  codes_k, codes_v; // for products of integers
-    kvt_scales_t scales;
-    int          zero;
-    bool         has_min;
-#endif
-};
-
-#define KVT_FLOATS(TYPE, STEP) { GGML_TYPE_##TYPE, KVT_VW, kvt_unpack<STEP>, kvt_product<STEP> }
-#ifdef KVT_DOT
-#define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, nullptr, nullptr, kvt_codes_k<ROW>, kvt_codes_v<ROW>, kvt_scales<ROW>, ROW::ZERO, ROW::HAS_MIN }
-#else
-#define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, kvt_unpack_block<ROW>, nullptr }
-#endif
-#define KVT_ROW(NAME, name, number, n, bits) KVT_BLOCK(NAME, kvt_row_##name),
-
-static const kvt_attn_type kvt_attn_types[] = {
-    KVT_FLOATS(F32, kvt_step_float),
-    KVT_FLOATS(F16, kvt_step_f16),
-    KVT_FLOATS(BF16, kvt_step_bf16),
-#ifdef KVT_BLOCKS
-    KVT_BLOCK(Q8_0, kvt_row_q8_0),
-    KVT_BLOCK(Q4_0, kvt_row_q4_0),
-    KVT_BLOCK(Q4_1, kvt_row_q4_1),
-    KVT_BLOCK(Q5_0, kvt_row_q5_0),
-    KVT_BLOCK(Q5_1, kvt_row_q5_1),
-    KVT_BLOCK(IQ4_NL, kvt_row_iq4_nl),
-    KVT_TYPES(KVT_ROW)
-#endif
-};

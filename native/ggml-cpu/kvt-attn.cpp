@@ -205,12 +205,12 @@ static void kvt_group_tile(const kvt_attn & a, int n_rows, const char * k0, cons
     }
     for (int64_t i = 0; i < a.n_items_group; i++) {
         const char * k = k0 + i * a.k.t->nb[2] + ic * a.k.t->nb[1];
-        kvt_scores(a.k, k, seen.part((int) i * n_rows, n_rows), s.Q + i * n_rows * kvt_q_size(a.k), tile, kvt_next(a, a.k, i, k + tile.n * a.k.t->nb[1], n_next));
+        kvt_scores(a.k, k, seen.part((int) i * n_rows, n_rows), s.Q + i * n_rows * kvt_q_size(a.k), tile, kvt_next(a, a.v, i, v0 + i * a.v.t->nb[2] + ic * a.v.t->nb[1], n));
     }
     kvt_weights({ a.params.softcap, a.v.integer }, seen, s.rows, s.out, a.v.Dp, tile);
     for (int64_t i = 0; i < a.n_items_group; i++) {
         const char * v = v0 + i * a.v.t->nb[2] + ic * a.v.t->nb[1];
-        kvt_values(a.v, v, seen.part((int) i * n_rows, n_rows), s.out + i * n_rows * a.v.Dp, tile, kvt_next(a, a.v, i, v + tile.n * a.v.t->nb[1], n_next));
+        kvt_values(a.v, v, seen.part((int) i * n_rows, n_rows), s.out + i * n_rows * a.v.Dp, tile, kvt_next(a, a.k, i, k0 + i * a.k.t->nb[2] + (ic + tile.n) * a.k.t->nb[1], n_next));
     }
 }
 

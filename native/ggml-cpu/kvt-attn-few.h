@@ -1,0 +1,188 @@
+// kvt-attn-few.h - products of a few rows of Q, or of weights, with K or V, straight from the codes: what they give is that of a tile of codes, bit for
+// bit, without its way through memory.
+#pragma once
+
+#include "kvt-attn-seen.h"
+#include "kvt-attn-unpack.h"
+
+#ifdef KVT_FEW
+
+static const int KVT_FEW_ROWS = 4; // at most: their sums are in registers
+
+// of M rows of A by NR vectors of B, of both planes
+template <int M, int NR>
+struct kvt_few_sums {
+    vi c[M][NR][kvt_step_int::N_SUMS];
+
+    KVT_INLINE void begin(const int32_t * start, int64_t ld) {
+        for (int i = 0; i < M; i++) {
+            for (int p = 0; p < kvt_step_int::N_SUMS; p++) {
+                const vi from = kvt_step_int::from(start[i * ld], p);
+                for (int j = 0; j < NR; j++) {
+                    c[i][j][p] = from;
+                }
+            }
+        }
+    }
+
+    KVT_INLINE void step(const kvt_step_int::value * A, int64_t lda, vb * b) {
+        for (int j = 0; j < NR; j++) {
+            KVT_KEEP(b[j]);
+        }
+        for (int i = 0; i < M; i++) {
+            for (int p = 0; p < kvt_step_int::N_SUMS; p++) {
+                const vi a = kvt_step_int::plane(A + i * lda, p);
+                for (int j = 0; j < NR; j++) {
+                    vi x = kvt_step_int::fma(a, b[j], c[i][j][p]);
+                    KVT_KEEP(x);
+                    c[i][j][p] = x;
+                }
+            }
+        }
+    }
+};
+
+//
+// scores
+//
+
+struct kvt_few_k {
+    const char *                src;
+    size_t                      nb;
+    int64_t                     n_blocks;
+    const kvt_step_int::value * Q;
+    int64_t                     ld;    // of Q
+    const int32_t *             start; // [rows][ldq]
+    const float *               sum;
+    int64_t                     ldq;
+    const uint16_t *            d, *m; // [blocks][KVT_TILE]
+    float *                     S; // [rows][lds]
+    int64_t                     lds;
+};
+
+template <typename T, int M, int NR>
+static KVT_INLINE void kvt_few_k_block(const kvt_few_k & g, int r, kvt_ahead & ahead) {
+    static const int N_STEPS = T::n / KVT_SIDE_BY_SIDE;
+    vf               S[M][NR];
+    for (int64_t b = 0; b < g.n_blocks; b++) {
+        ahead.fetch();
+        kvt_few_sums<M, NR> sums;
+        sums.begin(g.start + b, g.ldq);
+        const kvt_step_int::value * Q = g.Q + b * N_STEPS;
+        kvt_each_step<T, NR>(g.src + r * g.nb + b * sizeof(typename T::block), g.nb, [&](int s, vb * x) KVT_LAMBDA { sums.step(Q + s, g.ld, x); });
+        for (int j = 0; j < NR; j++) {
+            const int64_t at = b * KVT_TILE + r + j * KVT_VW;
+            const vf      d  = vf_load_f16(g.d + at);
+            for (int i = 0; i < M; i++) {
+                const vf x = kvt_step_int::all(sums.c[i][j]);
+                S[i][j]    = b == 0 ? vf_mul(x, d) : vf_fma(x, d, S[i][j]);
+                if (T::HAS_MIN) {
+                    S[i][j] = vf_fma(vf_load_f16(g.m + at), vf_set1(g.sum[i * g.ldq + b]), S[i][j]);
+                }
+            }
+        }
+    }
+    for (int i = 0; i < M; i++) {
+        for (int j = 0; j < NR; j++) {
+            vf_store(g.S + i * g.lds + r + j * KVT_VW, S[i][j]);
+        }
+    }
+}
+
+template <typename T, int M>
+static KVT_NOINLINE void kvt_few_k_rows(const kvt_few_k & g, int n, kvt_ahead & ahead) {
+    int r = 0;
+    for (; r + 2 * KVT_VW <= n; r += 2 * KVT_VW) {
+        kvt_few_k_block<T, M, 2>(g, r, ahead);
+    }
+    for (; r < n; r += KVT_VW) {
+        kvt_few_k_block<T, M, 1>(g, r, ahead);
+    }
+}
+
+//
+// out += weights V, of a block
+//
+
+struct kvt_few_v {
+    const char *                src, *rest; // rest: of what fills no four of rows
+    size_t                      nb, nb_rest;
+    const kvt_step_int::value * W; // [rows][ld]
+    int64_t                     ld;
+    const int32_t *             start; // [rows][KVT_PARTS]
+    const float *               scale;
+    float *                     out; // [rows][ldo]
+    int64_t                     ldo;
+};
+
+// of C vectors of columns, from vector C0 on
+template <typename T, int M, int C, int C0>
+static KVT_INLINE void kvt_few_v_cols(const kvt_few_v & g, int n, kvt_ahead & ahead) {
+    kvt_few_sums<M, C> sums;
+    sums.begin(g.start, KVT_PARTS);
+    const kvt_step_int::value * W    = g.W;
+    const char *                p    = g.src;
+    size_t                      nb   = g.nb;
+    const auto                  four = [&]() KVT_LAMBDA {
+        vb c[T::n / KVT_VW];
+        KVT_OPAQUE(nb);
+        kvt_fours<T>(p, nb, c);
+        sums.step(W++, g.ld, c + C0);
+        p += 4 * nb;
+    };
+    int r = 0;
+    for (; r + 16 <= n; r += 16) {
+        ahead.fetch();
+        KVT_UNROLL
+        for (int i = 0; i < 4; i++) {
+            four();
+        }
+    }
+    for (; r < n; r += 4) {
+        if (r + 4 > n) {
+            p = g.rest, nb = g.nb_rest;
+        }
+        four();
+    }
+    for (int i = 0; i < M; i++) {
+        const vf scale = vf_set1(g.scale[i * KVT_PARTS]);
+        for (int j = 0; j < C; j++) {
+            float * y = g.out + i * g.ldo + (C0 + j) * KVT_VW;
+            vf_store(y, vf_fma(kvt_step_int::all(sums.c[i][j]), scale, vf_load(y)));
+        }
+    }
+}
+
+template <typename T, int M>
+static KVT_NOINLINE void kvt_few_v_rows(const kvt_few_v & g, int n, kvt_ahead & ahead) {
+    static const int N = T::n / KVT_VW;
+    if constexpr (M * N > 12) { // of 24 sums, 32 registers do not hold more beside them
+        kvt_few_v_cols<T, M, N / 2, 0>(g, n, ahead);
+        kvt_few_v_cols<T, M, N / 2, N / 2>(g, n, ahead);
+    } else {
+        kvt_few_v_cols<T, M, N, 0>(g, n, ahead);
+    }
+}
+
+// n_rows rows of Q or weights, KVT_FEW_ROWS at most, with n KV rows: whole vectors of K, any of V
+template <typename T>
+static void kvt_few_k_of(const kvt_few_k & g, int n_rows, int n, kvt_ahead & ahead) {
+    switch (n_rows) {
+        case 1: kvt_few_k_rows<T, 1>(g, n, ahead); break;
+        case 2: kvt_few_k_rows<T, 2>(g, n, ahead); break;
+        case 3: kvt_few_k_rows<T, 3>(g, n, ahead); break;
+        default: kvt_few_k_rows<T, 4>(g, n, ahead); break;
+    }
+}
+
+template <typename T>
+static void kvt_few_v_of(const kvt_few_v & g, int n_rows, int n, kvt_ahead & ahead) {
+    switch (n_rows) {
+        case 1: kvt_few_v_rows<T, 1>(g, n, ahead); break;
+        case 2: kvt_few_v_rows<T, 2>(g, n, ahead); break;
+        case 3: kvt_few_v_rows<T, 3>(g, n, ahead); break;
+        default: kvt_few_v_rows<T, 4>(g, n, ahead); break;
+    }
+}
+
+#endif
