@@ -78,13 +78,8 @@ static KVT_INLINE vf   vf_load_bf16(const uint16_t * p) {
 static KVT_INLINE bool vf_any_nan (vf a)               { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
 // a where x > lim, else 0
 static KVT_INLINE vf   vf_where_gt(vf a, vf x, vf lim) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, lim, _CMP_GT_OQ), a); }
-// e^x as 2^(x log2(e)): a polynomial of what that is above an integer. Errs by 4e-7 of it at x = -5, 1e-6 at -20
-#define KVT_EXP
-static KVT_INLINE vf   vf_exp(vf x) {
-    const vf z = vf_mul(x, vf_set1(1.44269502e+0f)), r = _mm512_reduce_ps(z, _MM_FROUND_TO_NEG_INF), u = vf_mul(r, r);
-    const vf p = vf_fma(vf_fma(vf_set1(1.87757661e-3f), r, vf_set1(8.98934025e-3f)), u, vf_fma(vf_set1(5.58263179e-2f), r, vf_set1(2.40153617e-1f)));
-    return _mm512_scalef_ps(vf_fma(p, u, vf_fma(vf_set1(6.93153073e-1f), r, vf_set1(9.99999925e-1f))), z);
-}
+// a * 2^n where x > lim, else 0; z = n + 1.5*2^23
+static KVT_INLINE vf   vf_scale2(vf a, vf n, vf, vf x, vf lim) { return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, lim, _CMP_GT_OQ), a, n); }
 
 static KVT_INLINE void vf_transpose(const float * src, int64_t lds, float * dst, int64_t ldd) {
     __m512 a[16], b[16];
@@ -553,12 +548,11 @@ static KVT_INLINE vi   vi_round_product(vf a, vf b)    { return vi_round(vf_mul(
 
 #ifdef KVT_VW
 
-#ifndef KVT_EXP
-
 // e^x, about 2 ulp; x is clamped at 88, and 0 is returned below -87. The polynomial is that of ggml_v_expf.
+template <bool AT_MOST_0 = false>
 static KVT_INLINE vf vf_exp(vf x) {
     const vf lim = vf_set1(-87.0f);
-    const vf y = vf_min(vf_max(x, lim), vf_set1(88.0f));
+    const vf y = AT_MOST_0 ? vf_max(x, lim) : vf_min(vf_max(x, lim), vf_set1(88.0f));
     const vf r = vf_set1(12582912.0f);
     const vf z = vf_fma(y, vf_set1(1.44269502e+0f), r);
     const vf n = vf_sub(z, r);
@@ -569,8 +563,6 @@ static KVT_INLINE vf vf_exp(vf x) {
     const vf j = vf_fma(p, u, vf_fma(vf_set1(0.999999404f), b, vf_set1(1.0f)));
     return vf_scale2(j, n, z, x, lim);
 }
-
-#endif
 
 // tanh(x) = 1 - 2/(e^2x + 1)
 static KVT_INLINE vf vf_tanh(vf x) {

@@ -305,7 +305,7 @@ static KVT_INLINE float kvt_row_exp(float * s, int n_parts, float times, const f
         const vf top   = vf_set1(-base[p]);
         vf       total = vf_set1(0);
         for (int j = p * KVT_PART; j < (p + 1) * KVT_PART; j += KVT_VW) {
-            const vf x = vf_exp(vf_fma(vf_load(s + j), vf_set1(times), top));
+            const vf x = vf_exp<true>(vf_fma(vf_load(s + j), vf_set1(times), top));
             vf_store(s + j, x);
             total = vf_add(total, x);
         }
@@ -352,7 +352,7 @@ static void kvt_weights(const kvt_soft_max & a, const kvt_seen & seen, kvt_row *
         }
     }
     for (int i = 0; i < seen.n_rows * KVT_PARTS; i += KVT_VW) {
-        vf_store(tile.factor + i, vf_exp(vf_load(tile.factor + i)));
+        vf_store(tile.factor + i, vf_exp<true>(vf_load(tile.factor + i)));
     }
     for (int r = 0; r < seen.n_rows; r++) {
         rows[r].sum += kvt_row_exp(tile.S + r * tile.n, n_parts, tile.times[r], tile.minus + r * KVT_PARTS, tile.factor + r * KVT_PARTS);
