@@ -5,9 +5,48 @@
 #include "kvt-attn-seen.h"
 #include "kvt-attn-unpack.h"
 
-#ifdef KVT_FEW
+#ifdef KVT_DOT
 
-static const int KVT_FEW_ROWS = 4; // at most: their sums are in registers
+struct kvt_few_k {
+    const char *                src;
+    size_t                      nb;
+    int64_t                     n_blocks;
+    const kvt_step_int::value * Q;
+    int64_t                     ld;    // of Q
+    const int32_t *             start; // [rows][ldq]
+    const float *               sum;
+    int64_t                     ldq;
+    const uint16_t *            d, *m; // [blocks][KVT_TILE]
+    float *                     S; // [rows][lds]
+    int64_t                     lds;
+};
+
+struct kvt_few_v {
+    const char *                src, *rest; // rest: of what fills no four of rows
+    size_t                      nb, nb_rest;
+    const kvt_step_int::value * W; // [rows][ld]
+    int64_t                     ld;
+    const int32_t *             start; // [rows][KVT_PARTS]
+    const float *               scale;
+    float *                     out; // [rows][ldo]
+    int64_t                     ldo;
+};
+
+// n_rows rows of Q or weights, KVT_FEW_ROWS at most, with n KV rows: whole vectors of K, any of V
+typedef void (*kvt_few_k_t)(const kvt_few_k & g, int n_rows, int n, kvt_ahead & ahead);
+typedef void (*kvt_few_v_t)(const kvt_few_v & g, int n_rows, int n, kvt_ahead & ahead);
+
+#ifndef KVT_FEW
+
+static const int KVT_FEW_ROWS = 0;
+
+#else
+
+static const int KVT_FEW_ROWS = 4; // their sums are in registers
+
+struct kvt_few_step : kvt_step_int {
+    static const int MR = KVT_FEW_ROWS;
+};
 
 // of M rows of A by NR vectors of B, of both planes
 template <int M, int NR>
@@ -45,20 +84,6 @@ struct kvt_few_sums {
 //
 // scores
 //
-
-struct kvt_few_k {
-    const char *                src;
-    size_t                      nb;
-    int64_t                     n_blocks;
-    const kvt_step_int::value * Q;
-    int64_t                     ld;    // of Q
-    const int32_t *             start; // [rows][ldq]
-    const float *               sum;
-    int64_t                     ldq;
-    const uint16_t *            d, *m; // [blocks][KVT_TILE]
-    float *                     S; // [rows][lds]
-    int64_t                     lds;
-};
 
 template <typename T, int M, int NR>
 static KVT_INLINE void kvt_few_k_block(const kvt_few_k & g, int r, kvt_ahead & ahead) {
@@ -103,17 +128,6 @@ static KVT_NOINLINE void kvt_few_k_rows(const kvt_few_k & g, int n, kvt_ahead & 
 //
 // out += weights V, of a block
 //
-
-struct kvt_few_v {
-    const char *                src, *rest; // rest: of what fills no four of rows
-    size_t                      nb, nb_rest;
-    const kvt_step_int::value * W; // [rows][ld]
-    int64_t                     ld;
-    const int32_t *             start; // [rows][KVT_PARTS]
-    const float *               scale;
-    float *                     out; // [rows][ldo]
-    int64_t                     ldo;
-};
 
 // of C vectors of columns, from vector C0 on
 template <typename T, int M, int C, int C0>
@@ -164,25 +178,16 @@ static KVT_NOINLINE void kvt_few_v_rows(const kvt_few_v & g, int n, kvt_ahead & 
     }
 }
 
-// n_rows rows of Q or weights, KVT_FEW_ROWS at most, with n KV rows: whole vectors of K, any of V
 template <typename T>
 static void kvt_few_k_of(const kvt_few_k & g, int n_rows, int n, kvt_ahead & ahead) {
-    switch (n_rows) {
-        case 1: kvt_few_k_rows<T, 1>(g, n, ahead); break;
-        case 2: kvt_few_k_rows<T, 2>(g, n, ahead); break;
-        case 3: kvt_few_k_rows<T, 3>(g, n, ahead); break;
-        default: kvt_few_k_rows<T, 4>(g, n, ahead); break;
-    }
+    kvt_each_rows<kvt_few_step>(n_rows, [&](int64_t, auto rows) KVT_LAMBDA { kvt_few_k_rows<T, rows>(g, n, ahead); });
 }
 
 template <typename T>
 static void kvt_few_v_of(const kvt_few_v & g, int n_rows, int n, kvt_ahead & ahead) {
-    switch (n_rows) {
-        case 1: kvt_few_v_rows<T, 1>(g, n, ahead); break;
-        case 2: kvt_few_v_rows<T, 2>(g, n, ahead); break;
-        case 3: kvt_few_v_rows<T, 3>(g, n, ahead); break;
-        default: kvt_few_v_rows<T, 4>(g, n, ahead); break;
-    }
+    kvt_each_rows<kvt_few_step>(n_rows, [&](int64_t, auto rows) KVT_LAMBDA { kvt_few_v_rows<T, rows>(g, n, ahead); });
 }
+
+#endif
 
 #endif

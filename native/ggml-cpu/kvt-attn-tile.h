@@ -129,8 +129,7 @@ static float kvt_set_q(const kvt_side & k, const float * q, float * Q, kvt_tile 
     if (k.integer) {
         vf top = vf_set1(0);
         for (int64_t i = 0; i < k.D; i += KVT_VW) {
-            const vf x = vf_load(q + i);
-            top        = vf_max(top, vf_max(x, vf_sub(vf_set1(0), x)));
+            top = vf_max(top, vf_abs(vf_load(q + i)));
         }
         const float q_max = kvt_finite(q, k.D) ? vf_hmax(top) : NAN;
         const vf    inv   = vf_set1(q_max > 0.0f ? KVT_MAX_INT / q_max : 0.0f);
@@ -200,8 +199,6 @@ static void kvt_codes(const kvt_side & s, kvt_codes_t codes, const char * src, i
     kvt_set_scales(s, src, n, tile);
 }
 
-#ifdef KVT_FEW
-
 static void kvt_scores_few(const kvt_side & k, const char * src, int n, int n_rows, const float * Q, float * S, kvt_tile & tile, kvt_ahead & ahead) {
     const int     n_full = n / KVT_VW * KVT_VW;
     const int64_t ldq    = kvt_q_size(k);
@@ -217,8 +214,6 @@ static void kvt_scores_few(const kvt_side & k, const char * src, int n, int n_ro
         rows(kvt_rest(k, src, n_full, n, tile), k.row_size, n_full, KVT_VW);
     }
 }
-
-#endif
 
 static void kvt_scores_int(const kvt_side & k, const char * src, int n, int n_rows, const float * Q, float * S, kvt_tile & tile, kvt_ahead & ahead) {
     int32_t * kt = (int32_t *) tile.kt;
@@ -248,13 +243,8 @@ static void kvt_scores(const kvt_side & k, const char * src, const kvt_seen & se
     float * S = tile.S + seen.first * tile.n;
 #ifdef KVT_DOT
     if (k.integer) {
-#ifdef KVT_FEW
-        if (seen.n_rows <= KVT_FEW_ROWS) {
-            kvt_scores_few(k, src, seen.n, seen.n_rows, Q, S, tile, ahead);
-            return;
-        }
-#endif
-        kvt_scores_int(k, src, seen.n, seen.n_rows, Q, S, tile, ahead);
+        const auto scores = seen.n_rows <= KVT_FEW_ROWS ? kvt_scores_few : kvt_scores_int;
+        scores(k, src, seen.n, seen.n_rows, Q, S, tile, ahead);
         return;
     }
 #endif
@@ -285,12 +275,12 @@ static KVT_INLINE float kvt_row_max(const kvt_soft_max & a, const uint16_t * mas
             if (mask) {
                 const vf hidden = vf_load_f16(mask + j);
                 seen            = vf_where_gt(seen, hidden, vf_set1(-INFINITY));
-                x               = vf_fma(hidden, vf_set1(row.slope), vf_where_gt(x, hidden, vf_set1(-INFINITY)));
+                x               = vf_fma(hidden, vf_set1(row.slope), x);
             }
             vf_store(s + j, x);
         }
         zero = vf_fma(seen, vf_set1(0), zero);
-        top  = vf_max(x, top); // of NaN: top
+        top  = vf_max(x, top); // of NaN, as a masked cell may hold: top
     }
     if (vf_any_nan(zero)) {
         row.sum = NAN;
@@ -493,29 +483,24 @@ static void kvt_add_min(const kvt_side & v, int64_t b, const kvt_seen & seen, fl
     }
 }
 
-#ifdef KVT_FEW
-
-// of block b, cells p to p + n of the tile
-static void kvt_values_few(const kvt_side & v, int64_t b, const char * src, int p, int n, int n_rows, float * out, kvt_tile & tile, kvt_ahead & ahead) {
-    const char *    first = src + p * v.t->nb[1], *rest = n % 4 != 0 ? kvt_rest(v, first, n / 4 * 4, n, tile) : nullptr;
-    const size_t    at = b * v.row_size / v.n_blocks;
-    const kvt_few_v g  = { first + at, rest + at, v.t->nb[1], v.row_size, (const kvt_step_int::value *) (tile.W + p), tile.n / KVT_SIDE_BY_SIDE,
+// what part p of the weights, rounded, adds to out, both of block b; rest: where the last of n cells are if they fill no four
+static void kvt_values_few(const kvt_side & v, int64_t b, const char * src, const char * rest, int p, int n, int n_rows, float * out, kvt_tile & tile, kvt_ahead & ahead) {
+    const size_t    nb = v.t->nb[1], at = b * v.row_size / v.n_blocks;
+    const kvt_few_v g = { src + p * nb + at, rest + at, nb, v.row_size, (const kvt_step_int::value *) (tile.W + p), tile.n / KVT_SIDE_BY_SIDE,
         tile.start + p / KVT_PART, tile.w_scale + p / KVT_PART, out, v.Dp };
     v.type->few_v(g, n_rows, n, ahead);
 }
 
-#endif
-
 static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead & ahead) {
     int32_t * vt = (int32_t *) tile.vt;
-#ifdef KVT_FEW
-    const bool few = seen.n_rows <= KVT_FEW_ROWS;
-#else
-    const bool few = false;
-#endif
+    const bool   few  = seen.n_rows <= KVT_FEW_ROWS;
+    const char * rest = src;
     if (few) {
         ahead.spread((seen.n + 15) / 16 * v.n_blocks);
         kvt_set_scales(v, src, seen.n, tile);
+        if (seen.n % 4 != 0) {
+            rest = kvt_rest(v, src, seen.n / 4 * 4, seen.n, tile);
+        }
     } else {
         ahead.spread<kvt_step_int>(seen.n_rows, v.D, v.type->n, (seen.n + KVT_SIDE_BY_SIDE - 1) / KVT_SIDE_BY_SIDE);
         kvt_codes(v, v.type->codes_v, src, seen.n, vt, v.D / KVT_SIDE_BY_SIDE, v.D, tile);
@@ -527,12 +512,10 @@ static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen 
         for (int p = 0; p < seen.n; p += KVT_PART) {
             const int     n_kv = std::min(KVT_PART, seen.n - p);
             const int64_t i = b * v.type->n, n_steps = (n_kv + KVT_SIDE_BY_SIDE - 1) / KVT_SIDE_BY_SIDE;
-#ifdef KVT_FEW
             if (few) {
-                kvt_values_few(v, b, src, p, n_kv, seen.n_rows, out + i, tile, ahead);
+                kvt_values_few(v, b, src, rest, p, n_kv, seen.n_rows, out + i, tile, ahead);
                 continue;
             }
-#endif
             const kvt_gemm_args<kvt_step_int, kvt_scale_rows> g = { seen.n_rows, v.type->n, n_steps, (const kvt_step_int::value *) (tile.W + p),
                 tile.n / KVT_SIDE_BY_SIDE, vt + p / KVT_SIDE_BY_SIDE * v.D + i, v.D, out + i, v.Dp, true, { tile.w_scale + p / KVT_PART, KVT_PARTS },
                 tile.start + p / KVT_PART, KVT_PARTS };

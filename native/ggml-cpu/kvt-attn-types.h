@@ -13,22 +13,20 @@ struct kvt_attn_type {
     kvt_scales_t scales;
     int          zero;
     bool         has_min;
-#endif
-#ifdef KVT_FEW
-    void (*few_k)(const kvt_few_k & g, int n_rows, int n, kvt_ahead & ahead);
-    void (*few_v)(const kvt_few_v & g, int n_rows, int n, kvt_ahead & ahead);
+    kvt_few_k_t  few_k; // null where KVT_FEW_ROWS is 0
+    kvt_few_v_t  few_v;
 #endif
 };
 
 #define KVT_FLOATS(TYPE, STEP) { GGML_TYPE_##TYPE, KVT_VW, kvt_unpack<STEP>, kvt_product<STEP> }
 #ifdef KVT_FEW
-#define KVT_FEW_OF(ROW) , kvt_few_k_of<ROW>, kvt_few_v_of<ROW>
+#define KVT_FEW_OF(ROW) kvt_few_k_of<ROW>, kvt_few_v_of<ROW>
 #else
-#define KVT_FEW_OF(ROW)
+#define KVT_FEW_OF(ROW) nullptr, nullptr
 #endif
 #ifdef KVT_DOT
 #define KVT_BLOCK(TYPE, ROW) \
-    { GGML_TYPE_##TYPE, ROW::n, nullptr, nullptr, kvt_codes_k<ROW>, kvt_codes_v<ROW>, kvt_scales<ROW>, ROW::ZERO, ROW::HAS_MIN KVT_FEW_OF(ROW) }
+    { GGML_TYPE_##TYPE, ROW::n, nullptr, nullptr, kvt_codes_k<ROW>, kvt_codes_v<ROW>, kvt_scales<ROW>, ROW::ZERO, ROW::HAS_MIN, KVT_FEW_OF(ROW) }
 #else
 #define KVT_BLOCK(TYPE, ROW)  { GGML_TYPE_##TYPE, ROW::n, kvt_unpack_block<ROW>, nullptr }
 #endif
