@@ -48,39 +48,6 @@ struct kvt_few_step : kvt_step_int {
     static const int MR = KVT_FEW_ROWS;
 };
 
-// of M rows of A by NR vectors of B, of both planes
-template <int M, int NR>
-struct kvt_few_sums {
-    vi c[M][NR][kvt_step_int::N_SUMS];
-
-    KVT_INLINE void begin(const int32_t * start, int64_t ld) {
-        for (int i = 0; i < M; i++) {
-            for (int p = 0; p < kvt_step_int::N_SUMS; p++) {
-                const vi from = kvt_step_int::from(start[i * ld], p);
-                for (int j = 0; j < NR; j++) {
-                    c[i][j][p] = from;
-                }
-            }
-        }
-    }
-
-    KVT_INLINE void step(const kvt_step_int::value * A, int64_t lda, vb * b) {
-        for (int j = 0; j < NR; j++) {
-            KVT_KEEP(b[j]);
-        }
-        for (int i = 0; i < M; i++) {
-            for (int p = 0; p < kvt_step_int::N_SUMS; p++) {
-                const vi a = kvt_step_int::plane(A + i * lda, p);
-                for (int j = 0; j < NR; j++) {
-                    vi x = kvt_step_int::fma(a, b[j], c[i][j][p]);
-                    KVT_KEEP(x);
-                    c[i][j][p] = x;
-                }
-            }
-        }
-    }
-};
-
 //
 // scores
 //
@@ -91,10 +58,10 @@ static KVT_INLINE void kvt_few_k_block(const kvt_few_k & g, int r, kvt_ahead & a
     vf               S[M][NR];
     for (int64_t b = 0; b < g.n_blocks; b++) {
         ahead.fetch();
-        kvt_few_sums<M, NR> sums;
+        kvt_sums<kvt_step_int, M, NR> sums;
         sums.begin(g.start + b, g.ldq);
         const kvt_step_int::value * Q = g.Q + b * N_STEPS;
-        kvt_each_step<T, NR>(g.src + r * g.nb + b * sizeof(typename T::block), g.nb, [&](int s, vb * x) KVT_LAMBDA { sums.step(Q + s, g.ld, x); });
+        kvt_each_step<T, NR>(g.src + r * g.nb + b * sizeof(typename T::block), g.nb, [&](int s, vb (*x)[1]) KVT_LAMBDA { sums.step(Q + s, g.ld, x); });
         for (int j = 0; j < NR; j++) {
             const int64_t at = b * KVT_TILE + r + j * KVT_VW;
             const vf      d  = vf_load_f16(g.d + at);
@@ -132,15 +99,15 @@ static KVT_NOINLINE void kvt_few_k_rows(const kvt_few_k & g, int n, kvt_ahead & 
 // of C vectors of columns, from vector C0 on
 template <typename T, int M, int C, int C0>
 static KVT_INLINE void kvt_few_v_cols(const kvt_few_v & g, int n, kvt_ahead & ahead) {
-    kvt_few_sums<M, C> sums;
+    kvt_sums<kvt_step_int, M, C> sums;
     sums.begin(g.start, KVT_PARTS);
     const kvt_step_int::value * W    = g.W;
     const char *                p    = g.src;
     size_t                      nb   = g.nb;
     const auto                  four = [&]() KVT_LAMBDA {
-        vb c[T::n / KVT_VW];
+        vb c[T::n / KVT_VW][1];
         KVT_OPAQUE(nb);
-        kvt_fours<T>(p, nb, c);
+        kvt_fours<T>(p, nb, *c);
         sums.step(W++, g.ld, c + C0);
         p += 4 * nb;
     };

@@ -200,19 +200,41 @@ struct kvt_gemm_args {
     int64_t                     ld_start;
 };
 
-template <int MR, int NR, typename T, typename S>
-static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0, int64_t j0, kvt_ahead & ahead) {
-    const int          N = T::N_SUMS;
-    typename T::vector c[MR][NR][N];
-    for (int i = 0; i < MR; i++) {
-        const int32_t start = g.start ? g.start[(i0 + i) * g.ld_start] : 0;
-        for (int p = 0; p < N; p++) {
-            const typename T::vector from = T::from(start, p);
-            for (int j = 0; j < NR; j++) {
-                c[i][j][p] = from;
+// sums of MR rows of A by NR vectors of B, in registers
+template <typename T, int MR, int NR>
+struct kvt_sums {
+    typename T::vector c[MR][NR][T::N_SUMS];
+
+    // start: of each row, ld apart; null: 0
+    KVT_INLINE void begin(const int32_t * start, int64_t ld) {
+        for (int i = 0; i < MR; i++) {
+            for (int p = 0; p < T::N_SUMS; p++) {
+                const typename T::vector from = T::from(start ? start[i * ld] : 0, p);
+                for (int j = 0; j < NR; j++) {
+                    c[i][j][p] = from;
+                }
             }
         }
     }
+
+    KVT_INLINE void step(const typename T::value * A, int64_t lda, typename T::vector (*b)[T::N_PARTS]) {
+        for (int i = 0; i < MR; i++) {
+            for (int p = 0; p < T::N_SUMS; p++) {
+                const typename T::vector a = T::plane(A + i * lda, p);
+                for (int j = 0; j < NR; j++) {
+                    typename T::vector x = T::fma(a, b[j][p % T::N_PARTS], c[i][j][p]);
+                    KVT_KEEP(x);
+                    c[i][j][p] = x;
+                }
+            }
+        }
+    }
+};
+
+template <int MR, int NR, typename T, typename S>
+static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0, int64_t j0, kvt_ahead & ahead) {
+    kvt_sums<T, MR, NR> sums;
+    sums.begin(g.start ? g.start + i0 * g.ld_start : nullptr, g.ld_start);
     const int64_t               k = g.k, lda = g.lda, ldb = g.ldb, ldc = g.ldc;
     const typename T::value *   A    = g.A + i0 * lda;
     const typename T::element * B    = g.B + j0;
@@ -225,16 +247,7 @@ static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0,
                 b[j][part] = x;
             }
         }
-        for (int i = 0; i < MR; i++) {
-            for (int p = 0; p < N; p++) {
-                const typename T::vector a = T::plane(A + i * lda + l, p);
-                for (int j = 0; j < NR; j++) {
-                    typename T::vector x = T::fma(a, b[j][p % T::N_PARTS], c[i][j][p]);
-                    KVT_KEEP(x);
-                    c[i][j][p] = x;
-                }
-            }
-        }
+        sums.step(A + l, lda, b);
         B += T::N_ROWS * ldb;
     };
     for (int64_t l = 0; l < k;) {
@@ -257,13 +270,13 @@ static KVT_INLINE void kvt_gemm_block(const kvt_gemm_args<T, S> & g, int64_t i0,
         for (int i = 0; i < MR; i++) {
             for (int j = 0; j < NR; j++) {
                 float * y = C + i * ldc + j * KVT_VW;
-                vf_store(y, scale.plus(T::all(c[i][j]), i0 + i, j0 + j * KVT_VW, vf_load(y)));
+                vf_store(y, scale.plus(T::all(sums.c[i][j]), i0 + i, j0 + j * KVT_VW, vf_load(y)));
             }
         }
     } else {
         for (int i = 0; i < MR; i++) {
             for (int j = 0; j < NR; j++) {
-                vf_store(C + i * ldc + j * KVT_VW, scale(T::all(c[i][j]), i0 + i, j0 + j * KVT_VW));
+                vf_store(C + i * ldc + j * KVT_VW, scale(T::all(sums.c[i][j]), i0 + i, j0 + j * KVT_VW));
             }
         }
     }

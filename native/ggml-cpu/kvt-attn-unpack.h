@@ -403,9 +403,9 @@ static KVT_INLINE void kvt_each_step(const char * p, size_t nb, F step) {
                 }
             }
             for (int k = 0; k < N_PIECE; k++) {
-                vb b[NR];
+                vb b[NR][1];
                 for (int j = 0; j < NR; j++) {
-                    b[j] = y[j][k];
+                    b[j][0] = y[j][k];
                 }
                 step(4 * (piece * N_PIECE + k) + u, b);
             }
@@ -419,12 +419,12 @@ static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int3
     for (int r = 0; r < n_rows; r += KVT_VW) {
         for (int64_t b = 0; b < n / T::n; b++) {
             int32_t * to = dst + b * T::n / KVT_SIDE_BY_SIDE * ld + r;
-            kvt_each_step<T, 1>(src + r * nb + b * sizeof(typename T::block), nb, [=](int s, const vb * x) KVT_LAMBDA {
+            kvt_each_step<T, 1>(src + r * nb + b * sizeof(typename T::block), nb, [=](int s, const vb (*x)[1]) KVT_LAMBDA {
 #ifdef KVT_BYTES
-                vb_store(to + s * ld, *x);
+                vb_store(to + s * ld, **x);
 #else
-                vi_store(to + (2 * s + 0) * ld, vi_even(*x));
-                vi_store(to + (2 * s + 1) * ld, vi_odd(*x));
+                vi_store(to + (2 * s + 0) * ld, vi_even(**x));
+                vi_store(to + (2 * s + 1) * ld, vi_odd(**x));
 #endif
             });
         }
