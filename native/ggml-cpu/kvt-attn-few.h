@@ -2,8 +2,8 @@
 // bit, without its way through memory.
 #pragma once
 
+#include "kvt-attn-codes.h"
 #include "kvt-attn-seen.h"
-#include "kvt-attn-unpack.h"
 
 #ifdef KVT_DOT
 
@@ -61,7 +61,7 @@ static KVT_INLINE void kvt_few_k_block(const kvt_few_k & g, int r, kvt_ahead & a
         kvt_sums<kvt_step_int, M, NR> sums;
         sums.begin(g.start + b, g.ldq);
         const kvt_step_int::value * Q = g.Q + b * N_STEPS;
-        kvt_each_step<T, NR>(g.src + r * g.nb + b * sizeof(typename T::block), g.nb, [&](int s, vb (*x)[1]) KVT_LAMBDA { sums.step(Q + s, g.ld, x); });
+        kvt_each_step<T, NR>(g.src + r * g.nb + b * sizeof(typename T::block), g.nb, [&](int s, vb(*x)[1]) KVT_LAMBDA { sums.step(Q + s, g.ld, x); });
         for (int j = 0; j < NR; j++) {
             const int64_t at = b * KVT_TILE + r + j * KVT_VW;
             const vf      d  = vf_load_f16(g.d + at);

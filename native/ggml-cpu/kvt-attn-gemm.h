@@ -12,7 +12,7 @@ static const int KVT_REGISTERS = 16;
 static const int KVT_REGISTERS = 32;
 #endif
 
-// What of K or V is fetched while the tile before it is computed, a little at a time: a burst would wait for memory.
+// What of V is fetched while K is computed, and of the next K while V is, a little at a time: a burst would wait for memory.
 struct kvt_ahead {
     const char * p;
     size_t       nb, size; // n runs of size bytes, nb apart

@@ -545,29 +545,3 @@ static KVT_INLINE vi   vi_round_product(vf a, vf b)    { return vi_round(vf_mul(
 #else
 #define KVT_AROUND(zero) 0
 #endif
-
-#ifdef KVT_VW
-
-// e^x, about 2 ulp; x is clamped at 88, and 0 is returned below -87. The polynomial is that of ggml_v_expf.
-template <bool AT_MOST_0 = false>
-static KVT_INLINE vf vf_exp(vf x) {
-    const vf lim = vf_set1(-87.0f);
-    const vf y = AT_MOST_0 ? vf_max(x, lim) : vf_min(vf_max(x, lim), vf_set1(88.0f));
-    const vf r = vf_set1(12582912.0f);
-    const vf z = vf_fma(y, vf_set1(1.44269502e+0f), r);
-    const vf n = vf_sub(z, r);
-    const vf b = vf_fma(n, vf_set1(-1.42860677e-6f), vf_fma(n, vf_set1(-6.93145752e-1f), y));
-    const vf u = vf_mul(b, b);
-    const vf p = vf_fma(vf_fma(vf_set1(8.24739039e-3f), b, vf_set1(4.18997668e-2f)), u,
-                        vf_fma(vf_set1(1.66683957e-1f), b, vf_set1(4.99991268e-1f)));
-    const vf j = vf_fma(p, u, vf_fma(vf_set1(0.999999404f), b, vf_set1(1.0f)));
-    return vf_scale2(j, n, z, x, lim);
-}
-
-// tanh(x) = 1 - 2/(e^2x + 1)
-static KVT_INLINE vf vf_tanh(vf x) {
-    const vf one = vf_set1(1.0f);
-    return vf_sub(one, vf_div(vf_set1(2.0f), vf_add(vf_exp(vf_add(x, x)), one)));
-}
-
-#endif

@@ -187,7 +187,7 @@ static void kvt_item_begin(const kvt_attn & a, const kvt_item & it, const kvt_st
     }
 }
 
-// Item i's share of the next tile of n rows at p, where its head starts: or, if the heads of the group lie beside each other, a part of all
+// Item i's share of the n rows at p that are needed next, where its head starts: or, if the heads of the group lie beside each other, a part of all
 // their rows.
 static kvt_ahead kvt_next(const kvt_attn & a, const kvt_side & s, int64_t i, const char * p, int64_t n) {
     const size_t nb = s.t->nb[1];
