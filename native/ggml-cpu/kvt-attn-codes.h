@@ -64,81 +64,78 @@ static KVT_INLINE void kvt_each_step(const char * p, size_t nb, F step) {
     }
 }
 
-// as [n/side by side][ld]: some values of each row; in pairs, values 0 and 2, 1 and 3, 4 and 6...
+// A block of 4 rows from p on: a value of each row, KVT_VW values in a vector
+template <typename T>
+static KVT_INLINE void kvt_fours(const char * p, size_t nb, vb * c) {
+    static const int N = T::n / 16, N_FOUR = 16 / KVT_VW;
+    vb               a[N_FOUR], x[N_FOUR];
+    if constexpr (T::PIECES > 0) {
+        static const int N_PIECE = N / T::PIECES;
+        for (int piece = 0; piece < T::PIECES; piece++) {
+            for (int i = 0; i < N_FOUR; i++) {
+                a[i] = T::load(p + i * nb, N_FOUR * nb, piece);
+            }
+            vb_across_rows(a, x);
+            for (int i = 0; i < N_FOUR; i++) {
+                vb y[N_PIECE];
+                T::unpack(x[i], y);
+                for (int k = 0; k < N_PIECE; k++) {
+                    c[(piece * N_PIECE + k) * N_FOUR + i] = y[k];
+                }
+            }
+        }
+    } else {
+        vb y[N_FOUR][N];
+        for (int i = 0; i < N_FOUR; i++) {
+            T::codes(p + i * nb, N_FOUR * nb, y[i]);
+        }
+        for (int k = 0; k < N; k++) {
+            for (int i = 0; i < N_FOUR; i++) {
+                a[i] = y[i][k];
+            }
+            vb_across_rows(a, c + k * N_FOUR);
+        }
+    }
+}
+
+// Fours of codes as products take them, by put(i, x): in one vector, or in two, of the first and the third, and of the others
+template <typename F>
+static KVT_INLINE void kvt_each_put(vb c, F put) {
+#ifdef KVT_BYTES
+    put(0, c);
+#else
+    put(0, vi_even(c));
+    put(1, vi_odd(c));
+#endif
+}
+
+// as [n/side by side][ld]: some values of each row
 template <typename T>
 static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
     for (int r = 0; r < n_rows; r += KVT_VW) {
         for (int64_t b = 0; b < n / T::n; b++) {
             int32_t * to = dst + b * T::n / KVT_SIDE_BY_SIDE * ld + r;
             kvt_each_step<T, 1>(src + r * nb + b * sizeof(typename T::block), nb, [=](int s, const vb(*x)[1]) KVT_LAMBDA {
-#ifdef KVT_BYTES
-                vb_store(to + s * ld, **x);
-#else
-                vi_store(to + (2 * s + 0) * ld, vi_even(**x));
-                vi_store(to + (2 * s + 1) * ld, vi_odd(**x));
-#endif
+                kvt_each_put(**x, [=](int i, auto y) KVT_LAMBDA { vb_store(to + (s * 4 / KVT_SIDE_BY_SIDE + i) * ld, y); });
             });
         }
     }
 }
-
-#ifdef KVT_FEW
-
-// A block of 4 rows from p on: a value of each row, 16 values in a vector
-template <typename T>
-static KVT_INLINE void kvt_fours(const char * p, size_t nb, vb * c) {
-    static const int N = T::n / 16;
-    if constexpr (T::PIECES > 0) {
-        for (int i = 0; i < T::PIECES; i++) {
-            T::unpack(vb_across_rows(T::load(p, nb, i)), c + i * N / T::PIECES);
-        }
-    } else {
-        T::codes(p, nb, c);
-        for (int i = 0; i < N; i++) {
-            c[i] = vb_across_rows(c[i]);
-        }
-    }
-}
-
-#endif
 
 // as [n_rows/side by side][ld]: one value of some rows
 template <typename T>
 static void kvt_codes_v(const char * src, size_t nb, int n_rows, int64_t n, int32_t * dst, int64_t ld) {
-    static const int N = T::n / 16;
-#ifdef KVT_FEW
+    static const int N = T::n / KVT_VW;
     for (int r = 0; r < n_rows; r += 4) {
         for (int64_t b = 0; b < n / T::n; b++) {
             vb c[N];
             kvt_fours<T>(src + r * nb + b * sizeof(typename T::block), nb, c);
+            int32_t * to = dst + r / KVT_SIDE_BY_SIDE * ld + b * T::n;
             for (int k = 0; k < N; k++) {
-                vb_store(dst + r / 4 * ld + b * T::n + k * 16, c[k]);
+                kvt_each_put(c[k], [=](int i, auto y) KVT_LAMBDA { vb_store(to + i * ld + k * KVT_VW, y); });
             }
         }
     }
-#else
-    for (int r = 0; r < n_rows; r += KVT_VW) {
-        for (int64_t b = 0; b < n / T::n; b++) {
-            vb c[N][4];
-            kvt_each_fourth(src + r * nb + b * sizeof(typename T::block), nb, [&](int i, const char * q, size_t by) KVT_LAMBDA {
-                vb x[N];
-                kvt_codes<T>(q, by, x);
-                for (int k = 0; k < N; k++) {
-                    c[k][i] = x[k];
-                }
-            });
-            for (int k = 0; k < N; k++) {
-                int32_t * to = dst + r / KVT_SIDE_BY_SIDE * ld + b * T::n + k * 16;
-#ifdef KVT_BYTES
-                vb_fours(c[k], to, ld);
-#else
-                vb_interleave(c[k][0], c[k][1], to, ld);
-                vb_interleave(c[k][2], c[k][3], to + ld, ld);
-#endif
-            }
-        }
-    }
-#endif
 }
 
 // d and, if the type has it, m, f16, as [blocks][ld]

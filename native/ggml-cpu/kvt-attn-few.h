@@ -32,7 +32,7 @@ struct kvt_few_v {
     int64_t                     ldo;
 };
 
-// n_rows rows of Q or weights, KVT_FEW_ROWS at most, with n KV rows: whole vectors of K, any of V
+// n_rows rows of Q or weights, KVT_FEW_ROWS or few_v_max at most, with n KV rows: whole vectors of K, any of V
 typedef void (*kvt_few_k_t)(const kvt_few_k & g, int n_rows, int n, kvt_ahead & ahead);
 typedef void (*kvt_few_v_t)(const kvt_few_v & g, int n_rows, int n, kvt_ahead & ahead);
 
@@ -42,11 +42,33 @@ static const int KVT_FEW_ROWS = 0;
 
 #else
 
-static const int KVT_FEW_ROWS = 4; // their sums are in registers
+static const int KVT_FEW_ROWS = 4, KVT_FEW_SUMS = KVT_REGISTERS == 32 ? 24 : 8; // in registers
 
+// Rows of weights, at most, 0: none. With 16 registers V is unpacked anew for each few columns: for two vectors of them, of bytes that are unpacked one by one, it is
+// worth it.
+template <typename T>
+static constexpr int kvt_few_v_max() {
+    return KVT_REGISTERS == 32 ? KVT_FEW_ROWS : T::PIECES > 0 ? KVT_FEW_SUMS / 2 / kvt_step_int::N_SUMS
+                                                              : 0;
+}
+
+template <int N>
 struct kvt_few_step : kvt_step_int {
-    static const int MR = KVT_FEW_ROWS;
+    static const int MR = N;
 };
+
+// the step of the sums that 4 values of K, or rows of V, are
+template <int M, int NR>
+static KVT_INLINE void kvt_few_sum(kvt_sums<kvt_step_int, M, NR> & sums, const kvt_step_int::value * A, int64_t ld, vb (*x)[1]) {
+    static const int N = 4 / KVT_SIDE_BY_SIDE;
+    vi               y[N][NR][1];
+    for (int j = 0; j < NR; j++) {
+        kvt_each_put(*x[j], [&](int i, auto v) KVT_LAMBDA { *y[i][j] = v; });
+    }
+    for (int i = 0; i < N; i++) {
+        sums.step(A + i, ld, y[i]);
+    }
+}
 
 //
 // scores
@@ -54,14 +76,14 @@ struct kvt_few_step : kvt_step_int {
 
 template <typename T, int M, int NR>
 static KVT_INLINE void kvt_few_k_block(const kvt_few_k & g, int r, kvt_ahead & ahead) {
-    static const int N_STEPS = T::n / KVT_SIDE_BY_SIDE;
+    static const int N_STEPS = T::n / KVT_SIDE_BY_SIDE, N_STEP = 4 / KVT_SIDE_BY_SIDE;
     vf               S[M][NR];
     for (int64_t b = 0; b < g.n_blocks; b++) {
         ahead.fetch();
         kvt_sums<kvt_step_int, M, NR> sums;
         sums.begin(g.start + b, g.ldq);
         const kvt_step_int::value * Q = g.Q + b * N_STEPS;
-        kvt_each_step<T, NR>(g.src + r * g.nb + b * sizeof(typename T::block), g.nb, [&](int s, vb(*x)[1]) KVT_LAMBDA { sums.step(Q + s, g.ld, x); });
+        kvt_each_step<T, NR>(g.src + r * g.nb + b * sizeof(typename T::block), g.nb, [&](int s, vb(*x)[1]) KVT_LAMBDA { kvt_few_sum(sums, Q + s * N_STEP, g.ld, x); });
         for (int j = 0; j < NR; j++) {
             const int64_t at = b * KVT_TILE + r + j * KVT_VW;
             const vf      d  = vf_load_f16(g.d + at);
@@ -83,9 +105,10 @@ static KVT_INLINE void kvt_few_k_block(const kvt_few_k & g, int r, kvt_ahead & a
 
 template <typename T, int M>
 static KVT_NOINLINE void kvt_few_k_rows(const kvt_few_k & g, int n, kvt_ahead & ahead) {
-    int r = 0;
-    for (; r + 2 * KVT_VW <= n; r += 2 * KVT_VW) {
-        kvt_few_k_block<T, M, 2>(g, r, ahead);
+    static const int NR = KVT_REGISTERS / 16;
+    int              r  = 0;
+    for (; r + NR * KVT_VW <= n; r += NR * KVT_VW) {
+        kvt_few_k_block<T, M, NR>(g, r, ahead);
     }
     for (; r < n; r += KVT_VW) {
         kvt_few_k_block<T, M, 1>(g, r, ahead);
@@ -108,7 +131,8 @@ static KVT_INLINE void kvt_few_v_cols(const kvt_few_v & g, int n, kvt_ahead & ah
         vb c[T::n / KVT_VW][1];
         KVT_OPAQUE(nb);
         kvt_fours<T>(p, nb, *c);
-        sums.step(W++, g.ld, c + C0);
+        kvt_few_sum(sums, W, g.ld, c + C0);
+        W += 4 / KVT_SIDE_BY_SIDE;
         p += 4 * nb;
     };
     int r = 0;
@@ -134,25 +158,35 @@ static KVT_INLINE void kvt_few_v_cols(const kvt_few_v & g, int n, kvt_ahead & ah
     }
 }
 
+// as many columns at once as there are registers for their sums
+static constexpr int kvt_few_cols(int n, int n_rows) {
+    return n * n_rows * kvt_step_int::N_SUMS > KVT_FEW_SUMS ? kvt_few_cols(n / 2, n_rows) : n;
+}
+
+template <typename T, int M, int C0>
+static KVT_INLINE void kvt_few_v_all(const kvt_few_v & g, int n, kvt_ahead & ahead) {
+    static const int N = T::n / KVT_VW, C = kvt_few_cols(N, M);
+    kvt_few_v_cols<T, M, C, C0>(g, n, ahead);
+    if constexpr (C0 + C < N) {
+        kvt_few_v_all<T, M, C0 + C>(g, n, ahead);
+    }
+}
+
 template <typename T, int M>
 static KVT_NOINLINE void kvt_few_v_rows(const kvt_few_v & g, int n, kvt_ahead & ahead) {
-    static const int N = T::n / KVT_VW;
-    if constexpr (M * N > 12) { // of 24 sums, 32 registers do not hold more beside them
-        kvt_few_v_cols<T, M, N / 2, 0>(g, n, ahead);
-        kvt_few_v_cols<T, M, N / 2, N / 2>(g, n, ahead);
-    } else {
-        kvt_few_v_cols<T, M, N, 0>(g, n, ahead);
-    }
+    kvt_few_v_all<T, M, 0>(g, n, ahead);
 }
 
 template <typename T>
 static void kvt_few_k_of(const kvt_few_k & g, int n_rows, int n, kvt_ahead & ahead) {
-    kvt_each_rows<kvt_few_step>(n_rows, [&](int64_t, auto rows) KVT_LAMBDA { kvt_few_k_rows<T, rows>(g, n, ahead); });
+    kvt_each_rows<kvt_few_step<KVT_FEW_ROWS>>(n_rows, [&](int64_t, auto rows) KVT_LAMBDA { kvt_few_k_rows<T, rows>(g, n, ahead); });
 }
 
 template <typename T>
 static void kvt_few_v_of(const kvt_few_v & g, int n_rows, int n, kvt_ahead & ahead) {
-    kvt_each_rows<kvt_few_step>(n_rows, [&](int64_t, auto rows) KVT_LAMBDA { kvt_few_v_rows<T, rows>(g, n, ahead); });
+    if constexpr (kvt_few_v_max<T>() > 0) {
+        kvt_each_rows<kvt_few_step<kvt_few_v_max<T>()>>(n_rows, [&](int64_t, auto rows) KVT_LAMBDA { kvt_few_v_rows<T, rows>(g, n, ahead); });
+    }
 }
 
 #endif

@@ -156,7 +156,7 @@ struct kvt_step_int {
         const int16_t y[4] = { x[0], x[2], x[1], x[3] };
         memcpy(a, y, sizeof(y));
     }
-    static KVT_INLINE void put_v(vi x, int16_t * w, int j) { vi_store_i16(w + j, x); }
+    static KVT_INLINE void put_v(vi x, int16_t * w, int j) { vi_store_pairs(w + j, x); }
     static KVT_INLINE vf   all(const vi * c) { return vi_float(c[0]); }
 };
 

@@ -25,7 +25,7 @@
 #define KVT_NOINLINE __attribute__((noinline))
 #define KVT_LAMBDA __attribute__((always_inline))
 #define KVT_UNROLL _Pragma("GCC unroll 4")
-#define kvt_prefetch(p) __builtin_prefetch(p)
+#define kvt_prefetch(p) __builtin_prefetch(p, 0, 2) // to the L2 cache: what a tile needs is more than the L1 cache holds
 #if defined(__x86_64__) || defined(__i386__)
 #define KVT_KEEP(v) __asm__("" : "+v"(v)) // in a register: it is used more than once
 #elif defined(__aarch64__)
@@ -39,7 +39,7 @@
 #define KVT_NOINLINE __declspec(noinline)
 #define KVT_LAMBDA
 #define KVT_UNROLL
-#define kvt_prefetch(p) _mm_prefetch((const char *) (p), _MM_HINT_T0)
+#define kvt_prefetch(p) _mm_prefetch((const char *) (p), _MM_HINT_T1)
 #define KVT_KEEP(v) GGML_UNUSED(v)
 #define KVT_OPAQUE(x) GGML_UNUSED(x)
 #else
@@ -148,7 +148,11 @@ static KVT_INLINE vi   vi_dot  (vi a, vi b, vi c)      { return _mm512_add_epi32
 static KVT_INLINE vi   vi_even (vi a)                  { return _mm512_and_si512(a, _mm512_set1_epi16(255)); }
 static KVT_INLINE vi   vi_odd  (vi a)                  { return _mm512_srli_epi16(a, 8); }
 static KVT_INLINE void vi_store_i16(int16_t * p, vi a) { _mm256_storeu_si256((__m256i *) p, _mm512_cvtsepi32_epi16(a)); }
-
+// of each four the first and the third, then the others
+static KVT_INLINE void vi_store_pairs(int16_t * p, vi a) {
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
+    _mm256_storeu_si256((__m256i *) p, _mm256_shuffle_epi8(_mm512_cvtsepi32_epi16(a), order));
+}
 
 #define KVT_BLOCKS
 typedef __m512i vb;
@@ -189,16 +193,18 @@ static KVT_INLINE vb   vb_load8(const char * p, size_t nb) {
     }
     return _mm512_setr_epi64(x[0], x[0], x[1], x[1], x[2], x[2], x[3], x[3]);
 }
-#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
-#define KVT_FEW
 // lane l is of row l: to fours of the rows, 16 of them
-static KVT_INLINE vb   vb_across_rows(vb a) {
+static KVT_INLINE void vb_across_rows(const vb * a, vb * c) {
+#ifdef __AVX512VBMI__
     alignas(64) static const int8_t order[64] = {
         0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51, 4, 20, 36, 52, 5, 21, 37, 53, 6, 22, 38, 54, 7, 23, 39, 55,
         8, 24, 40, 56, 9, 25, 41, 57, 10, 26, 42, 58, 11, 27, 43, 59, 12, 28, 44, 60, 13, 29, 45, 61, 14, 30, 46, 62, 15, 31, 47, 63 };
-    return _mm512_permutexvar_epi8(_mm512_load_si512(order), a);
-}
+    c[0] = _mm512_permutexvar_epi8(_mm512_load_si512(order), a[0]);
+#else
+    const __m512i x = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), a[0]);
+    c[0] = _mm512_shuffle_epi8(x, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
 #endif
+}
 // lane l of a[i] is of row 4*l + i: to 4 bytes of each row in turn
 static KVT_INLINE void vb_transpose(const vb * a, vb * x) {
     const __m512i b0 = _mm512_unpacklo_epi32(a[0], a[1]), b1 = _mm512_unpackhi_epi32(a[0], a[1]);
@@ -208,30 +214,6 @@ static KVT_INLINE void vb_transpose(const vb * a, vb * x) {
     x[2] = _mm512_unpacklo_epi64(b1, b3);
     x[3] = _mm512_unpackhi_epi64(b1, b3);
 }
-// to fours of a[0] to a[3], 16 per lane, lanes ld apart
-static KVT_INLINE void vb_fours(const vb * a, int32_t * dst, int64_t ld) {
-    const __m512i lo01 = _mm512_unpacklo_epi8(a[0], a[1]), hi01 = _mm512_unpackhi_epi8(a[0], a[1]);
-    const __m512i lo23 = _mm512_unpacklo_epi8(a[2], a[3]), hi23 = _mm512_unpackhi_epi8(a[2], a[3]);
-    const __m512i x0 = _mm512_unpacklo_epi16(lo01, lo23), x1 = _mm512_unpackhi_epi16(lo01, lo23);
-    const __m512i x2 = _mm512_unpacklo_epi16(hi01, hi23), x3 = _mm512_unpackhi_epi16(hi01, hi23);
-    const __m512i y0 = _mm512_shuffle_i32x4(x0, x1, 0x44), y1 = _mm512_shuffle_i32x4(x2, x3, 0x44);
-    const __m512i y2 = _mm512_shuffle_i32x4(x0, x1, 0xee), y3 = _mm512_shuffle_i32x4(x2, x3, 0xee);
-    _mm512_storeu_si512(dst,        _mm512_shuffle_i32x4(y0, y1, 0x88));
-    _mm512_storeu_si512(dst +   ld, _mm512_shuffle_i32x4(y0, y1, 0xdd));
-    _mm512_storeu_si512(dst + 2*ld, _mm512_shuffle_i32x4(y2, y3, 0x88));
-    _mm512_storeu_si512(dst + 3*ld, _mm512_shuffle_i32x4(y2, y3, 0xdd));
-}
-// to pairs of int16, (a, b), 16 per lane, lanes 2*ld apart
-static KVT_INLINE void vb_interleave(vb a, vb b, int32_t * dst, int64_t ld) {
-    const __m512i lo = _mm512_unpacklo_epi8(a, b), hi = _mm512_unpackhi_epi8(a, b);
-    const __m512i x  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(0, 1,  8,  9, 2, 3, 10, 11), hi);
-    const __m512i y  = _mm512_permutex2var_epi64(lo, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), hi);
-    _mm512_storeu_si512(dst,        _mm512_cvtepu8_epi16(_mm512_castsi512_si256(x)));
-    _mm512_storeu_si512(dst + 2*ld, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(x, 1)));
-    _mm512_storeu_si512(dst + 4*ld, _mm512_cvtepu8_epi16(_mm512_castsi512_si256(y)));
-    _mm512_storeu_si512(dst + 6*ld, _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(y, 1)));
-}
-
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #define KVT_VW 8
@@ -322,7 +304,10 @@ static KVT_INLINE vi   vi_odd  (vi a)                  { return _mm256_srli_epi1
 static KVT_INLINE void vi_store_i16(int16_t * p, vi a) {
     _mm_storeu_si128((__m128i *) p, _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
 }
-
+static KVT_INLINE void vi_store_pairs(int16_t * p, vi a) {
+    const __m128i x = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storeu_si128((__m128i *) p, _mm_shuffle_epi8(x, _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15)));
+}
 
 #define KVT_BLOCKS
 typedef __m256i vb;
@@ -361,22 +346,11 @@ static KVT_INLINE void vb_transpose(const vb * a, vb * x) {
     x[2] = _mm256_unpacklo_epi64(b1, b3);
     x[3] = _mm256_unpackhi_epi64(b1, b3);
 }
-static KVT_INLINE void vb_fours(const vb * a, int32_t * dst, int64_t ld) {
-    const __m256i lo01 = _mm256_unpacklo_epi8(a[0], a[1]), hi01 = _mm256_unpackhi_epi8(a[0], a[1]);
-    const __m256i lo23 = _mm256_unpacklo_epi8(a[2], a[3]), hi23 = _mm256_unpackhi_epi8(a[2], a[3]);
-    const __m256i x0 = _mm256_unpacklo_epi16(lo01, lo23), x1 = _mm256_unpackhi_epi16(lo01, lo23);
-    const __m256i x2 = _mm256_unpacklo_epi16(hi01, hi23), x3 = _mm256_unpackhi_epi16(hi01, hi23);
-    _mm256_storeu_si256((__m256i *) (dst),          _mm256_permute2x128_si256(x0, x1, 0x20));
-    _mm256_storeu_si256((__m256i *) (dst + 8),      _mm256_permute2x128_si256(x2, x3, 0x20));
-    _mm256_storeu_si256((__m256i *) (dst + ld),     _mm256_permute2x128_si256(x0, x1, 0x31));
-    _mm256_storeu_si256((__m256i *) (dst + ld + 8), _mm256_permute2x128_si256(x2, x3, 0x31));
-}
-static KVT_INLINE void vb_interleave(vb a, vb b, int32_t * dst, int64_t ld) {
-    const __m256i lo = _mm256_unpacklo_epi8(a, b), hi = _mm256_unpackhi_epi8(a, b);
-    _mm256_storeu_si256((__m256i *) (dst),            _mm256_cvtepu8_epi16(_mm256_castsi256_si128(lo)));
-    _mm256_storeu_si256((__m256i *) (dst + 8),        _mm256_cvtepu8_epi16(_mm256_castsi256_si128(hi)));
-    _mm256_storeu_si256((__m256i *) (dst + 2*ld),     _mm256_cvtepu8_epi16(_mm256_extracti128_si256(lo, 1)));
-    _mm256_storeu_si256((__m256i *) (dst + 2*ld + 8), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(hi, 1)));
+// lane l of a[i] is of row 2*l + i: to fours of the rows, 8 of them in a vector
+static KVT_INLINE void vb_across_rows(const vb * a, vb * c) {
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    c[0] = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(_mm256_unpacklo_epi32(a[0], a[1]), 0xd8), order);
+    c[1] = _mm256_shuffle_epi8(_mm256_permute4x64_epi64(_mm256_unpackhi_epi32(a[0], a[1]), 0xd8), order);
 }
 
 #elif defined(__ARM_NEON) && defined(__aarch64__)
@@ -480,9 +454,13 @@ static KVT_INLINE void vb_transpose(const vb * a, vb * x) {
     x[3] = vreinterpretq_s8_s32(vzip2q_s32(b.val[1], c.val[1]));
 }
 static KVT_INLINE void vb_store(int32_t * p, vb a)     { vst1q_s32(p, vreinterpretq_s32_s8(a)); }
-static KVT_INLINE void vb_fours(const vb * a, int32_t * dst, int64_t) {
-    const int8x16x4_t x = { { a[0], a[1], a[2], a[3] } };
-    vst4q_s8((int8_t *) dst, x);
+// a[i] is of row i: to fours of the rows, 4 of them in a vector
+static KVT_INLINE void vb_across_rows(const vb * a, vb * c) {
+    const int8x16x2_t x = vzipq_s8(a[0], a[2]), y = vzipq_s8(a[1], a[3]);
+    for (int i = 0; i < 2; i++) {
+        c[2*i + 0] = vzip1q_s8(x.val[i], y.val[i]);
+        c[2*i + 1] = vzip2q_s8(x.val[i], y.val[i]);
+    }
 }
 
 #endif
@@ -541,6 +519,7 @@ static KVT_INLINE vi   vi_round_product(vf a, vf b)    { return vi_round(vf_mul(
 #endif
 
 #if defined(KVT_DOT) && !defined(__aarch64__)
+#define KVT_FEW // rows of Q are multiplied straight from the codes
 #define KVT_AROUND(zero) (zero)
 #else
 #define KVT_AROUND(zero) 0

@@ -249,7 +249,7 @@ static void kvt_values_few(const kvt_side & v, int64_t b, const char * src, cons
 
 static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen & seen, float * out, kvt_tile & tile, kvt_ahead & ahead) {
     int32_t *    vt   = (int32_t *) tile.vt;
-    const bool   few  = seen.n_rows <= KVT_FEW_ROWS;
+    const bool   few  = seen.n_rows <= v.type->few_v_max;
     const char * rest = src;
     if (few) {
         ahead.spread((seen.n + 15) / 16 * v.n_blocks);
@@ -258,7 +258,7 @@ static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen 
             rest = kvt_rest(v, src, seen.n / 4 * 4, seen.n, tile);
         }
     } else {
-        ahead.spread<kvt_step_int>(seen.n_rows, v.D, v.type->n, (seen.n + KVT_SIDE_BY_SIDE - 1) / KVT_SIDE_BY_SIDE);
+        ahead.spread<kvt_step_int>(seen.n_rows, v.D, v.type->n, (seen.n + 3) / 4 * (4 / KVT_SIDE_BY_SIDE));
         kvt_codes(v, v.type->codes_v, src, seen.n, vt, v.D / KVT_SIDE_BY_SIDE, v.D, tile);
     }
     for (int64_t b = 0; b < v.n_blocks; b++) {
@@ -267,7 +267,7 @@ static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen 
         kvt_round_all(v, b, seen, bad, tile);
         for (int p = 0; p < seen.n; p += KVT_PART) {
             const int     n_kv = std::min(KVT_PART, seen.n - p);
-            const int64_t i = b * v.type->n, n_steps = (n_kv + KVT_SIDE_BY_SIDE - 1) / KVT_SIDE_BY_SIDE;
+            const int64_t i = b * v.type->n, n_steps = (n_kv + 3) / 4 * (4 / KVT_SIDE_BY_SIDE);
             if (few) {
                 kvt_values_few(v, b, src, rest, p, n_kv, seen.n_rows, out + i, tile, ahead);
                 continue;

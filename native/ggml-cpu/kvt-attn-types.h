@@ -15,14 +15,15 @@ struct kvt_attn_type {
     bool         has_min;
     kvt_few_k_t  few_k; // null where KVT_FEW_ROWS is 0
     kvt_few_v_t  few_v;
+    int          few_v_max; // rows
 #endif
 };
 
 #define KVT_FLOATS(TYPE, STEP) { GGML_TYPE_##TYPE, KVT_VW, kvt_unpack<STEP>, kvt_product<STEP> }
 #ifdef KVT_FEW
-#define KVT_FEW_OF(ROW) kvt_few_k_of<ROW>, kvt_few_v_of<ROW>
+#define KVT_FEW_OF(ROW) kvt_few_k_of<ROW>, kvt_few_v_of<ROW>, kvt_few_v_max<ROW>()
 #else
-#define KVT_FEW_OF(ROW) nullptr, nullptr
+#define KVT_FEW_OF(ROW) nullptr, nullptr, 0
 #endif
 #ifdef KVT_DOT
 #define KVT_BLOCK(TYPE, ROW) \
