@@ -42,7 +42,8 @@ static const int KVT_FEW_ROWS = 0;
 
 #else
 
-static const int KVT_FEW_ROWS = 4, KVT_FEW_SUMS = KVT_REGISTERS == 32 ? 24 : 8; // in registers
+static const int KVT_FEW_SUMS = KVT_REGISTERS == 32 ? 24 : 8; // in registers
+static const int KVT_FEW_ROWS = KVT_REGISTERS == 16 && kvt_step_int::N_SUMS == 1 ? 6 : 4;
 
 // Rows of weights, at most, 0: none. With 16 registers V is unpacked anew for each few columns: for two vectors of them, of bytes that are unpacked one by one, it is
 // worth it.

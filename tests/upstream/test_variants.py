@@ -1,6 +1,6 @@
 """Attention is right as compiled for other instruction sets than this machine's: plain x86-64, AVX2, AVX-512, each with
-and without products of bytes, and aarch64 with and without them under qemu. What is written
-has the same bytes there."""
+and without products of bytes, the last one also without their permutations, and aarch64 with and without products of
+bytes under qemu. What is written has the same bytes there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ sys.path.insert(0, str(ROOT / "tests" / "native"))
 
 pytestmark = pytest.mark.upstream
 
-VARIANTS = {"x64": "", "haswell": "avx2", "alderlake": "avx_vnni", "skylakex": "avx512bw", "icelake": "avx512_vnni"}
+VARIANTS = {
+    "x64": "",
+    "haswell": "avx2",
+    "alderlake": "avx_vnni",
+    "skylakex": "avx512bw",
+    "cascadelake": "avx512_vnni",
+    "icelake": "avx512vbmi",
+}
 """ggml's name of a build of its CPU backend -> what the processor must have to run it."""
 
 AARCH64 = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", "-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc",
