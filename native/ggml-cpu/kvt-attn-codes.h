@@ -116,7 +116,7 @@ static void kvt_codes_k(const char * src, size_t nb, int n_rows, int64_t n, int3
         for (int64_t b = 0; b < n / T::n; b++) {
             int32_t * to = dst + b * T::n / KVT_SIDE_BY_SIDE * ld + r;
             kvt_each_step<T, 1>(src + r * nb + b * sizeof(typename T::block), nb, [=](int s, const vb(*x)[1]) KVT_LAMBDA {
-                kvt_each_put(**x, [=](int i, auto y) KVT_LAMBDA { vb_store(to + (s * 4 / KVT_SIDE_BY_SIDE + i) * ld, y); });
+                kvt_each_put(**x, [=](int i, auto y) KVT_LAMBDA { vb_store(to + (s * KVT_STEPS + i) * ld, y); });
             });
         }
     }

@@ -45,8 +45,8 @@ static const int KVT_FEW_ROWS = 0;
 static const int KVT_FEW_SUMS = KVT_REGISTERS == 32 ? 24 : 8; // in registers
 static const int KVT_FEW_ROWS = KVT_REGISTERS == 16 && kvt_step_int::N_SUMS == 1 ? 6 : 4;
 
-// Rows of weights, at most, 0: none. With 16 registers V is unpacked anew for each few columns: for two vectors of them, of bytes that are unpacked one by one, it is
-// worth it.
+// Rows of weights, at most, or 0. With 16 registers V is unpacked anew for each few columns, which pays where these are two vectors at least, and bytes are unpacked
+// one by one.
 template <typename T>
 static constexpr int kvt_few_v_max() {
     return KVT_REGISTERS == 32 ? KVT_FEW_ROWS : T::PIECES > 0 ? KVT_FEW_SUMS / 2 / kvt_step_int::N_SUMS
@@ -61,12 +61,11 @@ struct kvt_few_step : kvt_step_int {
 // the step of the sums that 4 values of K, or rows of V, are
 template <int M, int NR>
 static KVT_INLINE void kvt_few_sum(kvt_sums<kvt_step_int, M, NR> & sums, const kvt_step_int::value * A, int64_t ld, vb (*x)[1]) {
-    static const int N = 4 / KVT_SIDE_BY_SIDE;
-    vi               y[N][NR][1];
+    vi y[KVT_STEPS][NR][1];
     for (int j = 0; j < NR; j++) {
         kvt_each_put(*x[j], [&](int i, auto v) KVT_LAMBDA { *y[i][j] = v; });
     }
-    for (int i = 0; i < N; i++) {
+    for (int i = 0; i < KVT_STEPS; i++) {
         sums.step(A + i, ld, y[i]);
     }
 }
@@ -77,14 +76,13 @@ static KVT_INLINE void kvt_few_sum(kvt_sums<kvt_step_int, M, NR> & sums, const k
 
 template <typename T, int M, int NR>
 static KVT_INLINE void kvt_few_k_block(const kvt_few_k & g, int r, kvt_ahead & ahead) {
-    static const int N_STEPS = T::n / KVT_SIDE_BY_SIDE, N_STEP = 4 / KVT_SIDE_BY_SIDE;
-    vf               S[M][NR];
+    vf S[M][NR];
     for (int64_t b = 0; b < g.n_blocks; b++) {
         ahead.fetch();
         kvt_sums<kvt_step_int, M, NR> sums;
         sums.begin(g.start + b, g.ldq);
-        const kvt_step_int::value * Q = g.Q + b * N_STEPS;
-        kvt_each_step<T, NR>(g.src + r * g.nb + b * sizeof(typename T::block), g.nb, [&](int s, vb(*x)[1]) KVT_LAMBDA { kvt_few_sum(sums, Q + s * N_STEP, g.ld, x); });
+        const kvt_step_int::value * Q = g.Q + b * T::n / KVT_SIDE_BY_SIDE;
+        kvt_each_step<T, NR>(g.src + r * g.nb + b * sizeof(typename T::block), g.nb, [&](int s, vb(*x)[1]) KVT_LAMBDA { kvt_few_sum(sums, Q + s * KVT_STEPS, g.ld, x); });
         for (int j = 0; j < NR; j++) {
             const int64_t at = b * KVT_TILE + r + j * KVT_VW;
             const vf      d  = vf_load_f16(g.d + at);
@@ -133,7 +131,7 @@ static KVT_INLINE void kvt_few_v_cols(const kvt_few_v & g, int n, kvt_ahead & ah
         KVT_OPAQUE(nb);
         kvt_fours<T>(p, nb, *c);
         kvt_few_sum(sums, W, g.ld, c + C0);
-        W += 4 / KVT_SIDE_BY_SIDE;
+        W += KVT_STEPS;
         p += 4 * nb;
     };
     int r = 0;
@@ -164,18 +162,13 @@ static constexpr int kvt_few_cols(int n, int n_rows) {
     return n * n_rows * kvt_step_int::N_SUMS > KVT_FEW_SUMS ? kvt_few_cols(n / 2, n_rows) : n;
 }
 
-template <typename T, int M, int C0>
-static KVT_INLINE void kvt_few_v_all(const kvt_few_v & g, int n, kvt_ahead & ahead) {
+template <typename T, int M, int C0 = 0>
+static KVT_NOINLINE void kvt_few_v_rows(const kvt_few_v & g, int n, kvt_ahead & ahead) {
     static const int N = T::n / KVT_VW, C = kvt_few_cols(N, M);
     kvt_few_v_cols<T, M, C, C0>(g, n, ahead);
     if constexpr (C0 + C < N) {
-        kvt_few_v_all<T, M, C0 + C>(g, n, ahead);
+        kvt_few_v_rows<T, M, C0 + C>(g, n, ahead);
     }
-}
-
-template <typename T, int M>
-static KVT_NOINLINE void kvt_few_v_rows(const kvt_few_v & g, int n, kvt_ahead & ahead) {
-    kvt_few_v_all<T, M, 0>(g, n, ahead);
 }
 
 template <typename T>

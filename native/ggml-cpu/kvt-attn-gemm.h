@@ -166,6 +166,8 @@ static const int KVT_SIDE_BY_SIDE = 1;
 
 #endif
 
+static const int KVT_STEPS = 4 / KVT_SIDE_BY_SIDE; // of a product, for four values side by side
+
 // what the sum is multiplied by, in row i and the columns from j on; plus(): and added to y, in one rounding, whatever the compiler would do
 struct kvt_scale_none {
     KVT_INLINE vf operator()(vf x, int64_t, int64_t) const { return x; }

@@ -115,7 +115,6 @@ typedef __m512i vi;
 
 static KVT_INLINE vi   vi_set1 (int32_t x)             { return _mm512_set1_epi32(x); }
 static KVT_INLINE vi   vi_load (const int32_t * p)     { return _mm512_loadu_si512(p); }
-static KVT_INLINE void vi_store(int32_t * p, vi a)     { _mm512_storeu_si512(p, a); }
 static KVT_INLINE vf   vi_float(vi a)                  { return _mm512_cvtepi32_ps(a); }
 static KVT_INLINE vi   vi_add  (vi a, vi b)            { return _mm512_add_epi32(a, b); }
 static KVT_INLINE vi   vi_shl8 (vi a)                  { return _mm512_slli_epi32(a, 8); }
@@ -149,10 +148,7 @@ static KVT_INLINE vi   vi_even (vi a)                  { return _mm512_and_si512
 static KVT_INLINE vi   vi_odd  (vi a)                  { return _mm512_srli_epi16(a, 8); }
 static KVT_INLINE void vi_store_i16(int16_t * p, vi a) { _mm256_storeu_si256((__m256i *) p, _mm512_cvtsepi32_epi16(a)); }
 // of each four the first and the third, then the others
-static KVT_INLINE void vi_store_pairs(int16_t * p, vi a) {
-    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));
-    _mm256_storeu_si256((__m256i *) p, _mm256_shuffle_epi8(_mm512_cvtsepi32_epi16(a), order));
-}
+static KVT_INLINE void vi_store_pairs(int16_t * p, vi a) { vi_store_i16(p, _mm512_shuffle_epi32(a, _MM_PERM_DBCA)); }
 
 #define KVT_BLOCKS
 typedef __m512i vb;
@@ -214,6 +210,7 @@ static KVT_INLINE void vb_transpose(const vb * a, vb * x) {
     x[2] = _mm512_unpacklo_epi64(b1, b3);
     x[3] = _mm512_unpackhi_epi64(b1, b3);
 }
+
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 
 #define KVT_VW 8
@@ -277,7 +274,6 @@ typedef __m256i vi;
 
 static KVT_INLINE vi   vi_set1 (int32_t x)             { return _mm256_set1_epi32(x); }
 static KVT_INLINE vi   vi_load (const int32_t * p)     { return _mm256_loadu_si256((const __m256i *) p); }
-static KVT_INLINE void vi_store(int32_t * p, vi a)     { _mm256_storeu_si256((__m256i *) p, a); }
 static KVT_INLINE vf   vi_float(vi a)                  { return _mm256_cvtepi32_ps(a); }
 static KVT_INLINE vi   vi_add  (vi a, vi b)            { return _mm256_add_epi32(a, b); }
 static KVT_INLINE vi   vi_shl8 (vi a)                  { return _mm256_slli_epi32(a, 8); }
@@ -304,10 +300,7 @@ static KVT_INLINE vi   vi_odd  (vi a)                  { return _mm256_srli_epi1
 static KVT_INLINE void vi_store_i16(int16_t * p, vi a) {
     _mm_storeu_si128((__m128i *) p, _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1)));
 }
-static KVT_INLINE void vi_store_pairs(int16_t * p, vi a) {
-    const __m128i x = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
-    _mm_storeu_si128((__m128i *) p, _mm_shuffle_epi8(x, _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15)));
-}
+static KVT_INLINE void vi_store_pairs(int16_t * p, vi a) { vi_store_i16(p, _mm256_shuffle_epi32(a, 0xd8)); }
 
 #define KVT_BLOCKS
 typedef __m256i vb;
@@ -419,7 +412,6 @@ typedef int32x4_t vi;
 
 static KVT_INLINE vi   vi_set1 (int32_t x)             { return vdupq_n_s32(x); }
 static KVT_INLINE vi   vi_load (const int32_t * p)     { return vld1q_s32(p); }
-static KVT_INLINE void vi_store(int32_t * p, vi a)     { vst1q_s32(p, a); }
 static KVT_INLINE vf   vi_float(vi a)                  { return vcvtq_f32_s32(a); }
 static KVT_INLINE vi   vi_add  (vi a, vi b)            { return vaddq_s32(a, b); }
 static KVT_INLINE vi   vi_shl8 (vi a)                  { return vshlq_n_s32(a, 8); }

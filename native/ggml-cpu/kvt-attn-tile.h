@@ -258,7 +258,7 @@ static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen 
             rest = kvt_rest(v, src, seen.n / 4 * 4, seen.n, tile);
         }
     } else {
-        ahead.spread<kvt_step_int>(seen.n_rows, v.D, v.type->n, (seen.n + 3) / 4 * (4 / KVT_SIDE_BY_SIDE));
+        ahead.spread<kvt_step_int>(seen.n_rows, v.D, v.type->n, (seen.n + 3) / 4 * KVT_STEPS);
         kvt_codes(v, v.type->codes_v, src, seen.n, vt, v.D / KVT_SIDE_BY_SIDE, v.D, tile);
     }
     for (int64_t b = 0; b < v.n_blocks; b++) {
@@ -267,7 +267,7 @@ static void kvt_values_int(const kvt_side & v, const char * src, const kvt_seen 
         kvt_round_all(v, b, seen, bad, tile);
         for (int p = 0; p < seen.n; p += KVT_PART) {
             const int     n_kv = std::min(KVT_PART, seen.n - p);
-            const int64_t i = b * v.type->n, n_steps = (n_kv + 3) / 4 * (4 / KVT_SIDE_BY_SIDE);
+            const int64_t i = b * v.type->n, n_steps = (n_kv + 3) / 4 * KVT_STEPS;
             if (few) {
                 kvt_values_few(v, b, src, rest, p, n_kv, seen.n_rows, out + i, tile, ahead);
                 continue;
