@@ -27,10 +27,20 @@ def session(smol):
         yield session
 
 
+def reference_of(session: Session, page: str, n_chunks: int, folder: Path) -> Reference:
+    tokens = session.tokenize((ROOT / page).read_text())[: n_chunks * N_CTX]
+    return make_reference(session, Chunks(np.array(tokens, np.int32).reshape(n_chunks, N_CTX)), folder / "f16")
+
+
 @pytest.fixture(scope="module")
 def reference(session, tmp_path_factory) -> Reference:
-    tokens = np.array([session.tokenize((ROOT / "README.md").read_text())[:N_CTX]], np.int32)
-    return make_reference(session, Chunks(tokens), tmp_path_factory.mktemp("f16") / "f16")
+    return reference_of(session, "README.md", 1, tmp_path_factory.mktemp("f16"))
+
+
+@pytest.fixture(scope="module")
+def prose(session, tmp_path_factory) -> Reference:
+    """Long enough that a word more in it does not decide between types of the same bits."""
+    return reference_of(session, "docs/how-it-works.md", 3, tmp_path_factory.mktemp("prose"))
 
 
 @pytest.mark.parametrize("name", KLD)
@@ -47,9 +57,9 @@ def test_v_bears_low_bits_better_than_k(session, reference):
 
 
 @pytest.mark.parametrize("bits", [2, 3])
-def test_trellis_codes_lose_less_at_the_same_bytes(session, reference, bits):
-    """Of V, which nothing else sets apart. Measured on 1536 positions of prose: .73 of the KLD."""
+def test_trellis_codes_lose_less_at_the_same_bytes(session, prose, bits):
+    """Of V, which nothing else sets apart. Measured on this text: .69 of the KLD with 2 bits, .76 with 3."""
     even, trellis = (
-        measure(session, [Pair("q8_0", f"{letter}{bits}_64")] * session.n_layer, reference).kld_mean for letter in "qt"
+        measure(session, [Pair("q8_0", f"{letter}{bits}_64")] * session.n_layer, prose).kld_mean for letter in "qt"
     )
     assert trellis < 0.9 * even
