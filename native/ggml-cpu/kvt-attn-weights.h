@@ -6,11 +6,11 @@
 #include <algorithm>
 #include <cmath>
 
-// e^x, about 2 ulp; x is clamped at 88, and 0 is returned below -87. The polynomial is that of ggml_v_expf.
-template <bool AT_MOST_0 = false>
+// e^x, about 2 ulp; x is clamped at TOP, and 0 is returned below -87 and of NaN. The polynomial is that of ggml_v_expf.
+template <int TOP = 88>
 static KVT_INLINE vf vf_exp(vf x) {
     const vf lim = vf_set1(-87.0f);
-    const vf y   = AT_MOST_0 ? vf_max(x, lim) : vf_min(vf_max(x, lim), vf_set1(88.0f));
+    const vf y   = vf_min(vf_set1(TOP), x); // of NaN: NaN
     const vf r   = vf_set1(12582912.0f);
     const vf z   = vf_fma(y, vf_set1(1.44269502e+0f), r);
     const vf n   = vf_sub(z, r);
@@ -68,7 +68,7 @@ static KVT_INLINE float kvt_row_exp(float * s, int n_parts, float times, const f
         const vf top   = vf_set1(-base[p]);
         vf       total = vf_set1(0);
         for (int j = p * KVT_PART; j < (p + 1) * KVT_PART; j += KVT_VW) {
-            const vf x = vf_exp<true>(vf_fma(vf_load(s + j), vf_set1(times), top));
+            const vf x = vf_exp<0>(vf_fma(vf_load(s + j), vf_set1(times), top)); // of the largest, rounded, may be above 0: no weight is above 1
             vf_store(s + j, x);
             total = vf_add(total, x);
         }
@@ -115,7 +115,7 @@ static void kvt_weights(const kvt_soft_max & a, const kvt_seen & seen, kvt_row *
         }
     }
     for (int i = 0; i < seen.n_rows * KVT_PARTS; i += KVT_VW) {
-        vf_store(tile.factor + i, vf_exp<true>(vf_load(tile.factor + i)));
+        vf_store(tile.factor + i, vf_exp<0>(vf_load(tile.factor + i)));
     }
     for (int r = 0; r < seen.n_rows; r++) {
         rows[r].sum += kvt_row_exp(tile.S + r * tile.n, n_parts, tile.times[r], tile.minus + r * KVT_PARTS, tile.factor + r * KVT_PARTS);

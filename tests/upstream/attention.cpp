@@ -1,5 +1,5 @@
 // attention.cpp - attention over pairs of cache types "k/v", as the library that it is linked with computes it, against float64 of the values
-// that the cache holds. Prints a line for each pair and shape: the pair, and the norm of the error over that of the result.
+// that the cache holds. Prints a line for each pair and shape: the pair, the norm of the error over that of the result, and 1 if scores are loud, else 0.
 #include "ggml-cpu.h"
 #include "ggml.h"
 
@@ -46,13 +46,14 @@ static floats fill(ggml_tensor * t, const floats & x) {
 
 struct shape {
     int64_t d, n_gqa, n_q, n_kv;
+    bool    loud; // scores are hundreds, V's values 1 or -1, so that all of its scales are as large, and all is seen
 };
 
 static const int64_t N_HEAD_KV = 2;
 
 // a cell that this token does not see
-static bool hidden(int64_t token, int64_t cell) {
-    return cell > 0 && (cell + token) % 5 == 0;
+static bool hidden(const shape & s, int64_t token, int64_t cell) {
+    return !s.loud && cell > 0 && (cell + token) % 5 == 0;
 }
 
 static std::vector<double> exact(const shape & s, const floats & q, const floats & k, const floats & v, double scale) {
@@ -66,7 +67,7 @@ static std::vector<double> exact(const shape & s, const floats & q, const floats
             for (int64_t j = 0; j < s.d; j++) {
                 p[c] += scale * q[(head * s.n_q + token) * s.d + j] * k[(kv + c) * s.d + j];
             }
-            p[c] = hidden(token, c) ? -INFINITY : p[c];
+            p[c] = hidden(s, token, c) ? -INFINITY : p[c];
             top  = std::max(top, p[c]);
         }
         for (double & x : p) {
@@ -88,10 +89,19 @@ static double error(const shape & s, ggml_type type_k, ggml_type type_v) {
     ggml_tensor *  v    = ggml_new_tensor_3d(ctx, type_v, s.d, s.n_kv, N_HEAD_KV);
     ggml_tensor *  mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, s.n_kv, s.n_q);
     for (int64_t i = 0; i < s.n_kv * s.n_q; i++) {
-        ((ggml_fp16_t *) mask->data)[i] = ggml_fp32_to_fp16(hidden(i / s.n_kv, i % s.n_kv) ? -INFINITY : 0.0f);
+        ((ggml_fp16_t *) mask->data)[i] = ggml_fp32_to_fp16(hidden(s, i / s.n_kv, i % s.n_kv) ? -INFINITY : 0.0f);
     }
-    const double scale  = 1 / sqrt((double) s.d);
-    const floats x = fill(q, normal(ggml_nelements(q), 1)), y = fill(k, normal(ggml_nelements(k), 2)), z = fill(v, normal(ggml_nelements(v), 3));
+    const double scale = 1 / sqrt((double) s.d);
+    floats       of_q = normal(ggml_nelements(q), 1), of_v = normal(ggml_nelements(v), 3);
+    if (s.loud) {
+        for (float & x : of_q) {
+            x *= 1000;
+        }
+        for (float & x : of_v) {
+            x = x < 0 ? -1 : 1;
+        }
+    }
+    const floats x = fill(q, of_q), y = fill(k, normal(ggml_nelements(k), 2)), z = fill(v, of_v);
 
     ggml_tensor * out   = ggml_flash_attn_ext(ctx, q, k, v, mask, (float) scale, 0.0f, 0.0f);
     ggml_cgraph * graph = ggml_new_graph(ctx);
@@ -113,8 +123,8 @@ int main(int argc, char ** argv) {
     for (int i = 1; i < argc; i++) {
         const std::string pair = argv[i];
         const size_t      at   = pair.find('/');
-        for (const shape & s : { shape{ 64, 3, 1, 300 }, shape{ 128, 2, 7, 61 }, shape{ 64, 7, 1, 77 } }) {
-            printf("%s %.3g\n", argv[i], error(s, type_of(pair.substr(0, at)), type_of(pair.substr(at + 1))));
+        for (const shape & s : { shape{ 64, 3, 1, 300, false }, shape{ 128, 2, 7, 61, false }, shape{ 64, 7, 1, 77, false }, shape{ 64, 7, 3, 300, true } }) {
+            printf("%s %.3g %d\n", argv[i], error(s, type_of(pair.substr(0, at)), type_of(pair.substr(at + 1))), s.loud);
         }
     }
 }
