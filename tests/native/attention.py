@@ -26,7 +26,7 @@ DEFAULT = {
     "k": "f16", "v": "f16", "dk": 64, "dv": 64, "n_head_kv": 2, "n_gqa": 3, "n_q": 1, "n_kv": 256, "n_stream": 1,
     "mask": "causal",
     "sinks": False, "softcap": 0.0, "max_bias": 0.0, "v_in_k": False, "room": 0, "n_threads": 2,
-    "q_times": 1.0,
+    "loud": 0,
 }  # fmt: skip
 
 
@@ -133,18 +133,18 @@ class Inputs:
 
     @classmethod
     def drawn(cls, ggml: Ggml, case: dict, seed: int) -> Inputs:
-        """Random ones of a case; the V of one with v_in_k is the front of K's rows. With q_times Q, and so the scores,
-        are larger by that, and V's values 1 or -1: all of its scales are as large."""
+        """Random ones of a case; the V of one with v_in_k is the front of K's rows. In a loud one Q, and so the scores,
+        are that many times as large, and V's values 1 or -1: all of its scales are as large."""
         rng = np.random.default_rng(seed)
         n_head_kv, n_head = case["n_head_kv"], case["n_head_kv"] * case["n_gqa"]
         dk, dv, n_q, n_kv, n_stream = (case[name] for name in ("dk", "dv", "n_q", "n_kv", "n_stream"))
-        q = rng.standard_normal((n_stream, n_head, n_q, dk), np.float32) * np.float32(case["q_times"])
+        q = rng.standard_normal((n_stream, n_head, n_q, dk), np.float32) * np.float32(case["loud"] or 1)
         k, k_hat = ggml.quantize(case["k"], rng.standard_normal((n_stream, n_kv, n_head_kv, dk), np.float32))
         if case["v_in_k"]:
             v, v_hat = k, k_hat[..., :dv]
         else:
             x = rng.standard_normal((n_stream, n_kv, n_head_kv, dv), np.float32) + 0.25
-            v, v_hat = ggml.quantize(case["v"], x if case["q_times"] == 1.0 else np.sign(x))
+            v, v_hat = ggml.quantize(case["v"], np.sign(x) if case["loud"] else x)
         mask = _mask(case, rng).astype(np.float16) if case["mask"] else None
         sinks = rng.uniform(-4, 4, n_head).astype(np.float32) if case["sinks"] else None
         return cls(q, k, v, mask, sinks, k_hat.transpose(0, 2, 1, 3), v_hat.transpose(0, 2, 1, 3))

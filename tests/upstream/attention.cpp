@@ -46,7 +46,7 @@ static floats fill(ggml_tensor * t, const floats & x) {
 
 struct shape {
     int64_t d, n_gqa, n_q, n_kv;
-    bool    loud; // scores are hundreds, V's values 1 or -1, so that all of its scales are as large, and all is seen
+    bool    loud = false; // scores are of a thousand, V's values 1 or -1, so that all of its scales are as large, and all is seen
 };
 
 static const int64_t N_HEAD_KV = 2;
@@ -123,7 +123,7 @@ int main(int argc, char ** argv) {
     for (int i = 1; i < argc; i++) {
         const std::string pair = argv[i];
         const size_t      at   = pair.find('/');
-        for (const shape & s : { shape{ 64, 3, 1, 300, false }, shape{ 128, 2, 7, 61, false }, shape{ 64, 7, 1, 77, false }, shape{ 64, 7, 3, 300, true } }) {
+        for (const shape & s : { shape{ 64, 3, 1, 300 }, shape{ 128, 2, 7, 61 }, shape{ 64, 7, 1, 77 }, shape{ 64, 7, 3, 300, true } }) {
             printf("%s %.3g %d\n", argv[i], error(s, type_of(pair.substr(0, at)), type_of(pair.substr(at + 1))), s.loud);
         }
     }

@@ -105,9 +105,7 @@ def test_attention_on_aarch64_against_float64(aarch64_bin, tmp_path):
     lines = [line.split() for line in run.stdout.splitlines()]
     assert len(lines) == 4 * len(pairs)
     for pair, error, loud in lines:
-        floats = set(pair.split("/")) <= {"f16", "bf16"}
-        quiet = test_attn.BOUND if floats else test_attn.BOUND_BLOCKS
-        assert float(error) < (test_attn.BOUND_LOUD if loud == "1" else quiet), (pair, loud)
+        assert float(error) < test_attn.bound(*pair.split("/"), loud == "1"), (pair, loud)
 
 
 ENCODERS = [
